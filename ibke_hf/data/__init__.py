@@ -1,0 +1,1 @@
+"""Readers of record files, and records from a user's own triples."""

@@ -1,0 +1,80 @@
+"""Records of a user's own facts: `ibke data build`, and reading folders of record files back."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from ..records import EditRecord
+from .build import Json, RecordBuilder
+from .facts import Triple, World, load_world
+from .uniedit import RecordError, read_uniedit
+
+
+def build_folder(
+    facts: str | Path, out: str | Path, *, records: int = 1000, validation: float = 0.1, generality: int = 3, locality: int = 2, seed: int = 0
+) -> dict[str, int]:  # fmt: skip
+    """Turn tables of facts into training and validation records with disjoint subjects; return the number of each.
+
+    Half of the edits are counterfactual, half state the true triple (which a model may or may not know already).
+
+    Raises:
+        FactsError: Naming every bad row by file and line.
+        ValueError: If the tables give no record at all.
+    """
+    if records < 1 or not 0 <= validation < 1:
+        raise ValueError(f"records must be at least 1 and validation in [0, 1), found {records} and {validation}")
+    world = load_world(facts)
+    subjects = sorted({t.subject for t in world.triples})
+    random.Random(seed).shuffle(subjects)
+    held = set(subjects[: round(validation * len(subjects))])
+    counts = {}
+    for name, wanted in (("train", records), ("validation", round(records * validation))):
+        triples = [t for t in world.triples if (t.subject in held) == (name == "validation")]
+        builder = RecordBuilder(world, world, seed=f"{seed}-{name}", generality=generality, locality=locality)
+        made = _records(builder, world, triples, wanted, random.Random(f"{seed}-{name}"))
+        if wanted and not made:
+            raise ValueError(f"{facts}: no {name} record can be built; add triples, wordings, or a larger validation share")
+        if made:
+            write_records(made, Path(out) / name)
+        counts[name] = len(made)
+    return counts
+
+
+def _records(builder: RecordBuilder, world: World, triples: list[Triple], wanted: int, rng: random.Random) -> list[tuple[str, Json]]:
+    rng.shuffle(triples)
+    makers = (builder.counterfactual, builder.unknown)
+    tries = ((makers[i % 2](triple), triple) for i, triple in enumerate(islice(cycle(triples), 4 * wanted)))
+    made = ((world.relations[triple.relation].domain, record) for record, triple in tries if record is not None)
+    return list(islice(made, wanted))
+
+
+def write_records(records: Iterable[tuple[str, Json]], folder: str | Path) -> None:
+    """Write (domain, record) pairs as one UniEdit file per domain; the keys keep the order over all domains."""
+    by_domain: dict[str, Json] = defaultdict(dict)
+    for index, (domain, record) in enumerate(records):
+        by_domain[domain][str(index)] = record
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for domain, content in by_domain.items():
+        temporary = target / f".{domain}.json.part"
+        temporary.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+        temporary.replace(target / f"{domain}.json")
+
+
+def read_files(paths: Sequence[str | Path], skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
+    """Yield the records of UniEdit files, or of every ``.json`` file in folders.
+
+    Raises:
+        RecordError: If a path holds no record file, or a record is unreadable.
+    """
+    for path in map(Path, paths):
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not files or not files[0].exists():
+            raise RecordError(f"{path}: no record file here; expected UniEdit JSON, see `ibke data build`")
+        for file in files:
+            yield from read_uniedit(file, skipped)
