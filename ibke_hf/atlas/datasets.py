@@ -1,0 +1,33 @@
+"""`ibke atlas build-data`: writes the committed evaluation records and builds training records on the fly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from ..data.folders import write_records
+from ..data.uniedit import parse_record
+from ..records import EditRecord
+from .splits import RECORDS, Split, build_records
+
+EVALUATION_CASES = {"generality": 3, "locality": 2}
+TRAINING_CASES = {"generality": 5, "locality": 4}
+TRAINING_UNKNOWN_SHARE = 0.12
+
+
+def write_evaluation_records(split: Split, out: str | Path) -> dict[str, int]:
+    """Write test, held-out and validation records, one UniEdit file per domain; return the number of each."""
+    counts = {}
+    for name, number in RECORDS.items():
+        records = build_records(split, name, number, **EVALUATION_CASES)
+        write_records(records, Path(out) / name)
+        counts[name] = len(records)
+    return counts
+
+
+def training_records(split: Split, number: int, seed: int) -> list[EditRecord]:
+    """Build training records: subjects, relations and withheld triples of the train side only."""
+    built = build_records(split, "train", number, unknown_share=TRAINING_UNKNOWN_SHARE, seed=seed, **TRAINING_CASES)
+    skipped: Counter[str] = Counter()
+    parsed = [parse_record(record, f"{domain}-{i}", domain, skipped) for i, (domain, record) in enumerate(built)]
+    return [record for record in parsed if record is not None]
