@@ -69,7 +69,8 @@ def _domain(world: World, triple: Triple) -> str:
 
 
 def _deal(subjects: Sequence[str]) -> dict[str, str]:
-    owner, start = {}, 0.0
+    owner: dict[str, str] = {}
+    start = 0.0
     for name, share in SHARES.items():
         first, last = round(start * len(subjects)), round((start + share) * len(subjects))
         owner |= dict.fromkeys(subjects[first:last], name)

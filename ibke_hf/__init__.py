@@ -1,0 +1,35 @@
+"""Correct facts inside language models: IBKE editors, edits as values, training and evaluation.
+
+The public names load lazily; importing the package has no side effects.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_ibke import IBKEConfig
+    from .edits import Edit, LowRankEdit
+    from .modeling_ibke import IBKEEditor
+    from .records import EditCase, EditRecord, EditRequest
+    from .trainer import IBKETrainer, IBKETrainingArguments
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Edit": "edits", "EditCase": "records", "EditRecord": "records", "EditRequest": "records", "IBKEConfig": "configuration_ibke",
+    "IBKEEditor": "modeling_ibke", "IBKETrainer": "trainer", "IBKETrainingArguments": "trainer", "LowRankEdit": "edits",
+}  # fmt: skip
+__all__ = ["Edit", "EditCase", "EditRecord", "EditRequest", "IBKEConfig", "IBKEEditor", "IBKETrainer", "IBKETrainingArguments",
+           "LowRankEdit", "__version__"]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,99 @@
+"""Hooks layers for the length of a `with` block, and only for the code inside of it: side paths and recorders.
+
+A hook fires for every caller of a shared model, so each hook asks a ContextVar whether *its* block is the one that is
+running: two threads (or asyncio tasks) with two edits on one model never see each other's. A thread that the block
+starts is outside of it; start it with ``contextvars.copy_context().run``. The recomputation of a gradient checkpoint may
+run on autograd's own thread, which has no such context; there the one attached block is used, and several at once are
+refused rather than guessed.
+
+Code that torch.compile made before the block knows nothing of the hooks (and code made inside of it would keep them), so
+compiled models run eagerly as long as any block is open; merge an edit to run it compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from threading import Lock, _DummyThread, current_thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SidePath = Callable[[Tensor], Tensor]
+LayerHook = Callable[[Tensor, Tensor], Tensor]
+_running: ContextVar[tuple[object, ...]] = ContextVar("ibke_hf_attached", default=())
+_attached: dict[int, list[object]] = {}
+_registry = Lock()  # torch hands out hook ids without one
+_eager: list[Any] = []  # the compiler's stance, set by the first open block and put back by the last one
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, LayerHook]) -> Iterator[None]:
+    """Replace the output y of ``modules[name]`` by ``hooks[name](x, y)``, x its input, while the block runs.
+
+    Blocks nest: the inner hook gets what the outer one returned. Hooks are removed when the block ends, also by an
+    exception; no weight is touched, and other threads that run the same model are left alone.
+    """
+    block = object()
+    handles = []
+    with _registry:
+        if not _attached:
+            _eager.append(torch.compiler.set_stance("force_eager"))
+        for name, hook in hooks.items():
+            handles.append(modules[name].register_forward_hook(_hook(block, hook)))
+            _attached.setdefault(id(modules[name]), []).append(block)
+    token = _running.set((*_running.get(), block))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+        with _registry:
+            for handle, name in zip(handles, hooks, strict=True):
+                handle.remove()
+                _detach(id(modules[name]), block)
+            if not _attached:
+                _eager.pop().__exit__(None, None, None)
+
+
+def attached_side_paths(modules: Mapping[str, nn.Module], side_paths: Mapping[str, SidePath]) -> AbstractContextManager[None]:
+    """Add ``side_paths[name](x)`` to the output of ``modules[name]`` while the block runs; nested blocks add up."""
+    return hooked(modules, {name: _adding(path) for name, path in side_paths.items()})
+
+
+def _adding(side_path: SidePath) -> LayerHook:
+    def add(layer_inputs: Tensor, output: Tensor) -> Tensor:
+        return (output + side_path(layer_inputs)).to(output.dtype)  # the sum is in fp32 also on 16-bit models
+
+    return add
+
+
+def _hook(block: object, hook: LayerHook) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def run(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return hook(args[0], output) if _applies(block, module) else None
+
+    return run
+
+
+def _detach(module: int, block: object) -> None:
+    _attached[module].remove(block)
+    if not _attached[module]:
+        del _attached[module]
+
+
+def _on_autograd_thread() -> bool:
+    """Tell whether this is a thread of autograd's own, which Python did not start and knows by a stand-in only."""
+    return torch._C._current_graph_task_id() != -1 and isinstance(current_thread(), _DummyThread)
+
+
+def _applies(block: object, module: nn.Module) -> bool:
+    running = _running.get()
+    if running or not _on_autograd_thread():
+        return block in running
+    if len(_attached.get(id(module), ())) > 1:
+        raise RuntimeError(
+            "gradient checkpointing recomputes a layer while several edits are attached to it from different threads; "
+            "run the backward passes one at a time or turn gradient checkpointing off"
+        )
+    return True

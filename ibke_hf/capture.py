@@ -1,0 +1,189 @@
+"""Requests + backbone -> gradient factors of the edited layers (Eq. 25); learns nothing.
+
+Only activations get gradients: the graph starts at the output of the lowest edited layer, weights never do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .attachment import LayerHook, hooked
+from .layers import input_device
+from .tokens import IGNORED, TokenBatch
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or infinity; the message names the layer and the request, or the loss term and the step."""
+
+
+@dataclass(frozen=True)
+class GradientFactors:
+    """Factors of one edited layer for b requests: grad W = hᵀu for each of them (Eq. 25).
+
+    Attributes:
+        layer_inputs: h, (b, l_e, d_in), fp32.
+        output_gradients: u, (b, l_e, d_out), fp32: the gradient of each request's loss at the layer's output.
+        mask: (b, l_e), True on real tokens; both factors are zero elsewhere.
+        output_norms: ‖hW‖ per request (b,), what side paths are measured against.
+    """
+
+    layer_inputs: Tensor
+    output_gradients: Tensor
+    mask: Tensor
+    output_norms: Tensor
+
+    def __len__(self) -> int:
+        return self.layer_inputs.shape[0]
+
+    def to(self, device: torch.device | str) -> GradientFactors:
+        """Return the factors on another device."""
+        return GradientFactors(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def capture_factors(
+    model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, *, loss_scale: float = 1.0, names: Sequence[str] | None = None
+) -> dict[str, GradientFactors]:  # fmt: skip
+    """Read the gradient factors of a batch of requests off a backbone.
+
+    The loss is the SUM over requests of each one's mean cross-entropy over its target tokens, so u does not shrink
+    with the batch. Dropout is off for the length of the call.
+
+    Args:
+        model: The backbone, unchanged by the call.
+        modules: Edited projections by name, the lowest first or not.
+        batch: The requests.
+        loss_scale: Multiplies the loss before backward and divides u in fp32 after it, for fp16 backbones.
+        names: How errors call the requests; ``request 0``, … by default.
+
+    Raises:
+        NonFiniteError: If a loss or factor is not finite, naming layer and request.
+    """
+    batch = batch.to(input_device(model))
+    names = names or [f"request {i}" for i in range(len(batch))]
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model), _recording(modules, inputs, outputs):
+        logits, labels = target_logits(model, batch)
+        losses = case_losses(logits, labels)
+        require_finite(losses, "the loss of the edit request", names)
+        gradients = torch.autograd.grad(losses.sum() * loss_scale, [outputs[name] for name in modules])
+    factors = {}
+    for name, gradient in zip(modules, gradients, strict=True):
+        mask = batch.attention_mask.bool().to(gradient.device)
+        keep = mask.unsqueeze(-1)
+        factors[name] = GradientFactors(
+            layer_inputs=_rows(inputs[name], mask) * keep, output_gradients=_rows(gradient, mask) / loss_scale * keep, mask=mask,
+            output_norms=(_rows(outputs[name].detach(), mask) * keep).flatten(1).norm(dim=-1),
+        )  # fmt: skip
+        require_finite(factors[name].layer_inputs.flatten(1).sum(-1), f"the input of {name}", names)
+        require_finite(factors[name].output_gradients.flatten(1).sum(-1), f"the gradient at {name}", names)
+    return factors
+
+
+def target_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Run the model, with the vocabulary projection on the columns that hold targets only.
+
+    Returns:
+        Logits (b, k, vocabulary) of the last k columns, in the model's dtype, and their labels (b, k).
+    """
+    batch = batch.to(input_device(model))
+    accepted = _accepted_arguments(model)
+    extra: dict[str, Any] = {"position_ids": batch.position_ids} if "position_ids" in accepted else {}
+    kept = batch.kept
+    if "logits_to_keep" in accepted:
+        extra["logits_to_keep"] = kept
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra)
+    labels = batch.labels[:, -kept:].to(output.logits.device)
+    return output.logits[:, -kept:], labels
+
+
+def case_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over each row's target positions, in fp32: (b, k, vocabulary), (b, k) -> (b,)."""
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    losses = functional.cross_entropy(logits[rows, columns].float(), labels[rows, columns], reduction="none")
+    return mean_per_row(losses, rows, len(labels))
+
+
+def mean_per_row(values: Tensor, rows: Tensor, number: int) -> Tensor:
+    """Average values (p,) over the rows (p,) that they belong to -> (number,)."""
+    total = torch.zeros(number, dtype=values.dtype, device=values.device).index_add(0, rows, values)
+    return total / torch.bincount(rows, minlength=number).clamp(min=1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode and back; GPT-2 has dropout."""
+    if not model.training:
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def graph_starting_at(modules: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+    """Build the autograd graph from the first of these layers to run upwards; for use inside of `torch.no_grad`.
+
+    The caller's no_grad restores the mode. Attach side paths inside of this block, so that they are part of the graph.
+    """
+    return hooked(modules, dict.fromkeys(modules, _start_graph))
+
+
+def _start_graph(_: Tensor, output: Tensor) -> Tensor:
+    torch._C._set_grad_enabled(True)  # not `torch.enable_grad`, which would end with this hook
+    return output
+
+
+def _recording(
+    modules: Mapping[str, nn.Module], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+) -> AbstractContextManager[None]:  # fmt: skip
+    """Record inputs and outputs of the layers; the first output to appear becomes the root of the graph."""
+    return hooked(modules, {name: _recorder(name, inputs, outputs) for name in modules})
+
+
+def _recorder(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> LayerHook:
+    def record(layer_inputs: Tensor, output: Tensor) -> Tensor:
+        inputs[name] = layer_inputs.detach()
+        if not torch.is_grad_enabled():  # below this layer nothing needs a graph
+            output = _start_graph(layer_inputs, output.detach().requires_grad_(True))
+        outputs[name] = output
+        return output
+
+    return record
+
+
+def _rows(x: Tensor, mask: Tensor) -> Tensor:
+    """Give fp32 (b, l, d) also for models such as OPT that flatten batch and tokens."""
+    return x.float().reshape(*mask.shape, -1)
+
+
+def _accepted_arguments(model: Any) -> set[str]:
+    base = getattr(model, "_orig_mod", model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return set(inspect.signature(base.forward).parameters)
+
+
+def require_finite(values: Tensor, what: str, names: Sequence[str]) -> None:
+    """Check one value per request (b,).
+
+    Raises:
+        NonFiniteError: If one is not finite; names `what` and the request.
+    """
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"{what} is not finite for {names[bad[0]]}; check the backbone's weights for NaN, "
+            "or change the loss scale for an fp16 backbone"
+        )

@@ -1,0 +1,142 @@
+"""Configuration of IBKE editors and the presets of SPEC §6. No torch in here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "openai-community/gpt2-xl": {"edited_modules": "transformer.h.{i}.mlp.c_proj", "edited_layers": [15, 16, 17]},
+    "EleutherAI/gpt-j-6b": {"edited_modules": "transformer.h.{i}.mlp.fc_out", "edited_layers": [6, 7, 8]},
+    "Qwen/Qwen3-1.7B": {"edited_modules": "model.layers.{i}.mlp.down_proj", "edited_layers": [6, 7, 8]},
+    "Qwen/Qwen3-8B": {"edited_modules": "model.layers.{i}.mlp.down_proj", "edited_layers": [6, 7, 8]},
+}
+PRESET_DIMENSIONS = {
+    "openai-community/gpt2-xl": (6400, 1600),
+    "EleutherAI/gpt-j-6b": (16384, 4096),
+    "Qwen/Qwen3-1.7B": (6144, 2048),
+    "Qwen/Qwen3-8B": (12288, 4096),
+}
+
+
+@strict
+class GradientEditorConfig(PreTrainedConfig):
+    """What every editor that reads gradient factors needs to know of its backbone.
+
+    Args:
+        backbone: Name or path of the model that the editor belongs to.
+        edited_modules: Name template of the edited projections, ``{i}`` standing for the layer.
+        edited_layers: Indices of the edited layers.
+        input_dims: d_in of each edited layer.
+        output_dims: d_out of each edited layer.
+        statistics_epsilon: ε of the standardisation (s - mean)/(std + ε) (SPEC §2.4).
+        initial_edit_ratio: ‖side path‖ / ‖layer output‖ that η starts from (SPEC §3).
+        capture_loss_scale: Scales the edit loss while gradients are in fp16.
+        editor_precision: Precision of the saved editor weights; statistics stay in fp32.
+    """
+
+    backbone: str = ""
+    edited_modules: str = ""
+    edited_layers: list[int] | None = None
+    input_dims: list[int] | None = None
+    output_dims: list[int] | None = None
+    statistics_epsilon: float = 1e-7
+    initial_edit_ratio: float = 0.05
+    capture_loss_scale: float = 1.0
+
+    def module_names(self) -> list[str]:
+        """Return the full names of the edited projections."""
+        return [self.edited_modules.format(i=layer) for layer in self.edited_layers or []]
+
+    def validate_layers(self) -> None:
+        """Check that the layer lists belong together."""
+        lengths = {len(field) for field in (self.edited_layers, self.input_dims, self.output_dims) if field is not None}
+        if len(lengths) > 1:
+            raise ValueError("edited_layers, input_dims and output_dims name different numbers of layers")
+        if self.edited_layers and "{i}" not in self.edited_modules:
+            raise ValueError(f"edited_modules must contain {{i}} for the layer index, found {self.edited_modules!r}")
+        if any(layer < 0 for layer in self.edited_layers or []):
+            raise ValueError(f"edited_layers must be at least 0, found {self.edited_layers}")
+
+    def validate_ranges(self) -> None:
+        """Check the numbers shared by all gradient editors."""
+        require_range(self, "statistics_epsilon", 0.0, 1.0)
+        require_range(self, "initial_edit_ratio", 1e-8, 10.0)
+        require_range(self, "capture_loss_scale", 1e-8, 1e8)
+
+
+@strict
+class IBKEConfig(GradientEditorConfig):
+    """Configuration of :class:`~ibke_hf.IBKEEditor`; the defaults are SPEC §6's.
+
+    Args:
+        latent_length: l_m, rows of the latent and of the learnable sequence ζ [paper: 10].
+        latent_dim: d_m, the module dimension [settled: 1024].
+        use_information_bottleneck: Off: z = μ and no ITM term (ablation).
+        use_scale_factor: Off: σ(·) = 1 (ablation).
+        attention_scale: Divide attention scores by sqrt(d_m) [settled].
+        log_variance_range: Range that log v² is clamped to [settled].
+        second_stage_heads: Attention heads of the second stage [1 as in Eq. 31; more are ours].
+        second_stage_skip: Add a token-wise linear map of x to s̃ [ours, off in the paper's presets].
+        second_stage_mlp: Width of an MLP block on s̃, 0 for none [ours, off in the paper's presets].
+    """
+
+    model_type = "ibke"
+
+    latent_length: int = 10
+    latent_dim: int = 1024
+    use_information_bottleneck: bool = True
+    use_scale_factor: bool = True
+    attention_scale: bool = True
+    log_variance_range: tuple[float, float] = (-10.0, 10.0)
+    second_stage_heads: int = 1
+    second_stage_skip: bool = False
+    second_stage_mlp: int = 0
+
+    def validate_sizes(self) -> None:
+        """Check the sizes of the hypernetwork."""
+        require_range(self, "latent_length", 1, 4096)
+        require_range(self, "latent_dim", 1, 65536)
+        require_range(self, "second_stage_heads", 1, 1024)
+        require_range(self, "second_stage_mlp", 0, 1_000_000)
+        low, high = self.log_variance_range
+        if not low < high:
+            raise ValueError(f"log_variance_range must be (low, high) with low < high, found {self.log_variance_range}")
+        if self.latent_dim % self.second_stage_heads:
+            raise ValueError(f"latent_dim {self.latent_dim} must be divisible by second_stage_heads {self.second_stage_heads}")
+
+    @classmethod
+    def from_preset(cls, backbone: str, **overrides: Any) -> IBKEConfig:
+        """Return the paper's configuration for one of the backbones of SPEC §6.
+
+        Raises:
+            ValueError: For a backbone without a preset; lists those that have one.
+        """
+        if backbone not in PRESETS:
+            raise ValueError(
+                f"no preset for {backbone!r}; presets: {', '.join(PRESETS)}. For another model use IBKEEditor.for_backbone(model)"
+            )
+        d_in, d_out = PRESET_DIMENSIONS[backbone]
+        number = len(PRESETS[backbone]["edited_layers"])
+        half = backbone in ("EleutherAI/gpt-j-6b", "Qwen/Qwen3-8B")  # the paper runs these two in FP16
+        settings = {**PRESETS[backbone], "backbone": backbone, "input_dims": [d_in] * number, "output_dims": [d_out] * number,
+                    "capture_loss_scale": 1024.0 if half else 1.0}  # fmt: skip
+        return cls(**{**settings, **overrides})
+
+
+def require_range(config: Any, name: str, low: float, high: float) -> None:
+    """Raise a ValueError that names the field and the allowed range unless low <= value <= high."""
+    value = getattr(config, name)
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, found {value}")
+
+
+def require_mode(mode: str) -> None:
+    """Raise a ValueError that names the modes unless `mode` is one of them."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, found {mode!r}")
+
+
+Mode = Literal["joint", "sequential", "independent"]

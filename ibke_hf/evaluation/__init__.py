@@ -1,0 +1,1 @@
+"""Evaluation of edits: formulas in `scores`, the procedure in `protocol`."""

@@ -1,0 +1,135 @@
+"""Edits requests and supporting hops into a model, for many groups or questions at once where the editor can."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..capture import NonFiniteError
+from ..edits import Edit
+from ..records import EditRequest
+from ..tokens import RequestError
+from .judging import Carried, Judge
+from .questions import Group, Question, question_name
+
+CARRIED_BYTES = 1 << 30  # edits that are copied at once to take one more request each
+GroupMode = Literal["sequential", "joint"]
+Named = tuple[str, EditRequest]
+
+
+class Editing:
+    """An editor at work on one model; None edits nothing.
+
+    Attributes:
+        seconds: Time spent so far on the groups' own requests; supporting hops are not counted.
+        requests: Number of those requests.
+    """
+
+    def __init__(self, editor: Any, model: Any, tokenizer: PreTrainedTokenizerBase, mode: GroupMode, batch_size: int) -> None:
+        self.editor, self.model, self.tokenizer, self.mode, self.batch_size = editor, model, tokenizer, mode, batch_size
+        self.at_once = bool(getattr(editor, "supports_independent", True))
+        self.seconds, self.requests = 0.0, 0
+
+    def edit_groups(self, groups: Sequence[Group]) -> Iterator[Carried]:
+        """Apply the requests of each group one after another, each on the model edited so far (or jointly).
+
+        If the editor makes independent edits, request k of every group is one batch of them; else one group's edit is made,
+        yielded and forgotten before the next.
+
+        Yields:
+            Edits whose members are the groups, by index.
+        """
+        longest = max(len(group.requests) for group in groups)
+        if self.editor is None:
+            yield Carried(None, dict.fromkeys(range(len(groups)), 0))
+        elif self.at_once and (self.mode == "sequential" or longest == 1):
+            with self._timed(groups):
+                carried = [Carried(None, dict.fromkeys(range(len(groups)), 0))]
+                for k in range(longest):
+                    wanted = {i: group.requests[k] for i, group in enumerate(groups) if k < len(group.requests)}
+                    carried = [part for whole in carried for part in self.add(whole, wanted)]
+            yield from carried
+        else:
+            for i, group in enumerate(groups):
+                with self._timed([group]):
+                    edit = self._edit(group.requests, self.mode, None)
+                yield Carried(edit, {i: 0})
+
+    def add(self, carried: Carried, requests: Mapping[int, Named]) -> list[Carried]:
+        """Edit a request into the model of each member that has one, on top of what it carries; the others stay."""
+        moving = [member for member in carried.rows if member in requests]
+        if not moving:
+            return [carried]
+        staying = [member for member in carried.rows if member not in requests]
+        parts = [carried.only(staying)] if staying else []
+        if not self.at_once:
+            return parts + [Carried(self._edit([requests[m]], "sequential", carried.edit), {m: 0}) for m in moving]
+        size = self.batch_size
+        if carried.edit is not None:
+            size = max(1, min(size, CARRIED_BYTES * len(carried.edit) // max(carried.edit.nbytes, 1)))
+        for start in range(0, len(moving), size):
+            members = moving[start : start + size]
+            edit: Any = carried.edit
+            previous = None if edit is None else edit.select(torch.tensor([carried.rows[member] for member in members]))
+            made = self._edit([requests[member] for member in members], "independent", previous)
+            parts.append(Carried(made, {member: row for row, member in enumerate(members)}))
+        return parts
+
+    def edit_in_hops(self, judge: Judge, carried: Carried, questions: Sequence[Question]) -> tuple[list[Carried], Counter[int]]:
+        """Edit in the supporting hops that the current model does not know, in order and cumulatively for each question.
+
+        Args:
+            judge: Asks the hops.
+            carried: The groups' edit, with questions as members.
+            questions: Every question of the lot.
+
+        Returns:
+            Edits whose members are the questions, and the number of hops that were edited in for each.
+        """
+        parts, edited = [carried], Counter[int]()
+        if self.editor is None:
+            return parts, edited
+        for k in range(max((len(questions[i].hops) for i in carried.rows), default=0)):
+            grown: list[Carried] = []
+            for part in parts:
+                unknown = judge.unknown({i: questions[i].hops[k] for i in part.rows if k < len(questions[i].hops)}, part)
+                edited.update(unknown)
+                grown += self.add(part, {i: _hop(questions[i], k) for i in unknown})
+            parts = grown
+        return parts, edited
+
+    def _edit(self, requests: Sequence[Named], mode: str, previous: Edit | None) -> Edit:
+        """Edit, and let errors name the records instead of places in a batch."""
+        try:
+            return self.editor.edit(self.model, self.tokenizer, [request for _, request in requests], mode=mode, previous=previous)
+        except (RequestError, NonFiniteError) as error:
+            places = [int(place) for place in re.findall(r"\brequest (\d+)\b", str(error))]
+            names = [requests[place][0] for place in places if place < len(requests)] or [name for name, _ in requests]
+            raise type(error)(f"{'; '.join(names)}: {error}") from error
+
+    @contextmanager
+    def _timed(self, groups: Sequence[Group]) -> Iterator[None]:
+        """Count the time of a block as spent on editing the groups' requests."""
+        started = _now()
+        yield
+        self.seconds += _now() - started
+        self.requests += sum(len(group.requests) for group in groups)
+
+
+def _now() -> float:
+    """Seconds on a clock, once everything that was queued on an accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _hop(question: Question, index: int) -> Named:
+    name = question_name(question.record, question.role, question.index)
+    return f"{name}, supporting hop {index}", question.supporting[index].request()

@@ -1,0 +1,186 @@
+"""Runs questions through a model, edited or not, and turns the predictions at their target positions into rows.
+
+Rows of a batch may carry different edits; batches are sorted by length and left-padded, which changes no prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..capture import target_logits
+from ..edits import Edit
+from ..records import EditCase
+from ..tokens import IGNORED, pad_and_label
+from . import scores
+from .generation import generate_texts
+from .questions import Question, Tokens
+
+KNOWN_WITHIN = 5  # a supporting hop is known if every target token is within the top 5
+LocalityMatch = Literal["ids", "string"]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """An edit and who carries it: `rows` maps members (groups or questions, by index) to rows of the edit."""
+
+    edit: Edit | None
+    rows: Mapping[int, int]
+
+    def only(self, members: Sequence[int]) -> Carried:
+        """Return the same edit for some of the members."""
+        return Carried(self.edit, {member: self.rows[member] for member in members})
+
+    def spread(self, owners: Mapping[int, int]) -> Carried:
+        """Return the same edit with new members, each of which carries what its owner does."""
+        return Carried(self.edit, {member: self.rows[owner] for member, owner in owners.items()})
+
+    def attached(self, model: Any, members: Sequence[int]) -> AbstractContextManager[Any]:
+        """Edit the model for a batch of which each row belongs to one of the members."""
+        if self.edit is None:
+            return nullcontext(model)
+        if len(self.edit) == 1:
+            return self.edit.attached(model)
+        return self.edit.attached(model, rows=torch.tensor([self.rows[member] for member in members]))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the unedited model predicts at the target positions of a question.
+
+    Attributes:
+        ids: (p,) argmax, on the CPU.
+        logits: (p, vocabulary) on the CPU in the model's precision; of locality questions only.
+    """
+
+    ids: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Asks a model questions in batches of `batch_size` rows."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    locality_match: LocalityMatch = "ids"
+    generate: bool = True
+
+    def predictions(self, questions: Sequence[Question]) -> list[Prediction]:
+        """Record what the unedited model predicts."""
+        found: dict[int, Prediction] = {}
+        unedited = Carried(None, dict.fromkeys(range(len(questions)), 0))
+        for members, logits, parts in self._batches({i: q.tokens for i, q in enumerate(questions)}, unedited):
+            ids = logits.float().argmax(-1).cpu()
+            for member, part in zip(members, parts, strict=True):
+                found[member] = Prediction(ids[part], logits[part].cpu() if questions[member].role == "locality" else None)
+        return [found[i] for i in range(len(questions))]
+
+    def unknown(self, hops: Mapping[int, Tokens], carried: Carried) -> list[int]:
+        """Return the members whose hop has ANY target token outside the top 5 of the model that they carry."""
+        missing = []
+        for members, logits, parts in self._batches(hops, carried):
+            targets = torch.tensor([token for member in members for token in _target_ids(hops[member])], device=logits.device)
+            outside = (scores.token_ranks(logits, targets) >= KNOWN_WITHIN).cpu()
+            missing += [member for member, part in zip(members, parts, strict=True) if bool(outside[part].any())]
+        return sorted(missing)
+
+    def rows(
+        self, questions: Sequence[Question], before: Sequence[Prediction], carried: Carried, edited_hops: Mapping[int, int]
+    ) -> dict[int, Row]:
+        """Ask the questions that are members of `carried`, each under its own edit, and return their rows by index.
+
+        Args:
+            questions: Every question of the lot.
+            before: The unedited prediction for each of them.
+            carried: The members' edits.
+            edited_hops: Number of supporting hops that were edited in for a question, where there are any.
+        """
+        matches = self._exact_matches(questions, carried) if self.generate else {}
+        rows: dict[int, Row] = {}
+        for members, logits, parts in self._batches({i: questions[i].tokens for i in carried.rows}, carried):
+            expected = torch.cat([_expected(questions[i], before[i]) for i in members])
+            ranks = scores.token_ranks(logits, expected.to(logits.device)).cpu()
+            top = logits.float().argmax(-1).cpu()
+            similarities = _similarities(logits, parts, [before[i].logits for i in members])
+            for i, part, similarity in zip(members, parts, similarities, strict=True):
+                question = questions[i]
+                hits, first = ranks[part] < question.top_k, ranks[part] < 1
+                if question.role == "locality" and self.locality_match == "string":
+                    hits, first = self._equal_strings(logits[part], expected[part], question.top_k)
+                rows[i] = {
+                    **described(question), "score": scores.fraction(hits), "top1": scores.fraction(first),
+                    "first_token": float(first[0]), "exact_match": matches.get(i), "before": self._text(before[i].ids),
+                    "after": self._text(top[part]), "js_similarity": similarity, "edited_hops": edited_hops.get(i, 0),
+                }  # fmt: skip
+        return rows
+
+    def _batches(self, tokens: Mapping[int, Tokens], carried: Carried) -> Iterator[tuple[list[int], Tensor, list[slice]]]:
+        """Yield members, the logits (p, vocabulary) of all their target positions, and which of the p are each one's."""
+        order = sorted(tokens, key=lambda member: len(tokens[member][0]))
+        for start in range(0, len(order), self.batch_size):
+            members = order[start : start + self.batch_size]
+            with torch.no_grad(), carried.attached(self.model, members):
+                logits, labels = target_logits(self.model, pad_and_label([tokens[member] for member in members]))
+            ends = list(accumulate(len(_target_ids(tokens[member])) for member in members))
+            yield members, logits[labels != IGNORED], [slice(*part) for part in zip([0, *ends], ends, strict=False)]
+
+    def _exact_matches(self, questions: Sequence[Question], carried: Carried) -> dict[int, bool]:
+        """Tell for each request and generality case whether greedy generation answers with the target or an alias."""
+        asked = {i: questions[i] for i in carried.rows if questions[i].role != "locality"}
+        prompts = {i: (question.asked.prompt, len(question.target_ids)) for i, question in asked.items()}
+        texts = generate_texts(self.model, self.tokenizer, prompts, self.batch_size, carried.attached)
+        return {i: scores.exact_match(text, asked[i].names) for i, text in texts.items()}
+
+    def _equal_strings(self, logits: Tensor, expected: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Hits within the top k and the top 1 where equal decoded tokens count as equal, as UniEdit compares them."""
+        best = [self._tokens(row) for row in scores.top_ids(logits, top_k).tolist()]
+        wanted = self._tokens(expected.tolist())
+        hits = [text in texts for text, texts in zip(wanted, best, strict=True)]
+        return torch.tensor(hits), torch.tensor([text == texts[0] for text, texts in zip(wanted, best, strict=True)])
+
+    def _tokens(self, ids: Sequence[int]) -> list[str]:
+        return [str(self.tokenizer.decode([i])) for i in ids]
+
+    def _text(self, ids: Tensor) -> str:
+        return str(self.tokenizer.decode(ids.tolist()))
+
+
+def described(question: Question) -> Row:
+    """Return what a row says of its question."""
+    record, asked = question.record, question.asked
+    case = asked if isinstance(asked, EditCase) else EditCase(asked.prompt, asked.target, name="requests")
+    return {
+        "record": record.id, "domain": record.domain, "dataset": record.dataset, "kind": record.kind, "role": question.role,
+        "list": case.name or question.role, "case": question.index, "criteria": list(case.criteria), "hops": case.hops,
+        "prompt": case.prompt, "target": case.target,
+    }  # fmt: skip
+
+
+def _target_ids(tokens: Tokens) -> list[int]:
+    return tokens[0][tokens[1] :]
+
+
+def _expected(question: Question, before: Prediction) -> Tensor:
+    """Ids that a question is to be answered with: the target's, or for locality what the unedited model predicts."""
+    return before.ids if question.role == "locality" else torch.tensor(question.target_ids)
+
+
+def _similarities(logits: Tensor, parts: Sequence[slice], before: Sequence[Tensor | None]) -> list[float | None]:
+    """Mean JS similarity over the target positions of each question whose unedited logits were kept."""
+    kept = [(part, other) for part, other in zip(parts, before, strict=True) if other is not None]
+    if not kept:
+        return [None] * len(parts)
+    edited = torch.cat([logits[part] for part, _ in kept])
+    similar = scores.js_similarity(edited, torch.cat([other for _, other in kept]).to(edited.device)).cpu()
+    means = iter([float(part.mean()) for part in similar.split([len(other) for _, other in kept])])
+    return [None if other is None else next(means) for other in before]

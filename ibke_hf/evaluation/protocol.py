@@ -1,0 +1,171 @@
+"""The procedure of PROTOCOL: records + editor + model -> a row for every request and case, and their summary.
+
+Clause by clause: unedited predictions first; groups of whole records; requests one after another; reliability; generality,
+with unknown supporting hops edited in for one case; locality; undo, which is nothing but the end of a `with` block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..capture import evaluating
+from ..records import EditRecord
+from ..tokens import Span, context_length
+from .editing import Editing, GroupMode
+from .judging import Judge, LocalityMatch, Row
+from .questions import Group, Reader, fact_keys, fill_groups, fill_lots
+from .scores import summarise
+
+CollisionScope = Literal["set", "group"]
+RowKey = tuple[str, str, str, int]
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        rows: One dict for each request and case, in the order of the records.
+        summary: The scores in percent, see :func:`~ibke_hf.evaluation.scores.summarise`.
+        skipped: Number of cases that were not scored, by reason.
+        edit_seconds: Mean editing time of a request in seconds; None where nothing was edited.
+        incomplete_group: Number of requests of a last group that has fewer than asked for, 0 if there is none.
+    """
+
+    rows: tuple[Row, ...]
+    summary: dict[str, Any]
+    skipped: dict[str, int] = field(default_factory=dict)
+    edit_seconds: float | None = None
+    incomplete_group: int = 0
+
+
+def evaluate_records(
+    editor: Any,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Iterable[EditRecord],
+    *,
+    sequential: int = 1,
+    mode: GroupMode = "sequential",
+    batch_size: int = 64,
+    supporting_hops: bool = True,
+    collision_scope: CollisionScope = "set",
+    locality_match: LocalityMatch = "ids",
+    span: Span = "prompt",
+    generate: bool = True,
+    progress: bool = True,
+    on_row: Callable[[Row], None] | None = None,
+    on_skip: Callable[[dict[str, Any]], None] | None = None,
+    finished: Iterable[Row] = (),
+) -> Evaluation:
+    """Score an editor on records; the model is bit-identical afterwards.
+
+    A row is JSON-able: record, domain, dataset, kind, role (reliability, generality, locality), list, case (its index in the
+    record), criteria, hops, prompt, target; score, top1 and first_token as fractions; exact_match (requests and
+    generality, None if not generated); js_similarity (locality); before and after, the top-1 text at the target positions; and
+    edited_hops, the number of supporting hops that were edited in.
+
+    Args:
+        editor: Has ``edit(model, tokenizer, requests, *, mode, previous) -> Edit``. Unless it says
+            ``supports_independent = False``, up to `batch_size` edits are made and asked at once, for which its edits need
+            ``select(rows)`` (every :class:`~ibke_hf.edits.WeightEdit` has it). None: the unedited model.
+        model: The backbone.
+        tokenizer: Its tokenizer.
+        records: The selection; for locality collisions it counts as a whole.
+        sequential: n, the number of requests that a group is filled up to with whole records.
+        mode: ``"sequential"``, or ``"joint"`` for one edit of all requests of a group.
+        batch_size: Rows of a forward pass.
+        supporting_hops: Edit in the supporting hops of a generality case that the model does not know.
+        collision_scope: Drop locality cases that match an edit of the whole ``"set"`` or of their ``"group"``.
+        locality_match: Compare token ids, or decoded strings as UniEdit does.
+        span: Where the target span starts, see :func:`ibke_hf.tokens.encode`.
+        generate: Generate answers greedily, for exact match.
+        progress: Show a progress bar.
+        on_row: Called with each row as it is made, in the order of the records within each lot of groups.
+        on_skip: Called with a dict (record, dataset, domain, role, list, case, prompt, reason) for each case that is dropped.
+        finished: Rows of a run that was killed. Groups of which every row is among them are not run again, and
+            `on_row` is called for missing rows only; the result holds all of them.
+
+    Raises:
+        RequestError: If a text is empty, too long or has no target token; names record and case; nothing is run then.
+        NonFiniteError: If an edit is not finite; names record and request.
+        ValueError: For an option out of range.
+    """
+    _check(sequential, batch_size, mode=(mode, GroupMode), collision_scope=(collision_scope, CollisionScope),
+           locality_match=(locality_match, LocalityMatch), span=(span, Span))  # fmt: skip
+    groups = _groups(list(records), sequential, collision_scope, Reader(tokenizer, span, context_length(model), supporting_hops))
+    done = {row_key(row): row for row in finished}
+    editing = Editing(editor, model, tokenizer, mode, batch_size)
+    judge = Judge(model, tokenizer, batch_size, locality_match, generate)
+    made: dict[RowKey, Row] = {}
+    waiting = [group for group in groups if any(question.key not in done for question in group.questions)]
+    bar = tqdm(total=sum(len(group.records) for group in groups), unit="record", disable=not progress)
+    bar.update(bar.total - sum(len(group.records) for group in waiting))
+    with evaluating(model), bar:
+        for lot in fill_lots(waiting, batch_size):
+            for row in _run(lot, editing, judge):
+                made[row_key(row)] = row
+                if on_row is not None and row_key(row) not in done:
+                    on_row(row)
+            if on_skip is not None:
+                for dropped in (dropped for group in lot for dropped in group.dropped):
+                    on_skip(dropped)
+            bar.update(sum(len(group.records) for group in lot))
+    rows = [done.get(question.key) or made[question.key] for group in groups for question in group.questions]
+    last = len(groups[-1].requests) if groups else 0
+    return Evaluation(
+        rows=tuple(rows), summary=summarise(rows), skipped=dict(Counter(d["reason"] for group in groups for d in group.dropped)),
+        edit_seconds=editing.seconds / editing.requests if editing.requests else None,
+        incomplete_group=last if last < sequential else 0,
+    )  # fmt: skip
+
+
+def row_key(row: Row) -> RowKey:
+    """What tells a row apart from all others: dataset, record, role and index of the case."""
+    return row["dataset"], row["record"], row["role"], row["case"]
+
+
+def _run(lot: Sequence[Group], editing: Editing, judge: Judge) -> list[Row]:
+    """Take a lot of groups, each with an edit of its own, through the procedure; return their rows in order."""
+    questions = [question for group in lot for question in group.questions]
+    group_of = [i for i, group in enumerate(lot) for _ in group.questions]
+    before = judge.predictions(questions)
+    rows: dict[int, Row] = {}
+    for edited in editing.edit_groups(lot):
+        carried = edited.spread({i: group for i, group in enumerate(group_of) if group in edited.rows})
+        parts, edited_hops = editing.edit_in_hops(judge, carried, questions)
+        for part in parts:
+            rows |= judge.rows(questions, before, part, edited_hops)
+    return [rows[i] for i in range(len(questions))]
+
+
+def _groups(records: Sequence[EditRecord], sequential: int, scope: CollisionScope, reader: Reader) -> list[Group]:
+    """Fill groups and tokenise all that they ask; say so if the last one is incomplete."""
+    repeated = [key for key, number in Counter((record.dataset, record.id) for record in records).items() if number > 1]
+    if repeated:
+        dataset, record_id = repeated[0]
+        raise ValueError(f"record {record_id!r} of {dataset!r} was given more than once; give each record an id of its own")
+    filled = list(fill_groups(records, sequential))
+    everything = fact_keys(records)
+    groups = [reader.group(group, everything if scope == "set" else fact_keys(group)) for group in filled]
+    if groups and len(groups[-1].requests) < sequential:
+        number = len(groups[-1].requests)
+        logger.warning(f"the last group has {number} of {sequential} requests; it is scored, where UniEdit drops it")
+    return groups
+
+
+def _check(sequential: int, batch_size: int, **choices: tuple[str, Any]) -> None:
+    for name, number in (("sequential", sequential), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, found {number}")
+    for name, (value, allowed) in choices.items():
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, found {value!r}")

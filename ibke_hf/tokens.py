@@ -1,0 +1,165 @@
+"""Prompt and target -> token ids, labels, masks and positions: the only padding and leading-space code.
+
+PROTOCOL's rule: the target gets one leading space unless it has one, prompt + target is tokenised once, and the
+target span starts at ``len(tokenise(prompt))``. The last target token predicts nothing and is not fed, so a request
+has l_e = prompt + target - 1 tokens (SPEC §2.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .records import EditRequest
+
+IGNORED = -100
+Span = Literal["prompt", "offsets"]
+Side = Literal["left", "right"]
+
+
+class RequestError(ValueError):
+    """A request or case that cannot be used; the message names it by its index and says what to change."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Padded prompts with their targets.
+
+    Attributes:
+        input_ids: (b, l) token ids.
+        attention_mask: (b, l) 1 on real tokens, 0 on padding.
+        labels: (b, l) id of the token to be predicted *at* each position, -100 where none is judged.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(b, l) positions that follow the mask, so that the padding side changes nothing."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def kept(self) -> int:
+        """Number of trailing columns that hold every label: all that the vocabulary projection has to see."""
+        columns = (self.labels != IGNORED).any(0).nonzero()
+        return self.labels.shape[1] - int(columns[0]) if len(columns) else 1
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """Return the batch on another device."""
+        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+    def __getitem__(self, rows: Any) -> TokenBatch:
+        return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.labels[rows])
+
+    @classmethod
+    def cat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """Stack left-padded batches of unequal lengths."""
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        return cls(*(
+            torch.cat([torch.nn.functional.pad(getattr(b, name), (width - b.input_ids.shape[1], 0), value=value) for b in batches])
+            for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))
+        ))  # fmt: skip
+
+
+def with_leading_space(target: str) -> str:
+    """Give the target one leading space unless it has one."""
+    return target if target[:1].isspace() else f" {target}"
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, name: str = "request 0", span: Span = "prompt",
+    max_length: int | None = None,
+) -> tuple[list[int], int]:  # fmt: skip
+    """Tokenise prompt + target once; return the ids and the index of the first target token.
+
+    Args:
+        tokenizer: Adds its default special tokens to prompt and full text alike; an appended EOS is excluded.
+        prompt: Text before the target.
+        target: Text to be predicted.
+        name: Names the request or case in errors.
+        span: ``"prompt"`` for PROTOCOL's rule, ``"offsets"`` to let the token that covers the seam start the span.
+        max_length: The model's context in tokens, if it is limited.
+
+    Raises:
+        RequestError: If a text is empty, the target span is empty, or the text is longer than the context.
+    """
+    if not prompt.strip() or not target.strip():
+        missing = "prompt" if not prompt.strip() else "target"
+        raise RequestError(f"{name}: the {missing} is empty ({prompt!r} -> {target!r}); give it at least one word")
+    text = prompt + with_leading_space(target)
+    ids = _without_end(tokenizer, tokenizer(text)["input_ids"])
+    start = _span_start(tokenizer, prompt, text) if span == "offsets" else len(_without_end(tokenizer, tokenizer(prompt)["input_ids"]))
+    if start >= len(ids) or start < 1:
+        raise RequestError(
+            f"{name}: the tokenizer merges prompt and target, which leaves no target token ({prompt!r} -> {target!r}); "
+            'end the prompt at a word boundary or use span="offsets"'
+        )
+    if max_length is not None and len(ids) - 1 > max_length:
+        raise RequestError(f"{name}: {len(ids) - 1} tokens do not fit the model's context of {max_length}; shorten prompt or target")
+    return ids, start
+
+
+def pad_and_label(encoded: Sequence[tuple[list[int], int]], *, side: Side = "left", pad: int = 0) -> TokenBatch:
+    """Pad encoded texts to one batch; each position before a target token is labelled with it.
+
+    Left padding (the default) aligns the targets at the end, so that logits are needed on few columns only.
+    `pad` is never attended to, so any id serves: a tokenizer without a pad token is no obstacle.
+    """
+    width = max(len(ids) for ids, _ in encoded) - 1
+    shape = (len(encoded), width)
+    input_ids, labels = torch.full(shape, pad), torch.full(shape, IGNORED)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, (ids, start) in enumerate(encoded):
+        length = len(ids) - 1
+        first = width - length if side == "left" else 0
+        input_ids[row, first : first + length] = torch.tensor(ids[:-1])
+        mask[row, first : first + length] = 1
+        labels[row, first + start - 1 : first + length] = torch.tensor(ids[start:])
+    return TokenBatch(input_ids, mask, labels)
+
+
+def encode_requests(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], *, name: str = "request", span: Span = "prompt",
+    side: Side = "left", max_length: int | None = None,
+) -> TokenBatch:  # fmt: skip
+    """Tokenise and pad requests (or cases, which also have a prompt and a target); errors name them by index."""
+    if not requests:
+        raise RequestError("no edit request was given; pass at least one EditRequest(prompt, target)")
+    encoded = [
+        encode(tokenizer, r.prompt, r.target, name=f"{name} {i}", span=span, max_length=max_length) for i, r in enumerate(requests)
+    ]
+    return pad_and_label(encoded, side=side)
+
+
+def context_length(model: Any) -> int | None:
+    """Return the number of positions of a model, None where its config states none."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def through_chat_template(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> EditRequest:
+    """Render the prompt as a user's turn of the tokenizer's chat template, the target as the assistant's answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError("the tokenizer has no chat template; leave the chat option off for this model")
+    turn = [{"role": "user", "content": request.prompt}]
+    return replace(request, prompt=str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)))
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _span_start(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> int:
+    """Index of the first token that reaches past the prompt."""
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))
