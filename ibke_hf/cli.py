@@ -194,8 +194,11 @@ def _atlas(actions: Any) -> None:
     command = _command(actions, "build-backbone", "pretrain the embedded language model", _run_build_backbone)
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
     command.add_argument("--epochs", type=int, default=None, help="passes over the taught facts")
+    command.add_argument("--max-steps", type=int, default=None, help="stop after so many steps, for trials")
     command.add_argument("--seed", type=int, default=0)
     command = _command(actions, "tune-ft", "choose the learning rate of the fine-tuning baseline on validation records", _run_tune_ft)
+    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command = _command(actions, "report", "score the embedded editors on all test and held-out records", _run_report)
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
     for name in ("ibke", "mend"):
         action = "train-editor" if name == "ibke" else "train-mend"
@@ -221,7 +224,7 @@ def _run_build_backbone(given: argparse.Namespace) -> None:
     from .atlas.backbone import build_backbone
 
     split = load_split()
-    options = {} if given.epochs is None else {"epochs": given.epochs}
+    options = {name: value for name, value in (("epochs", given.epochs), ("max_steps", given.max_steps)) if value is not None}
     report = build_backbone(split.world, split.taught, given.out or ASSETS / "backbone", seed=given.seed, **options)
     print(json.dumps(report, indent=2))
 
@@ -231,6 +234,13 @@ def _run_tune_ft(given: argparse.Namespace) -> None:
     from .atlas.tuning import tune_ft
 
     print(json.dumps(tune_ft(given.out or ASSETS), indent=2))
+
+
+def _run_report(given: argparse.Namespace) -> None:
+    from .atlas import ASSETS
+    from .atlas.report import markdown_table, write_report
+
+    print(markdown_table(write_report(given.out or ASSETS)))
 
 
 def _run_train_atlas(given: argparse.Namespace) -> None:

@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 
-from .atlas import load_backbone, load_editor, load_ft, load_records, load_split
+from .atlas import load_backbone, load_records, load_split
+from .atlas.report import SCORES, SPLITS, atlas_editors, compare_editors
 from .data.build import RecordBuilder
 from .data.uniedit import YES_NO, parse_record
-from .evaluation.protocol import evaluate_records
 from .evaluation.scores import exact_match
 from .inspection import answer
 from .records import EditRecord
 from .tokens import RequestError
 
-SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
-SPLITS = ("test", "held_out")
 EXAMPLES = {"counterfactual": "city_country", "unknown": "author_birth_country"}
 
 
@@ -38,12 +36,12 @@ def run_demo(*, json_file: str | Path | None = None, records: int = 100) -> dict
         raise RequestError(f"--records must be at least 0, found {records}")
     started = time.monotonic()
     model, tokenizer = load_backbone()
-    editors = {"none": None, "ft": load_ft(), "mend": load_editor("mend"), "ibke": load_editor("ibke")}
+    editors = atlas_editors()
     for kind, record in example_records().items():
         show_example(kind, record, model, tokenizer, editors["ibke"])
     report: dict[str, Any] = measure_cost(model, tokenizer, editors["ibke"])
-    print(f"one edit takes {report['edit_seconds'] * 1e3:.0f} ms, one plain forward of the same text {report['forward_seconds'] * 1e3:.0f} ms;"
-          f" the saved edit has {report['edit_bytes'] / 1e3:.0f} kB\n")  # fmt: skip
+    print(f"one edit takes {report['edit_seconds'] * 1e3:.0f} ms, one plain forward of the same text "
+          f"{report['forward_seconds'] * 1e3:.0f} ms; the saved edit has {report['edit_bytes'] / 1e3:.0f} kB\n")  # fmt: skip
     sets = {split: load_records(split)[: records or None] for split in SPLITS}
     report["records"] = {split: len(chosen) for split, chosen in sets.items()}
     report["editors"] = compare_editors(editors, model, tokenizer, sets)
@@ -105,16 +103,6 @@ def measure_cost(model: Any, tokenizer: Any, editor: Any, repeats: int = 9) -> d
 
     return {"edit_seconds": _median(lambda: editor.edit(model, tokenizer, [request]), repeats),
             "forward_seconds": _median(forward, repeats), "edit_bytes": size}  # fmt: skip
-
-
-def compare_editors(editors: Mapping[str, Any], model: Any, tokenizer: Any, sets: Mapping[str, list[EditRecord]]) -> dict[str, Any]:
-    """Score every editor on every set by PROTOCOL's procedure."""
-    report: dict[str, Any] = {}
-    for name, editor in editors.items():
-        for split, records in sets.items():
-            summary = evaluate_records(editor, model, tokenizer, records, batch_size=100).summary
-            report.setdefault(name, {})[split] = {score: summary[score] for score in (*SCORES, "by_criterion")}
-    return report
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:

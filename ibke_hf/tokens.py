@@ -58,6 +58,11 @@ class TokenBatch:
         """Return the batch on another device."""
         return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
+    def trimmed(self) -> TokenBatch:
+        """Drop the leading columns that are padding in every row."""
+        first = int(self.attention_mask.any(0).int().argmax())
+        return TokenBatch(self.input_ids[:, first:], self.attention_mask[:, first:], self.labels[:, first:])
+
     def __getitem__(self, rows: Any) -> TokenBatch:
         return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.labels[rows])
 

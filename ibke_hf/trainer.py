@@ -212,8 +212,9 @@ class IBKETrainer(Trainer):
         cases = TokenBatch.cat([inputs[role][0] for role in roles])
         rows = torch.cat([inputs[role][1] for role in roles])
         original = self._original_logits(inputs["locality"][0]) if "locality" in roles else None
-        with evaluating(self.backbone), edit.attached(self.backbone, rows=rows):
-            logits, labels = target_logits(self.backbone, cases)
+        with evaluating(self.backbone):
+            logits = bucketed_logits(self.backbone, edit, cases, rows)
+        labels = cases.labels[:, -cases.kept :].to(logits.device)
         split = len(inputs["generality"][0]) if "generality" in roles else 0
         if split:
             terms["loss_sg"] = sufficiency_for_generality(logits[:split], labels[:split]).to(zero.device)
@@ -305,6 +306,20 @@ class IBKETrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Report none: the editor's own operations say little of the cost."""
         return 0
+
+
+def bucketed_logits(backbone: Any, edit: Any, cases: TokenBatch, rows: Tensor, buckets: int = 2) -> Tensor:
+    """Logits (cases, k, vocabulary) of left-padded cases under their edits, the short and the long ones in a forward each.
+
+    One long question would otherwise pad every short one: on Atlas this halves the tokens of a step.
+    """
+    order = cases.attention_mask.sum(-1).argsort(stable=True)
+    parts = []
+    for chunk in order.chunk(buckets):
+        with edit.attached(backbone, rows=rows[chunk]):
+            logits, _ = target_logits(backbone, cases[chunk].trimmed())
+        parts.append(nn.functional.pad(logits, (0, 0, cases.kept - logits.shape[1], 0)))
+    return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
 
 def _names(inputs: Mapping[str, Any], number: int) -> list[str]:

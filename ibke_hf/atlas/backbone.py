@@ -124,7 +124,7 @@ def build_backbone(world: World, taught: World, out: str | Path, *, epochs: int 
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     report = examine(Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer, taught)
-    report |= {"minutes": round((time.monotonic() - started) / 60, 1), "steps": len(batches), "seed": seed, "epochs": epochs,
+    report |= {"minutes": round((time.monotonic() - started) / 60, 1), "steps": trainer.state.global_step, "seed": seed, "epochs": epochs,
                "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
     (out / "examination.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "log.json").write_text(json.dumps(trainer.state.log_history) + "\n", encoding="utf-8")

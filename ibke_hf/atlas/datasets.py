@@ -11,7 +11,7 @@ from ..records import EditRecord
 from .splits import RECORDS, Split, build_records
 
 EVALUATION_CASES = {"generality": 3, "locality": 2}
-TRAINING_CASES = {"generality": 5, "locality": 4}
+TRAINING_CASES = {"generality": 4, "locality": 3}
 TRAINING_UNKNOWN_SHARE = 0.12
 
 

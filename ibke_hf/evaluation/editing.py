@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -62,48 +62,55 @@ class Editing:
                     edit = self._edit(group.requests, self.mode, None)
                 yield Carried(edit, {i: 0})
 
-    def add(self, carried: Carried, requests: Mapping[int, Named]) -> list[Carried]:
+    def add(self, carried: Carried, requests: Mapping[int, Named]) -> Iterator[Carried]:
         """Edit a request into the model of each member that has one, on top of what it carries; the others stay."""
         moving = [member for member in carried.rows if member in requests]
-        if not moving:
-            return [carried]
         staying = [member for member in carried.rows if member not in requests]
-        parts = [carried.only(staying)] if staying else []
-        if not self.at_once:
-            return parts + [Carried(self._edit([requests[m]], "sequential", carried.edit), {m: 0}) for m in moving]
-        size = self.batch_size
-        if carried.edit is not None:
-            size = max(1, min(size, CARRIED_BYTES * len(carried.edit) // max(carried.edit.nbytes, 1)))
+        if staying:
+            yield carried.only(staying)
+        size = self._members_at_once(carried.edit)
         for start in range(0, len(moving), size):
             members = moving[start : start + size]
-            edit: Any = carried.edit
-            previous = None if edit is None else edit.select(torch.tensor([carried.rows[member] for member in members]))
-            made = self._edit([requests[member] for member in members], "independent", previous)
-            parts.append(Carried(made, {member: row for row, member in enumerate(members)}))
-        return parts
+            mode, previous = "sequential", carried.edit
+            if self.at_once:
+                mode, edit = "independent", cast(Any, carried.edit)
+                previous = None if edit is None else edit.select(torch.tensor([carried.rows[member] for member in members]))
+            made = self._edit([requests[member] for member in members], mode, previous)
+            yield Carried(made, {member: row for row, member in enumerate(members)})
 
-    def edit_in_hops(self, judge: Judge, carried: Carried, questions: Sequence[Question]) -> tuple[list[Carried], Counter[int]]:
+    def edit_in_hops(
+        self, judge: Judge, carried: Carried, questions: Sequence[Question], edited: Counter[int], first: int = 0
+    ) -> Iterator[Carried]:
         """Edit in the supporting hops that the current model does not know, in order and cumulatively for each question.
+
+        An edit is yielded and forgotten before the next is made, so that few are held at once.
 
         Args:
             judge: Asks the hops.
-            carried: The groups' edit, with questions as members.
+            carried: The edit of the questions, which are its members.
             questions: Every question of the lot.
+            edited: Receives the number of hops that are edited in for each question.
+            first: The hop to start from.
 
-        Returns:
-            Edits whose members are the questions, and the number of hops that were edited in for each.
+        Yields:
+            Edits whose members are the questions.
         """
-        parts, edited = [carried], Counter[int]()
-        if self.editor is None:
-            return parts, edited
-        for k in range(max((len(questions[i].hops) for i in carried.rows), default=0)):
-            grown: list[Carried] = []
-            for part in parts:
-                unknown = judge.unknown({i: questions[i].hops[k] for i in part.rows if k < len(questions[i].hops)}, part)
-                edited.update(unknown)
-                grown += self.add(part, {i: _hop(questions[i], k) for i in unknown})
-            parts = grown
-        return parts, edited
+        asked = {i: questions[i].hops[first] for i in carried.rows if first < len(questions[i].hops)}
+        if not asked or self.editor is None:
+            yield carried
+            return
+        unknown = judge.unknown(asked, carried)
+        edited.update(unknown)
+        for part in self.add(carried, {i: _hop(questions[i], first) for i in unknown}):
+            yield from self.edit_in_hops(judge, part, questions, edited, first + 1)
+
+    def _members_at_once(self, edit: Edit | None) -> int:
+        """Number of members that take one more request in one batch: their edits are copied, which takes memory."""
+        if not self.at_once:
+            return 1
+        if edit is None:
+            return self.batch_size
+        return max(1, min(self.batch_size, CARRIED_BYTES * len(edit) // max(edit.nbytes, 1)))
 
     def _edit(self, requests: Sequence[Named], mode: str, previous: Edit | None) -> Edit:
         """Edit, and let errors name the records instead of places in a batch."""

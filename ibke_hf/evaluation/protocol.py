@@ -141,8 +141,8 @@ def _run(lot: Sequence[Group], editing: Editing, judge: Judge) -> list[Row]:
     rows: dict[int, Row] = {}
     for edited in editing.edit_groups(lot):
         carried = edited.spread({i: group for i, group in enumerate(group_of) if group in edited.rows})
-        parts, edited_hops = editing.edit_in_hops(judge, carried, questions)
-        for part in parts:
+        edited_hops: Counter[int] = Counter()
+        for part in editing.edit_in_hops(judge, carried, questions, edited_hops):
             rows |= judge.rows(questions, before, part, edited_hops)
     return [rows[i] for i in range(len(questions))]
 

@@ -1,0 +1,56 @@
+"""`ibke atlas report`: the committed results of all four editors, and the table that the README quotes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.protocol import evaluate_records
+from . import load_backbone, load_editor, load_ft, load_records
+
+SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
+SPLITS = ("test", "held_out")
+NAMES = ("none", "ft", "mend", "ibke")
+
+
+def atlas_editors() -> dict[str, Any]:
+    """Return the editors that Atlas is compared with, by name; None is the unedited model."""
+    return {"none": None, "ft": load_ft(), "mend": load_editor("mend"), "ibke": load_editor("ibke")}
+
+
+def compare_editors(editors: dict[str, Any], model: Any, tokenizer: Any, records: dict[str, list[Any]]) -> dict[str, Any]:
+    """Score every editor on every set of records by PROTOCOL's procedure, in percent."""
+    report: dict[str, Any] = {}
+    for name, editor in editors.items():
+        for split, chosen in records.items():
+            summary = evaluate_records(editor, model, tokenizer, chosen, batch_size=100).summary
+            report.setdefault(name, {})[split] = {score: summary[score] for score in (*SCORES, "by_criterion", "by_hops")}
+    return report
+
+
+def write_report(out: str | Path) -> dict[str, Any]:
+    """Score the committed weights on all test and held-out records; write ``results.json``."""
+    model, tokenizer = load_backbone()
+    records = {split: load_records(split) for split in SPLITS}
+    results = {
+        "records": {split: len(chosen) for split, chosen in records.items()},
+        "editors": compare_editors(atlas_editors(), model, tokenizer, records),
+    }
+    target = Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = target / "results.json.part"
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(target / "results.json")
+    return results
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Return the overall scores of a report as a Markdown table."""
+    head = f"| editor | records | {' | '.join(SCORES)} |\n|---|---|{'---|' * len(SCORES)}"
+    lines = [
+        f"| {name} | {split} | " + " | ".join(f"{results['editors'][name][split][score]:.1f}" for score in SCORES) + " |"
+        for split in SPLITS
+        for name in NAMES
+    ]
+    return "\n".join([head, *lines])

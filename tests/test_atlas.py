@@ -1,0 +1,120 @@
+"""The committed assets of Atlas: what they hold, what they reach, and that their recipes run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ibke_hf.atlas import ASSETS, FACTS, load_backbone, load_editor, load_records, load_split
+from ibke_hf.atlas.report import NAMES, SCORES, SPLITS, atlas_editors, compare_editors, markdown_table
+from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
+from ibke_hf.cli import main
+from ibke_hf.demo import example_records
+
+MEGABYTE = 1e6
+
+
+def test_assets_are_small_and_hold_safetensors_only() -> None:
+    files = [file for file in ASSETS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32 * MEGABYTE
+    assert {file.suffix for file in files} <= {".json", ".safetensors"}
+
+
+def test_backbone_is_what_was_promised() -> None:
+    model, tokenizer = load_backbone()
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert not model.training
+    assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
+    assert len(tokenizer) == 4096
+    assert model.config.max_position_embeddings == 512
+    report = json.loads((ASSETS / "backbone" / "examination.json").read_text())
+    assert report["single_hop"] >= 97
+    assert report["two_hop_taught"] >= 80
+    assert report["minutes"] <= 60
+
+
+def test_evaluation_sets_are_complete_and_apart() -> None:
+    split = load_split()
+    heads = {name: {record.requests[0].subject for record in load_records(name)} for name in RECORDS}
+    trained = {t.subject for t in (*split.counterfactual["train"], *split.unknown["train"])}
+    for name, number in RECORDS.items():
+        records = load_records(name)
+        assert len(records) == number
+        assert sum(record.kind == "unknown" for record in records) == number / 2
+        assert not heads[name] & trained
+    assert not heads["test"] & heads["validation"]
+    assert {record.domain for record in load_records("held_out")} == set(HELD_OUT_DOMAINS)
+    assert not {record.domain for record in load_records("test")} & set(HELD_OUT_DOMAINS)
+
+
+def test_evaluation_records_are_rebuilt_byte_by_byte(tmp_path: Path) -> None:
+    assert main(["atlas", "build-data", "--out", str(tmp_path)]) == 0
+    for name in RECORDS:
+        for file in (tmp_path / name).iterdir():
+            assert file.read_bytes() == (ASSETS / "records" / name / file.name).read_bytes(), f"{name}/{file.name} differs"
+
+
+@pytest.mark.parametrize("name", ["ibke", "mend"])
+def test_editors_load_and_edit(name: str) -> None:
+    model, tokenizer = load_backbone()
+    editor = load_editor(name)
+    assert editor.is_calibrated
+    record = load_records("test")[0]
+    edit = editor.edit(model, tokenizer, record.requests)
+    assert all(torch.isfinite(t).all() for t in (*edit.inputs.values(), *edit.outputs.values()))
+
+
+def test_editors_are_of_about_the_same_size_and_steps() -> None:
+    logs = {name: json.loads((ASSETS / name / "log.json").read_text()) for name in ("ibke", "mend")}
+    assert logs["ibke"]["training"]["max_steps"] == logs["mend"]["training"]["max_steps"]
+    assert logs["ibke"]["records"] == logs["mend"]["records"]
+    sizes = [log["report"]["parameters"] for log in logs.values()]
+    assert max(sizes) / min(sizes) < 1.1
+    assert all(log["report"]["minutes"] <= 60 for log in logs.values())
+
+
+def test_examples_of_the_demo_use_unseen_subjects() -> None:
+    split = load_split()
+    trained = {t.subject for t in (*split.counterfactual["train"], *split.unknown["train"])}
+    for kind, record in example_records().items():
+        assert record.kind == kind
+        assert record.requests[0].subject not in trained
+        assert len(record.generality) >= 4
+
+
+def test_readme_quotes_the_committed_results() -> None:
+    readme = Path(__file__).parent.parent / "README.md"
+    results = json.loads((ASSETS / "results.json").read_text())
+    table = readme.read_text().partition("<!-- results -->")[2].partition("<!-- end -->")[0]
+    assert table.strip() == markdown_table(results)
+
+
+@pytest.mark.slow
+def test_committed_results_come_from_the_committed_weights() -> None:
+    model, tokenizer = load_backbone()
+    editors = atlas_editors()
+    assert tuple(editors) == NAMES
+    sets = {split: load_records(split) for split in SPLITS}
+    committed = json.loads((ASSETS / "results.json").read_text())
+    assert committed["records"] == {"test": 500, "held_out": 300}
+    found = compare_editors({name: editors[name] for name in ("none", "ibke")}, model, tokenizer, sets)
+    for name, splits in found.items():
+        for split, scores in splits.items():
+            for score in SCORES:
+                assert scores[score] == pytest.approx(committed["editors"][name][split][score], abs=0.5), (name, split, score)
+
+
+@pytest.mark.slow
+def test_recipes_run_a_few_steps(tmp_path: Path) -> None:
+    assert main(["atlas", "build-backbone", "--out", str(tmp_path / "backbone"), "--epochs", "1", "--max-steps", "3"]) == 0
+    assert json.loads((tmp_path / "backbone" / "examination.json").read_text())["steps"] == 3
+    for command, name in (("train-editor", "ibke"), ("train-mend", "mend")):
+        assert main(["atlas", command, "--out", str(tmp_path / name), "--max-steps", "3", "--records", "60"]) == 0
+        assert (tmp_path / name / "model.safetensors").exists()
+        assert json.loads((tmp_path / name / "log.json").read_text())["training"]["max_steps"] == 3
+
+
+def test_facts_hold_a_second_reading_of_every_table() -> None:
+    for folder in FACTS.iterdir():
+        assert (folder / "review.md").read_text().startswith("# Second reading")
