@@ -42,7 +42,7 @@ def new_editor(name: str, backbone: Any, **options: Any) -> GradientEditor:
 
 
 def train_atlas_editor(
-    name: str, out: str | Path, *, seed: int = 0, records: int = 20_000, options: dict[str, Any] | None = None, resume: bool = False,
+    name: str, out: str | Path, *, seed: int = 0, records: int = 16_000, options: dict[str, Any] | None = None, resume: bool = False,
     **training: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train an editor on Atlas train records and save it in 16 bit (statistics in fp32) with its log.

@@ -93,9 +93,7 @@ class RecordBuilder:
             return t.pair in pairs or (single and t.subject == edit.subject and t.relation == edit.relation)
 
         near = (*self.known.by_subject.get(edit.subject, ()), *self.known.by_object.get(edit.subject, ()))
-        if not any(contradicted(t) for t in near):
-            return self.known
-        return self.known.restricted_to([t for t in self.known.triples if not contradicted(t)])
+        return self.known.without([t for t in near if contradicted(t)])
 
     def _draw(self, group: str, makers: dict[str, Callable[[], Json | None]]) -> list[Json]:
         """Make cases of the least used kinds first, so that the kinds get equal shares."""

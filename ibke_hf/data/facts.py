@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,6 +109,17 @@ class World:
     def objects(self, subject: str, relation: str) -> set[str]:
         """Return every object of (subject, relation)."""
         return {t.object for t in self.by_subject.get(subject, []) if t.relation == relation}
+
+    def without(self, dropped: Collection[Triple]) -> World:
+        """Return the same world without a few triples; only the look-ups that name them are made anew."""
+        smaller, gone = copy(self), set(dropped)
+        for index, key in (("by_subject", "subject"), ("by_object", "object"), ("by_relation", "relation")):
+            lists = dict(getattr(self, index))
+            for name in {getattr(triple, key) for triple in gone}:
+                lists[name] = [triple for triple in lists[name] if triple not in gone]
+            object.__setattr__(smaller, index, lists)
+        object.__setattr__(smaller, "triples", tuple(triple for triple in self.triples if triple not in gone))
+        return smaller
 
     def restricted_to(self, triples: Iterator[Triple] | tuple[Triple, ...] | list[Triple]) -> World:
         """Return the same world with these triples only."""
