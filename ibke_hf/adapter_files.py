@@ -88,8 +88,11 @@ def load_edit(name_or_path: str | Path, **hub_arguments: Any) -> LowRankEdit:
     try:
         info, content = read_info(name_or_path, hub_arguments)
     except MissingFileError:
-        return LowRankEdit(inputs, outputs, EditInfo(backbone=config.get("base_model_name_or_path") or ""))
-    return LowRankEdit(inputs, outputs, info, content.get("relative_error", {}))
+        info, content = EditInfo(backbone=config.get("base_model_name_or_path") or ""), {}
+    try:
+        return LowRankEdit(inputs, outputs, info, content.get("relative_error", {}))
+    except ValueError as error:
+        raise AdapterError(f"{name_or_path}/{WEIGHTS}: {error}; save or download it again") from error
 
 
 @contextmanager

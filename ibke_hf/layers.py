@@ -6,13 +6,14 @@ The only place with Linear/Conv1D orientation: it comes from the module's type, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-WRAPPERS = ("_orig_mod.", "base_model.model.", "module.")
+MOST_NAMES = 16  # that an error lists
 
 
 class BackboneError(ValueError):
@@ -40,7 +41,7 @@ def weight_of(module: nn.Module) -> Tensor:
         BackboneError: If the weight is quantised, so that nothing can be added to it.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:  # 8-bit floats have scales beside
         raise BackboneError("a quantised weight cannot take a merged edit; attach the edit, or load the model unquantised")
     return weight
 
@@ -64,9 +65,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 def plain_name(name: str) -> str:
     """Strip what torch.compile, PEFT and DDP put in front of or inside a module's name."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
+        parts = parts[1:] if parts[0] == "module" else parts[2:]
+    return ".".join(parts)
 
 
 def named_projections(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,42 +87,47 @@ def modules_to_edit(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
         BackboneError: If one is missing; lists what the model has instead.
     """
     projections = named_projections(model)
-    missing = [name for name in names if name not in projections]
-    if missing:
+    missing = next((name for name in names if name not in projections), None)
+    if missing is not None:
         candidates = sorted({_template(name) for name in projections})
-        raise BackboneError(
-            f"{type(model).__name__} has no linear layer named {missing[0]!r}; its linear layers are {', '.join(candidates[:16])}"
-        )
+        found = f"its linear layers are {_listed(candidates)}"
+        if _template(missing) in candidates:
+            layers = [name.split(".")[_layer_index(name) or 0] for name in projections if _template(name) == _template(missing)]
+            found = f"it has {_template(missing)} for i = {_listed(layers)}"
+        raise BackboneError(f"{type(model).__name__} has no linear layer named {missing!r}; {found}")
     return {name: projections[name] for name in names}
 
 
 def find_ffn_output(model: Any) -> str:
     """Return the name template of the FFN output projection, such as ``model.layers.{i}.mlp.down_proj``.
 
-    Structure alone decides: within a decoder block, outside of attention, the last registered projection of a
-    sub-module that maps a wider or equal input back to the hidden size.
+    Structure alone decides: within a decoder block, outside of whatever mixes tokens (attention, convolutions), the last
+    registered projection of a sub-module that maps to the hidden size.
 
     Raises:
         BackboneError: If none or several templates qualify; lists the candidates.
     """
-    hidden = model.config.get_text_config().hidden_size
-    attention = [plain_name(name) for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
-    candidates: dict[str, None] = {}
+    hidden = getattr(model.config.get_text_config(), "hidden_size", None)
+    mixers = [f"{plain_name(name)}." for name, module in model.named_modules() if _mixes_tokens(name, module)]
     last: dict[str, str] = {}
     for name, module in named_projections(model).items():
-        if _layer_index(name) is None or any(name.startswith(f"{prefix}.") for prefix in attention):
-            continue
-        if dimensions(module)[1] == hidden:
+        if _layer_index(name) is not None and not name.startswith(tuple(mixers)) and dimensions(module)[1] == hidden:
             last[name.rpartition(".")[0]] = name
-    for name in last.values():
-        candidates[_template(name)] = None
+    candidates = list(dict.fromkeys(map(_template, last.values())))
     if len(candidates) != 1:
-        found = ", ".join(candidates) or "none"
         raise BackboneError(
-            f"{type(model).__name__}: {len(candidates)} candidates for the FFN output projection ({found}); "
+            f"{type(model).__name__}: {len(candidates)} candidates for the FFN output projection ({_listed(candidates) or 'none'}); "
             'name the one to edit, such as edited_modules="model.layers.{i}.mlp.down_proj"'
         )
-    return next(iter(candidates))
+    return candidates[0]
+
+
+def _mixes_tokens(name: str, module: nn.Module) -> bool:
+    """Tell attention by its names, state-space and gated convolution layers by the convolution that they hold."""
+    kind = type(module).__name__.rstrip("0123456789")  # FlashAttention2; a LinearAttentionDecoderLayer is a whole block
+    if kind.endswith("Attention") or name.endswith(("attn", "attention")):
+        return True
+    return any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
 def layers_to_edit(model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None) -> tuple[str, list[int]]:
@@ -132,13 +139,17 @@ def layers_to_edit(model: Any, layers: Sequence[int] | None = None, edited_modul
         edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
 
     Raises:
-        BackboneError: If a layer doesn't exist or the projection is ambiguous.
+        BackboneError: If a layer doesn't exist or is named twice, or the projection is ambiguous.
     """
     template = edited_modules or find_ffn_output(model)
+    if "{i}" not in template:
+        raise BackboneError(f"edited_modules must contain {{i}} in place of the layer's index, found {template!r}")
     depth = number_of_layers(model)
     chosen = list(layers) if layers is not None else list(range(max(depth // 2 - 2, 0), max(depth // 2 + 1, 1)))
     if not chosen or min(chosen) < 0 or max(chosen) >= depth:
         raise BackboneError(f"layers must be between 0 and {depth - 1} for this backbone, found {chosen}")
+    if len(set(chosen)) < len(chosen):
+        raise BackboneError(f"layers must differ, found {chosen}")
     return template, chosen
 
 
@@ -149,7 +160,7 @@ def number_of_layers(model: Any) -> int:
 
 def device_of(module: nn.Module) -> torch.device:
     """Return the device that a projection computes on."""
-    return next(module.parameters()).device
+    return next(chain(module.parameters(), module.buffers())).device  # some quantised layers have buffers alone
 
 
 def input_device(model: Any) -> torch.device:
@@ -159,6 +170,11 @@ def input_device(model: Any) -> torch.device:
 
 def _layer_index(name: str) -> int | None:
     return next((i for i, part in enumerate(name.split(".")) if part.isdigit()), None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _template(name: str) -> str:

@@ -38,6 +38,8 @@ class AdaptedFactors:
         latent: z, (b, l_m, d_m); None for editors without a latent, like the next two.
         mean: μ, (b, l_m, d_m).
         log_variance: log v², (b, l_m, d_m).
+        step_size: η, (); None for that of the editor at the time. It is an output like the others, so that DDP, which
+            wraps `forward`, reduces the gradient of η too.
     """
 
     layer_inputs: Tensor
@@ -46,6 +48,7 @@ class AdaptedFactors:
     latent: Tensor | None = None
     mean: Tensor | None = None
     log_variance: Tensor | None = None
+    step_size: Tensor | None = None
 
 
 class CrossAttention(nn.Module):
@@ -224,7 +227,7 @@ class GradientEditor(PreTrainedModel):
         factors = factors.to(self.log_step_sizes.device)
         network: Any = self.hypernetworks[index]
         x = self.standardise(index, factors).to(next(network.parameters()).dtype)
-        return network(x, factors.mask, sample=sample, gates=gates)  # type: ignore[no-any-return]
+        return replace(network(x, factors.mask, sample=sample, gates=gates), step_size=self.step_sizes[index])
 
     def standardise(self, index: int, factors: GradientFactors) -> Tensor:
         """Return x = (s - mean)/(std + ε) over s = h ⊕ u, (b, l_e, d_in + d_out), zero on padding (SPEC §2.4)."""
@@ -241,7 +244,8 @@ class GradientEditor(PreTrainedModel):
             info: Provenance of the edit.
         """
         inputs, outputs = {}, {}
-        for name, factors, step_size in zip(self.config.module_names(), adapted, self.step_sizes, strict=True):
+        for name, factors, own in zip(self.config.module_names(), adapted, self.step_sizes, strict=True):
+            step_size = own if factors.step_size is None else factors.step_size
             inputs[name] = join_groups(factors.layer_inputs.float(), groups)
             outputs[name] = join_groups(-step_size * factors.output_gradients.float(), groups)
         return LowRankEdit(inputs, outputs, info or EditInfo())

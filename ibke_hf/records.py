@@ -6,7 +6,7 @@ yields :class:`EditRecord`, and training, evaluation and the Space consume nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -40,16 +40,13 @@ class Hop:
     tail_is_item: bool = True
     subject: str | None = None
 
-    def matches(self, other: Hop) -> bool:
-        """Tell whether two hops state the same fact by PROTOCOL's collision rule.
+    def key(self) -> Hashable:
+        """Return what PROTOCOL's collision rule compares, so that many edits can be looked up at once.
 
-        Item tails compare as an unordered (head, tail) pair with the property ignored; other tails
-        compare as (head, property, value).
+        Item tails compare as an unordered (head, tail) pair with the property ignored; other tails compare as
+        (head, property, value).
         """
-        if self.tail_is_item and other.tail_is_item:
-            return {self.head, self.tail} == {other.head, other.tail}
-        mine, theirs = (self.head, self.property, self.tail), (other.head, other.property, other.tail)
-        return self.tail_is_item == other.tail_is_item and mine == theirs
+        return frozenset((self.head, self.tail)) if self.tail_is_item else (self.head, self.property, self.tail)
 
     def request(self) -> EditRequest:
         """Return the hop as an edit request, for supporting hops that the model does not know."""
@@ -109,6 +106,6 @@ class EditRecord:
 
 
 def collides(case: EditCase, edits: Iterable[Hop]) -> bool:
-    """Tell whether any hop of a locality case matches any of the given edits (PROTOCOL, Procedure)."""
-    edits = tuple(edits)
-    return any(hop.matches(edit) for hop in case.facts for edit in edits)
+    """Tell whether any hop of a locality case states the same fact as any of the given edits (PROTOCOL, Procedure)."""
+    edited = {edit.key() for edit in edits}
+    return any(hop.key() in edited for hop in case.facts)

@@ -96,14 +96,17 @@ def encode(
         max_length: The model's context in tokens, if it is limited.
 
     Raises:
-        RequestError: If a text is empty, the target span is empty, or the text is longer than the context.
+        RequestError: If a text is empty, the target span is empty, the text is longer than the context, or the tokenizer
+            cannot do it.
     """
     if not prompt.strip() or not target.strip():
         missing = "prompt" if not prompt.strip() else "target"
         raise RequestError(f"{name}: the {missing} is empty ({prompt!r} -> {target!r}); give it at least one word")
     text = prompt + with_leading_space(target)
-    ids = _without_end(tokenizer, tokenizer(text)["input_ids"])
-    start = _span_start(tokenizer, prompt, text) if span == "offsets" else len(_without_end(tokenizer, tokenizer(prompt)["input_ids"]))
+    ids = encode_prompt(tokenizer, text)
+    if not ids:
+        raise RequestError(f"{name}: the tokenizer makes no token of {text!r}; its vocabulary files are missing or empty")
+    start = _span_start(tokenizer, prompt, text) if span == "offsets" else len(encode_prompt(tokenizer, prompt))
     if start >= len(ids) or start < 1:
         raise RequestError(
             f"{name}: the tokenizer merges prompt and target, which leaves no target token ({prompt!r} -> {target!r}); "
@@ -112,6 +115,13 @@ def encode(
     if max_length is not None and len(ids) - 1 > max_length:
         raise RequestError(f"{name}: {len(ids) - 1} tokens do not fit the model's context of {max_length}; shorten prompt or target")
     return ids, start
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokenise a text to be continued: with the special tokens that the tokenizer adds by default, without an appended EOS."""
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ended and tokenizer("a")["input_ids"][-1] == ids[-1] else ids  # unless the text itself ends in it
 
 
 def pad_and_label(encoded: Sequence[tuple[list[int], int]], *, side: Side = "left", pad: int = 0) -> TokenBatch:
@@ -153,18 +163,24 @@ def context_length(model: Any) -> int | None:
 
 
 def through_chat_template(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> EditRequest:
-    """Render the prompt as a user's turn of the tokenizer's chat template, the target as the assistant's answer."""
+    """Render the prompt as a user's turn of the tokenizer's chat template, the target as the assistant's answer.
+
+    Raises:
+        RequestError: If the tokenizer has no chat template.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError("the tokenizer has no chat template; leave the chat option off for this model")
     turn = [{"role": "user", "content": request.prompt}]
-    return replace(request, prompt=str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)))
-
-
-def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    begin = tokenizer.bos_token
+    if begin and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # tokenising adds it once more
+        prompt = prompt.removeprefix(begin)
+    return replace(request, prompt=prompt)
 
 
 def _span_start(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> int:
     """Index of the first token that reaches past the prompt."""
+    if not tokenizer.is_fast:
+        raise RequestError('span="offsets" needs a fast tokenizer, which knows the offsets of its tokens; use span="prompt"')
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))

@@ -25,7 +25,8 @@ def make_edit(family: str = "qwen3", width: int = 48, ranks: tuple[int, int] = (
     names = [NAMES[family].format(i=i) for i in (1, 2)]
     inputs = {name: torch.randn(1, rank, width, generator=generator) / 7 for name, rank in zip(names, ranks, strict=True)}
     outputs = {name: torch.randn(1, rank, 32, generator=generator) for name, rank in zip(names, ranks, strict=True)}
-    info = EditInfo((EditRequest("Où est Zürich 🏔", "Швейцария", "Zürich"),), "IBKE", "tiny", {names[0]: [0.5]}, family == "gpt2", {"f1": 90.0})
+    requests = (EditRequest("Où est Zürich 🏔", "Швейцария", "Zürich"),)
+    info = EditInfo(requests, "IBKE", "tiny", {names[0]: [0.5]}, family == "gpt2", {"f1": 90.0})
     return LowRankEdit(inputs, outputs, info)
 
 
@@ -74,7 +75,8 @@ def test_peft_loads_a_saved_edit_with_the_same_logits(
 def test_any_lora_adapter_of_peft_reads_as_an_edit(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     ids = torch.randint(2, 320, (2, 7), generator=torch.Generator().manual_seed(1))
-    settings: list[dict[str, Any]] = [{}, {"use_rslora": True}, {"alpha_pattern": {"down_proj": 32}, "rank_pattern": {"1.mlp.down_proj": 2}}]
+    patterns = {"alpha_pattern": {"down_proj": 32}, "rank_pattern": {"1.mlp.down_proj": 2}}
+    settings: list[dict[str, Any]] = [{}, {"use_rslora": True}, patterns]
     for number, extra in enumerate(settings):
         model = tiny_model("qwen3", initializer_range=0.1)
         config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["down_proj", "q_proj"], init_lora_weights=False, **extra)
@@ -139,7 +141,7 @@ def test_foreign_descriptions_are_refused(saved: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_edit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("ibke_hf.adapter_files.json.dumps", fail)

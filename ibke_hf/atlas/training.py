@@ -19,11 +19,11 @@ from .datasets import training_records
 
 LAYERS = [1, 2, 3]
 IBKE_OPTIONS: dict[str, Any] = {
-    "latent_dim": 256, "latent_length": 10, "second_stage_skip": True, "second_stage_mlp": 512, "second_stage_heads": 4,
+    "latent_dim": 224, "latent_length": 10, "second_stage_skip": True, "second_stage_mlp": 448, "second_stage_heads": 4,
     "initial_edit_ratio": 0.1,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
-    "max_steps": 3000, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 25, "learning_rate": 5e-4,
+    "max_steps": 1700, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 25, "learning_rate": 5e-4,
     "step_size_learning_rate": 1e-3, "beta": 0.1, "edits_per_group": 1, "sg_includes_edit": True, "train_supporting_hops": "none",
     "lr_scheduler_type": "cosine", "warmup_steps": 100, "max_grad_norm": 1.0, "logging_steps": 25, "report_to": [],
 }  # fmt: skip
@@ -61,11 +61,12 @@ def train_atlas_editor(
     """
     started, target = time.monotonic(), Path(out)
     backbone, tokenizer = load_backbone()
+    backbone = backbone.to(torch.bfloat16)  # more than twice as fast where the processor has it
     torch.manual_seed(seed)
     editor = new_editor(name, backbone, **(options or {}))
     checkpoints = target / "checkpoints"
     settings = {**TRAINING, **training}
-    every = max(settings["max_steps"] // 4, 1)
+    every = max(settings["max_steps"] // 2, 1)
     arguments = IBKETrainingArguments(
         str(checkpoints), seed=seed, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
         use_cpu=not torch.accelerator.is_available(), **settings,
@@ -74,7 +75,7 @@ def train_atlas_editor(
         editor, backbone, arguments, tokenizer, train_dataset=RecordDataset(training_records(load_split(), records, seed)),
         eval_dataset=RecordDataset(load_records("validation")), callbacks=[_Minutes()],
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume or None)
     report = trainer.evaluate()
     report |= {"minutes": round((time.monotonic() - started) / 60, 1), "parameters": sum(p.numel() for p in editor.parameters())}
     save_in_16_bit(editor, target)

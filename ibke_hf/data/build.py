@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .chains import ANOTHER_NAME, SAME_ENTITY, Path, Step, extend, noun_phrase, path_prompt, steps_to, walkable
-from .facts import Relation, Triple, World, stable_id
+from .facts import Relation, Triple, World, stable_id, unique_ids
 
 GENERALITY = ("rephrase", "two_hop", "three_hop", "reverse", "same_entity", "alias")
 LOCALITY = ("none", "head", "property", "tail", "one_to_many", "multi_hop", "same_entity")
@@ -36,9 +36,10 @@ class RecordBuilder:
     """
 
     def __init__(
-        self, known: World, world: World, *, seed: int, generality: int = 1, locality: int = 1, alias_rate: float = 0.15
+        self, known: World, world: World, *, seed: int | str, generality: int = 1, locality: int = 1, alias_rate: float = 0.15
     ) -> None:
         self.known, self.world = known, world
+        self.ids = unique_ids("Q", world.entities)
         self.rng = random.Random(seed)
         self.sizes = {"generality": generality, "locality": locality}
         self.alias_rate = alias_rate
@@ -97,7 +98,8 @@ class RecordBuilder:
 
     def _draw(self, group: str, makers: dict[str, Callable[[], Json | None]]) -> list[Json]:
         """Make cases of the least used kinds first, so that the kinds get equal shares."""
-        used, made = self.used[group], []
+        used = self.used[group]
+        made: list[Json] = []
         for kind in sorted(makers, key=lambda name: (used[name], self.rng.random())):
             if len(made) == self.sizes[group]:
                 break
@@ -112,7 +114,7 @@ class RecordBuilder:
     def entity_json(self, name: str) -> Json:
         """Return an entity with its id and aliases."""
         aliases = list(self.world.aliases.get(name, ()))
-        return {"id": stable_id("Q", name), "label": name, "description": "", "aliases": aliases}
+        return {"id": self.ids[name], "label": name, "description": "", "aliases": aliases}
 
     def triple_json(self, triple: Triple) -> Json:
         """Return the four keys that UniEdit mixes into edits and hops."""
@@ -161,7 +163,7 @@ class _Cases:
         return None if path is None else self._single(path, form=self._form(path), alias=self._some_alias(path))
 
     def _reverse(self) -> Json | None:
-        path: Path | None = (Step(self.edit, backwards=True),)
+        path: Path = (Step(self.edit, backwards=True),)
         if self.rng.random() < 0.3:
             path = extend(self.known, path, self.rng, 0, 1, avoid=self._avoid()) or path
         return self._single(path, form=self._form(path))
@@ -188,6 +190,8 @@ class _Cases:
 
     def locality_makers(self) -> dict[str, Callable[[], Json | None]]:
         edit, known = self.edit, self.known
+        if not known.triples:  # of a world of one fact, nothing is left beside the edit
+            return {}
         same_head = [t for t in known.by_subject.get(edit.subject, ()) if t.relation != edit.relation]
         tails = [*known.by_subject.get(edit.object, ()), *known.by_object.get(edit.object, ())]
         return {

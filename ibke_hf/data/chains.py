@@ -97,7 +97,7 @@ def extend(world: World, path: Path, rng: random.Random, before: int, after: int
 
 def all_two_hop_chains(world: World) -> list[Path]:
     """Return every two-hop chain whose first hop is well defined, in a fixed order; the last walks forwards."""
-    chains = []
+    chains: list[Path] = []
     for triple in world.triples:
         relation = world.relations[triple.relation]
         for backwards in (False, True):

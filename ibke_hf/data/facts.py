@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ RELATION_COLUMNS = ("relation", "label", "subject_kind", "object_kind", "single_
 TEMPLATE_COLUMNS = ("relation", "form", "text")
 TRIPLE_COLUMNS = ("subject", "relation", "object")
 ENTITY_COLUMNS = ("entity", "aliases")
+TABLES = ("relations.tsv", "templates.tsv", "triples.tsv")
 FORMS = ("prompt", "noun", "inverse", "inverse_noun")
 MINIMUM_PROMPTS = 2
 
@@ -131,19 +132,28 @@ def stable_id(prefix: str, name: str) -> str:
     return f"{prefix}{zlib.crc32(name.encode('utf-8'))}"
 
 
+def unique_ids(prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the stable id of each name; of names that share one, the later takes the next free number."""
+    taken: dict[int, str] = {}
+    for name in sorted(set(names)):
+        number = zlib.crc32(name.encode("utf-8"))
+        while number in taken:
+            number += 1
+        taken[number] = name
+    return {name: f"{prefix}{number}" for number, name in taken.items()}
+
+
 def load_world(folder: str | Path) -> World:
     """Read a folder of facts, or a folder of such folders (one per domain).
 
     Raises:
         FactsError: With one line per bad row, ``file:line: what is wrong``.
-        FileNotFoundError: If the folder holds no ``triples.tsv``.
+        FileNotFoundError: If the folder holds no table of facts.
     """
     root = Path(folder)
-    folders = sorted(path.parent for path in root.glob("*/triples.tsv"))
-    if (root / "triples.tsv").exists():
-        folders.insert(0, root)
+    folders = [path for path in (root, *sorted(root.glob("*/"))) if any((path / name).exists() for name in TABLES)]
     if not folders:
-        raise FileNotFoundError(f"{root}: no triples.tsv here or one folder below; see the README on building records")
+        raise FileNotFoundError(f"{root}: no {', '.join(TABLES)} here or one folder below; see the README on building records")
     reader = _Reader()
     for path in folders:
         reader.read_relations(path)
@@ -165,6 +175,7 @@ class _Reader:
         self.kinds: dict[str, str] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
         self.alias_owner: dict[str, str] = {}
+        self.alias_rows: list[tuple[str, str, tuple[str, ...]]] = []
 
     def read_relations(self, folder: Path) -> None:
         for where, row in self._table(folder / "relations.tsv", RELATION_COLUMNS):
@@ -172,14 +183,16 @@ class _Reader:
                 self._problem(where, f"relation {row[0]!r} is defined twice")
             if not {row[4], row[5]} <= {"yes", "no"}:
                 self._problem(where, f"single_value and inverse_single are yes or no, found {row[4]!r} and {row[5]!r}")
-            self.rows[row[0]] = (folder.name, row, where)
+            self.rows[row[0]] = (folder.resolve().name, row, where)
         for where, (relation, form, text) in self._table(folder / "templates.tsv", TEMPLATE_COLUMNS):
             if form not in FORMS:
                 self._problem(where, f"form is one of {', '.join(FORMS)}, found {form!r}")
-            elif text.count("{}") != 1 or text.count("{") != 1:
+            elif not text.count("{}") == text.count("{") == text.count("}") == 1:
                 self._problem(where, f"a wording has exactly one {{}}, found {text!r}")
             elif relation not in self.rows:
                 self._problem(where, f"relation {relation!r} is not in relations.tsv")
+            elif text in self.forms[relation][form]:
+                self._problem(where, f"the {form} wording {text!r} of {relation!r} is given twice")
             else:
                 self.forms[relation][form].append(text)
 
@@ -193,9 +206,16 @@ class _Reader:
                 if self.alias_owner.setdefault(name, entity) != entity:
                     self._problem(where, f"alias {name!r} belongs to {self.alias_owner[name]!r} already")
             self.aliases[entity] = tuple(dict.fromkeys((*self.aliases.get(entity, ()), *names)))
+            self.alias_rows.append((where, entity, names))
 
     def world(self) -> World:
         relations = {name: built for name in self.rows if (built := self._relation(name)) is not None}
+        for where, entity, names in self.alias_rows:
+            if entity not in self.kinds:
+                self._problem(where, f"entity {entity!r} is in no triple")
+            for name in names:
+                if name in self.kinds:
+                    self._problem(where, f"alias {name!r} of {entity!r} is an entity's own name; leave it out")
         if self.problems:
             raise FactsError("\n".join(self.problems))
         return World(relations, tuple(self.triples), self.aliases)
@@ -204,13 +224,12 @@ class _Reader:
         domain, row, where = self.rows[name]
         forms, inverse = self.forms[name], row[5] == "yes"
         wanted = {"noun": 1, "inverse": int(inverse), "inverse_noun": int(inverse)}
-        for form, number in wanted.items():
-            if len(forms[form]) != number:
-                self._problem(where, f"relation {name!r} needs {number} {form} wording, found {len(forms[form])}")
-                return None
+        bad = [f"{number} {form} wording, found {len(forms[form])}" for form, number in wanted.items() if len(forms[form]) != number]
         if len(forms["prompt"]) < MINIMUM_PROMPTS:
-            found = len(forms["prompt"])
-            self._problem(where, f"relation {name!r} needs at least {MINIMUM_PROMPTS} prompt wordings, found {found}")
+            bad.append(f"at least {MINIMUM_PROMPTS} prompt wordings, found {len(forms['prompt'])}")
+        for what in bad:
+            self._problem(where, f"relation {name!r} needs {what}")
+        if bad:
             return None
         return Relation(
             id=name, label=row[1], domain=domain, subject_kind=row[2], object_kind=row[3],
@@ -238,18 +257,27 @@ class _Reader:
         self.triples.setdefault(triple, where)
 
     def _table(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+        for number, line in self._lines(path, columns):
+            row, where = line.split("\t"), f"{path}:{number}"
+            if number == 1 and tuple(row) != columns:
+                self._problem(where, f"the header is {', '.join(columns)} between tabs, found {line!r}")
+            elif number > 1 and line.strip():
+                if len(row) == len(columns) and all(cell and cell == cell.strip() for cell in row):
+                    yield where, row
+                else:
+                    self._problem(where, f"a row has {len(columns)} non-empty cells without outer spaces, found {line!r}")
+
+    def _lines(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+        """Yield numbered lines; only a line feed ends one, and a byte-order mark is no part of the first."""
         if not path.exists():
             self._problem(f"{path}:1", f"the file is missing; its columns are {', '.join(columns)}")
             return
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            row, where = line.split("\t"), f"{path}:{number}"
-            if number == 1:
-                if tuple(row) != columns:
-                    self._problem(where, f"the header is {', '.join(columns)} between tabs, found {line!r}")
-            elif line.strip() and (len(row) != len(columns) or any(cell != cell.strip() or not cell for cell in row)):
-                self._problem(where, f"a row has {len(columns)} non-empty cells without outer spaces, found {line!r}")
-            elif line.strip():
-                yield where, row
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            self._problem(f"{path}:{error.object[: error.start].count(10) + 1}", "not UTF-8 text; save the table as UTF-8")
+            return
+        yield from enumerate(text.split("\n"), start=1)
 
     def _problem(self, where: str, what: str) -> None:
         self.problems.append(f"{where}: {what}")

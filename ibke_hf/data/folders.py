@@ -24,10 +24,12 @@ def build_folder(
 
     Raises:
         FactsError: Naming every bad row by file and line.
-        ValueError: If the tables give no record at all.
+        ValueError: If a number is out of range, the tables give no record at all, or `out` holds record files of other domains.
     """
-    if records < 1 or not 0 <= validation < 1:
-        raise ValueError(f"records must be at least 1 and validation in [0, 1), found {records} and {validation}")
+    if min(records, generality, locality) < 1:
+        raise ValueError(f"records, generality and locality must be at least 1, found {records}, {generality} and {locality}")
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation must be in [0, 1), found {validation}")
     world = load_world(facts)
     subjects = sorted({t.subject for t in world.triples})
     random.Random(seed).shuffle(subjects)
@@ -54,26 +56,38 @@ def _records(builder: RecordBuilder, world: World, triples: list[Triple], wanted
 
 
 def write_records(records: Iterable[tuple[str, Json]], folder: str | Path) -> None:
-    """Write (domain, record) pairs as one UniEdit file per domain; the keys keep the order over all domains."""
+    """Write (domain, record) pairs as one UniEdit file per domain; the keys keep the order over all domains.
+
+    Raises:
+        ValueError: If the folder holds record files of other domains, which would be read together with these.
+    """
     by_domain: dict[str, Json] = defaultdict(dict)
     for index, (domain, record) in enumerate(records):
         by_domain[domain][str(index)] = record
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    others = sorted(file.name for file in record_files(target) if file.name.removesuffix(".json") not in by_domain)
+    if others:
+        raise ValueError(f"{target}: holds other record files already ({', '.join(others)}); remove them or choose another folder")
     for domain, content in by_domain.items():
         temporary = target / f".{domain}.json.part"
         temporary.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
         temporary.replace(target / f"{domain}.json")
 
 
+def record_files(folder: str | Path) -> list[Path]:
+    """Return the record files of a folder, ``.json`` and ``.json.gz``, by name."""
+    return sorted(file for pattern in ("*.json", "*.json.gz") for file in Path(folder).glob(pattern))
+
+
 def read_files(paths: Sequence[str | Path], skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
-    """Yield the records of UniEdit files, or of every ``.json`` file in folders.
+    """Yield the records of UniEdit files, or of every ``.json`` and ``.json.gz`` file in folders.
 
     Raises:
         RecordError: If a path holds no record file, or a record is unreadable.
     """
     for path in map(Path, paths):
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = record_files(path) if path.is_dir() else [path]
         if not files or not files[0].exists():
             raise RecordError(f"{path}: no record file here; expected UniEdit JSON, see `ibke data build`")
         for file in files:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..records import EditCase, EditRecord, EditRequest, Hop
 
 YES_NO = " The answer is (Yes/No):"
 EDIT_PATH = ["h_e", "r_e", "t_e"]
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class RecordError(ValueError):
@@ -31,86 +34,145 @@ def read_uniedit(file: str | Path, skipped: Counter[str] | None = None) -> Itera
     path = Path(file)
     domain = path.name.split(".")[0]
     skipped = Counter() if skipped is None else skipped
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as handle:
-        try:
-            content = json.load(handle)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RecordError(f"{path}: not valid JSON ({error})") from error
+    content = _content(path)
     if not isinstance(content, dict):
         raise RecordError(f"{path}: a UniEdit file is one JSON object of records, found {type(content).__name__}")
     for key, value in content.items():
         try:
             record = parse_record(value, f"{domain}-{key}", domain, skipped)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"{path}: record {key!r}: unreadable or missing field {error}") from error
+        except RecordError as error:
+            raise RecordError(f"{path}: {error}") from error
         if record is not None:
             yield record
 
 
+def _content(path: Path) -> Any:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as handle:
+            return json.load(handle)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: not valid JSON ({error})") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"{path}: not a complete gzip file ({error})") from error
+
+
 def parse_record(value: Json, record_id: str, domain: str, skipped: Counter[str]) -> EditRecord | None:
-    """Turn one JSON record into an :class:`EditRecord`; None (and a count) where a text is missing."""
-    edit = value["edit"]
-    if not edit["prompt"] or not edit["target"]:
+    """Turn one JSON record into an :class:`EditRecord`; None (and a count) where a text is missing.
+
+    Raises:
+        RecordError: If it is unreadable, naming record and field.
+    """
+    record = _Field(value, "", record_id)
+    edit = record["edit"]
+    if not edit.text("prompt") or not edit.text("target"):
         skipped["edit with an empty prompt or target"] += 1
         return None
     fact = _hop(edit)
-    request = EditRequest(edit["prompt"], edit["target"], edit.get("subject") or None)
-    generality = [_case(case, fact, "uni_gen", skipped) for case in value["generality"].values()]
-    locality = [_case(case, fact, "uni_loc", skipped) for case in value["locality"].values()]
+    request = EditRequest(fact.prompt, fact.target, edit.text("subject").strip() or None)
+    generality = [_case(case, fact, "uni_gen", skipped) for case in record["generality"].values()]
+    locality = [_case(case, fact, "uni_loc", skipped) for case in record["locality"].values()]
     return EditRecord(
         id=record_id, dataset="uniedit", domain=domain, requests=(request,), edits=(fact,),
         generality=tuple(case for case in generality if case), locality=tuple(case for case in locality if case),
-        kind=value.get("kind", ""), relation=edit["property"]["label"],
-        metadata={"original": value["original"]} if "original" in value else {},
+        kind=record.text("kind"), relation=edit["property"].text("label"),
+        metadata={"original": record.text("original")} if "original" in value else {},
     )  # fmt: skip
 
 
-def _case(value: Json, edit: Hop, name: str, skipped: Counter[str]) -> EditCase | None:
-    double = value["path_type"] == "double"
-    halves = [value["single_path1"], value["single_path2"]] if double else [value]
-    if not value["prompt"] or not value["target"]:
+@dataclass(frozen=True)
+class _Field:
+    """A JSON value that knows where in its record it stands, so that an error can name it."""
+
+    value: Any
+    path: str
+    record: str
+
+    def __getitem__(self, key: str) -> _Field:
+        content = self.of(dict)
+        if key not in content:
+            raise RecordError(f"record {self.record!r}: field {self._join(key)!r} is missing")
+        return _Field(content[key], self._join(key), self.record)
+
+    def of(self, kind: type[T]) -> T:
+        if not isinstance(self.value, kind):
+            expected = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}[kind]
+            where = f"field {self.path!r}" if self.path else "the record"
+            raise RecordError(f"record {self.record!r}: {where} is not {expected}, found {json.dumps(self.value)[:80]}")
+        return self.value
+
+    def text(self, key: str) -> str:
+        """Return a text that may be missing, null or blank, which are all ``""``."""
+        found = self.of(dict).get(key)
+        text = "" if found is None else _Field(found, self._join(key), self.record).of(str)
+        return text if text.strip() else ""
+
+    def items(self) -> list[_Field]:
+        """Return the parts of a list that is not empty."""
+        if not self.of(list):
+            raise RecordError(f"record {self.record!r}: field {self.path!r} is empty")
+        return [_Field(part, f"{self.path}[{i}]", self.record) for i, part in enumerate(self.of(list))]
+
+    def texts(self) -> list[str]:
+        return [_Field(part, f"{self.path}[{i}]", self.record).of(str) for i, part in enumerate(self.of(list))]
+
+    def values(self) -> list[_Field]:
+        return [self[key] for key in self.of(dict)]
+
+    def _join(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+
+def _case(case: _Field, edit: Hop, name: str, skipped: Counter[str]) -> EditCase | None:
+    double = case["path_type"].of(str) == "double"
+    halves = [case["single_path1"], case["single_path2"]] if double else [case]
+    prompt, target = case.text("prompt"), case.text("target")
+    if not prompt or not target:
         skipped[f"{name} case with an empty prompt or target"] += 1
         return None
-    hops = [hop for half in halves for hop in half["one_hops"]]
-    facts = tuple(_hop(hop) for hop in hops)
-    criteria = _generality(halves, double) if name == "uni_gen" else _locality(halves, double, facts, edit)
-    last = halves[-1]["one_hops"][-1]
+    paths = [[item.texts() for item in half["paths"].items()] for half in halves]
+    hops = [hop for half in halves for hop in half["one_hops"].items()]
+    facts = tuple(map(_hop, hops))
+    supporting = tuple(fact for fact, hop in zip(facts, hops, strict=True) if hop["path"].texts() != EDIT_PATH)
+    if name == "uni_gen" and not all(hop.prompt and hop.target for hop in supporting):  # of locality, no hop is asked
+        skipped[f"{name} case with an empty supporting hop"] += 1
+        return None
     return EditCase(
-        prompt=value["prompt"] + YES_NO if double else value["prompt"], target=value["target"], criteria=criteria,
-        hops=max(len(half["paths"]) for half in halves), top_k=1 if double else 5, name=name, facts=facts,
-        supporting=tuple(f for f, hop in zip(facts, hops, strict=True) if hop["path"] != EDIT_PATH),
-        aliases=() if double else _other_names(last, value["target"]),
+        prompt=prompt + YES_NO if double else prompt, target=target,
+        criteria=_generality(paths, double, hops) if name == "uni_gen" else _locality(paths, double, facts, edit),
+        hops=max(map(len, paths)), top_k=1 if double else 5, name=name, facts=facts, supporting=supporting,
+        aliases=() if double else _other_names(hops[-1], target),
     )  # fmt: skip
 
 
-def _hop(value: Json) -> Hop:
-    tail = value["tail_entity"]
-    item = tail["datatype"] == "wikibase-item"
+def _hop(hop: _Field) -> Hop:
+    kind, value = hop["tail_entity"]["datatype"].of(str), hop["tail_entity"]["value"]
+    item = kind == "wikibase-item"
     return Hop(
-        prompt=value["prompt"], target=value["target"], head=value["head_entity"]["id"], property=value["property"]["id"],
-        tail=tail["value"]["id"] if item else f"{tail['datatype']}:{tail['value']}", tail_is_item=item,
-        subject=value.get("subject") or None,
+        prompt=hop.text("prompt"), target=hop.text("target"), head=hop["head_entity"]["id"].of(str), property=hop["property"]["id"].of(str),
+        tail=value["id"].of(str) if item else f"{kind}:{value.value}", tail_is_item=item, subject=hop.text("subject").strip() or None,
     )  # fmt: skip
 
 
-def _other_names(hop: Json, target: str) -> tuple[str, ...]:
-    """Other spellings of the answer, which is the hop's tail, or its head if it was walked backwards."""
-    backwards = hop["reverse_in_multi_hop"]
+def _item_tail(hop: _Field) -> _Field | None:
     tail = hop["tail_entity"]
-    entity = hop["head_entity"] if backwards else tail["value"] if tail["datatype"] == "wikibase-item" else None
-    names = () if entity is None else (entity["label"], *entity["aliases"])
+    return tail["value"] if tail["datatype"].value == "wikibase-item" else None
+
+
+def _other_names(hop: _Field, target: str) -> tuple[str, ...]:
+    """Other spellings of the answer, which is the hop's tail, or its head if it was walked backwards."""
+    entity = hop["head_entity"] if hop["reverse_in_multi_hop"].of(bool) else _item_tail(hop)
+    names = [] if entity is None else [entity["label"].of(str), *entity["aliases"].texts()]
     return tuple(name for name in names if name != target)
 
 
-def _generality(halves: list[Json], double: bool) -> tuple[str, ...]:
+def _generality(paths: list[list[list[str]]], double: bool, hops: list[_Field]) -> tuple[str, ...]:
     """Name the criteria of a generality case, as UniEdit's own reader derives them."""
-    items = [item for half in halves for item in half["paths"]]
-    edits = [hop for half in halves for hop in half["one_hops"] if hop["path"] == EDIT_PATH]
-    single = len(halves) == 1 and len(items) == 1 and items[0][:4] == [*EDIT_PATH, "f"]
+    items = [item for path in paths for item in path]
+    edits = [hop for hop in hops if hop["path"].texts() == EDIT_PATH]
     named = {
-        "Rephrase": single,
-        "Multi-Hop": any(len(half["paths"]) > 1 for half in halves),
+        "Rephrase": not double and len(items) == 1 and items[0][:4] == [*EDIT_PATH, "f"],
+        "Multi-Hop": any(len(path) > 1 for path in paths),
         "Relation Reverse": any(item[:4] == ["t_e", "r_e", "h_e", "b"] for item in items),
         "Same-Entity Reasoning": double,
         "Subject Alias": any(_by_alias(hop) for hop in edits),
@@ -119,16 +181,17 @@ def _generality(halves: list[Json], double: bool) -> tuple[str, ...]:
     return tuple(name for name, holds in named.items() if holds)
 
 
-def _by_alias(hop: Json) -> bool:
-    return bool(hop["head_entity"]["aliases"]) and hop.get("subject") != hop["head_entity"]["label"]
+def _by_alias(hop: _Field) -> bool:
+    head = hop["head_entity"]
+    return bool(head["aliases"].texts()) and hop.value.get("subject") != head["label"].of(str)
 
 
-def _to_alias(hop: Json) -> bool:
-    tail = hop["tail_entity"]
-    return tail["datatype"] == "wikibase-item" and bool(tail["value"]["aliases"]) and hop["target"] != tail["value"]["label"]
+def _to_alias(hop: _Field) -> bool:
+    tail = _item_tail(hop)
+    return tail is not None and bool(tail["aliases"].texts()) and hop.text("target") != tail["label"].of(str)
 
 
-def _locality(halves: list[Json], double: bool, facts: tuple[Hop, ...], edit: Hop) -> tuple[str, ...]:
+def _locality(paths: list[list[list[str]]], double: bool, facts: tuple[Hop, ...], edit: Hop) -> tuple[str, ...]:
     """Name the criteria of a locality case (PROTOCOL, Criteria)."""
     ends = [{fact.head, *([fact.tail] if fact.tail_is_item else [])} for fact in facts]
     named = {
@@ -136,7 +199,7 @@ def _locality(halves: list[Json], double: bool, facts: tuple[Hop, ...], edit: Ho
         "Relation Specificity": any(fact.property == edit.property for fact in facts),
         "Object Specificity": edit.tail_is_item and any(edit.tail in end for end in ends),
         "1-N Forgotten": any(fact.head == edit.head and fact.property == edit.property for fact in facts),
-        "Multi-Hop": any(len(half["paths"]) > 1 for half in halves),
+        "Multi-Hop": any(len(path) > 1 for path in paths),
         "Same-Entity Reasoning": double,
     }
     return tuple(name for name, holds in named.items() if holds)

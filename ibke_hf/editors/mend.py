@@ -46,13 +46,17 @@ class MENDConfig(GradientEditorConfig):
         return max(1, round((parameters / blocks - sum(widths)) / sum(2 * width + 1 for width in widths)))
 
 
+class ZeroLinear(nn.Linear):
+    """Linear map that starts at zero."""
+
+
 class MENDBlock(nn.Module):
     """Residual block x + W_2 relu(W_1 x + b_1) + b_2 of one token; the identity at its start (W_2 = 0, b_2 = 0)."""
 
     def __init__(self, width: int, hidden_dim: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, hidden_dim)
-        self.output = nn.Linear(hidden_dim, width)
+        self.output = ZeroLinear(hidden_dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width) -> (…, width)."""
@@ -98,9 +102,9 @@ class MENDEditor(GradientEditor):
 
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        if isinstance(module, MENDBlock):
-            nn.init.zeros_(module.output.weight)
-            nn.init.zeros_(module.output.bias)
+        if isinstance(module, ZeroLinear):  # transformers skips modules without parameters of their own, such as the block
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 AutoConfig.register("mend", MENDConfig, exist_ok=True)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -71,10 +71,7 @@ class Editing:
         size = self._members_at_once(carried.edit)
         for start in range(0, len(moving), size):
             members = moving[start : start + size]
-            mode, previous = "sequential", carried.edit
-            if self.at_once:
-                mode, edit = "independent", cast(Any, carried.edit)
-                previous = None if edit is None else edit.select(torch.tensor([carried.rows[member] for member in members]))
+            mode, previous = ("independent", carried.of(members)) if self.at_once else ("sequential", carried.edit)
             made = self._edit([requests[member] for member in members], mode, previous)
             yield Carried(made, {member: row for row, member in enumerate(members)})
 

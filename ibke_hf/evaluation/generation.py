@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..layers import input_device
-from ..tokens import context_length, pad_and_label
+from ..tokens import context_length, encode_prompt, pad_and_label
 
 MORE_TOKENS = 3  # generated beyond the target's length, so that a longer word is told from the target
 Attach = Callable[[Any, Sequence[int]], AbstractContextManager[Any]]
@@ -31,7 +31,7 @@ def generate_texts(
         batch_size: Rows of a batch.
         attach: Called with the model and the questions of a batch; edits the model for them.
     """
-    prompts = {i: _prompt_ids(tokenizer, prompt) for i, (prompt, _) in asked.items()}
+    prompts = {i: encode_prompt(tokenizer, prompt) for i, (prompt, _) in asked.items()}
     order = sorted(asked, key=lambda i: (asked[i][1], len(prompts[i])))
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
@@ -58,8 +58,3 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[
         ids = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config)
     return ids[:, batch.input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokenise a prompt as the tokenizer's default does, without an EOS that it appends."""
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

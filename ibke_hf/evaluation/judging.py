@@ -43,6 +43,11 @@ class Carried:
         """Return the same edit with new members, each of which carries what its owner does."""
         return Carried(self.edit, {member: self.rows[owner] for member, owner in owners.items()})
 
+    def of(self, members: Sequence[int]) -> Any:
+        """Return the independent edits of some of the members, one row each."""
+        edit: Any = self.edit
+        return None if edit is None else edit.select(torch.tensor([self.rows[member] for member in members]))
+
     def attached(self, model: Any, members: Sequence[int]) -> AbstractContextManager[Any]:
         """Edit the model for a batch of which each row belongs to one of the members."""
         if self.edit is None:

@@ -112,7 +112,7 @@ class Reader:
             questions += [self._question(record, "reliability", i, request) for i, request in enumerate(record.requests)]
             questions += [self._question(record, "generality", i, case) for i, case in enumerate(record.generality)]
             for i, case in enumerate(record.locality):
-                if any(fact_key(hop) in edited for hop in case.facts):
+                if any(hop.key() in edited for hop in case.facts):
                     dropped.append(
                         {"record": record.id, "dataset": record.dataset, "domain": record.domain, "role": "locality", "list": case.name,
                          "case": i, "prompt": case.prompt, "reason": COLLISION}
@@ -136,14 +136,9 @@ def question_name(record: EditRecord, role: Role, index: int) -> str:
     return f"record {record.id!r} of {record.dataset or 'no dataset'}, {'request' if role == 'reliability' else f'{role} case'} {index}"
 
 
-def fact_key(hop: Hop) -> Hashable:
-    """Two hops have equal keys if and only if :meth:`Hop.matches` holds; so many edits can be looked up at once."""
-    return frozenset((hop.head, hop.tail)) if hop.tail_is_item else (hop.head, hop.property, hop.tail)
-
-
 def fact_keys(records: Iterable[EditRecord]) -> frozenset[Hashable]:
     """Return the keys of everything that the records edit."""
-    return frozenset(fact_key(edit) for record in records for edit in record.edits)
+    return frozenset(edit.key() for record in records for edit in record.edits)
 
 
 def fill_groups(records: Sequence[EditRecord], requests: int) -> Iterator[list[EditRecord]]:
