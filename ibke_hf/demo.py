@@ -37,7 +37,7 @@ def run_demo(*, json_file: str | Path | None = None, records: int = 100) -> dict
     started = time.monotonic()
     model, tokenizer = load_backbone()
     editors = atlas_editors()
-    for kind, record in example_records().items():
+    for kind, record in example_records(lambda prompt: answer(model, tokenizer, prompt)).items():
         show_example(kind, record, model, tokenizer, editors["ibke"])
     report: dict[str, Any] = measure_cost(model, tokenizer, editors["ibke"])
     print(f"one edit takes {report['edit_seconds'] * 1e3:.0f} ms, one plain forward of the same text "
@@ -55,8 +55,11 @@ def run_demo(*, json_file: str | Path | None = None, records: int = 100) -> dict
     return report
 
 
-def example_records(generality: int = 6, locality: int = 4) -> dict[str, EditRecord]:
-    """Build one counterfactual and one unknown-fact record with many cases, from subjects unseen in training."""
+def example_records(ask: Callable[[str], str], generality: int = 6, locality: int = 4) -> dict[str, EditRecord]:
+    """Build one counterfactual and one unknown-fact record with many cases, from subjects unseen in training.
+
+    The unknown fact is one that the model, asked through `ask`, does not guess.
+    """
     split = load_split()
     made = {}
     for kind, relation in EXAMPLES.items():
@@ -64,8 +67,9 @@ def example_records(generality: int = 6, locality: int = 4) -> dict[str, EditRec
         triples = (split.counterfactual if kind == "counterfactual" else split.unknown)["test"]
         triples = sorted(triples, key=lambda t: (t.relation != relation, -len(split.taught.by_object.get(t.subject, ()))))
         make = builder.counterfactual if kind == "counterfactual" else builder.unknown
-        record = next(record for t in triples if (record := make(t)) is not None and len(record["generality"]) >= 4)
-        made[kind] = parse_record(record, kind, relation, Counter())
+        rich = (record for t in triples if (record := make(t)) is not None and len(record["generality"]) >= 4)
+        chosen = next(record for record in rich if ask(record["edit"]["prompt"]) != record["edit"]["target"])
+        made[kind] = parse_record(chosen, kind, relation, Counter())
     return {kind: record for kind, record in made.items() if record is not None}
 
 
@@ -83,8 +87,7 @@ def show_example(kind: str, record: EditRecord, model: Any, tokenizer: Any, edit
         with edit.attached(model):
             after = answer(model, tokenizer, prompt)
         right = exact_match(after, names) if names else after == before
-        shown = prompt.removesuffix(YES_NO)
-        print(f"  {'✓' if right else '✗'} {role:<14}{shown[:88]:<90}{before[:24]:<26}-> {after[:24]}")
+        print(f"  {'✓' if right else '✗'} {role:<14}{prompt.removesuffix(YES_NO)}\n{'':<18}{before} -> {after}")
     print()
 
 

@@ -16,7 +16,8 @@ from .uniedit import RecordError, read_uniedit
 
 
 def build_folder(
-    facts: str | Path, out: str | Path, *, records: int = 1000, validation: float = 0.1, generality: int = 3, locality: int = 2, seed: int = 0
+    facts: str | Path, out: str | Path, *, records: int = 1000, validation: float = 0.1, generality: int = 3, locality: int = 2,
+    seed: int = 0,
 ) -> dict[str, int]:  # fmt: skip
     """Turn tables of facts into training and validation records with disjoint subjects; return the number of each.
 
