@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
+# of libraries that are not loaded yet, or that derive from no class of the above
+LIBRARY_ERRORS = {"YAMLError", "SafetensorError", "StrictDataclassError", "HTTPError", "OutOfMemoryError"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,10 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ibke: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"ibke {given.command}: {error}", file=sys.stderr)
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"ibke {given.title}: {_message(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    return isinstance(error, USER_ERRORS) or any(kind.__name__ in LIBRARY_ERRORS for kind in type(error).__mro__)
+
+
+def _message(error: Exception) -> str:
+    """Return one line, but for facts: one for each bad row."""
+    from .data.facts import FactsError
+
+    return str(error) if isinstance(error, FactsError) else " ".join(str(error).split())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, title=command.prog.removeprefix("ibke "))
     return command
 
 
@@ -66,7 +86,7 @@ def _run_demo(given: argparse.Namespace) -> None:
 def _model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="folder or Hub id of the model (default: the embedded Atlas backbone)")
     command.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
-    command.add_argument("--dtype", default="auto", help="precision to load the model in: auto, float32, bfloat16 or float16")
+    command.add_argument("--dtype", default="auto", choices=PRECISIONS, help="precision to load the model in (default: as saved)")
 
 
 def _edit(command: argparse.ArgumentParser) -> None:
@@ -76,13 +96,15 @@ def _edit(command: argparse.ArgumentParser) -> None:
     _model_options(command)
     command.add_argument("--editor", help="folder or Hub id of a trained editor (default: Atlas's)")
     command.add_argument("--out", metavar="DIR", help="save the edit here, as a LoRA adapter")
-    command.add_argument("--rank", type=int, help="truncate the saved edit to this rank")
+    command.add_argument("--rank", type=_positive, help="truncate the saved edit to this rank")
 
 
 def _run_edit(given: argparse.Namespace) -> None:
     from .inspection import top_predictions
     from .records import EditRequest
 
+    if given.rank and not given.out:
+        raise ValueError("--rank says how to save the edit; give --out DIR as well")
     model, tokenizer = _load_model(given)
     editor = _load_editor(given)
     edit = editor.edit(model, tokenizer, [EditRequest(given.prompt, given.target, given.subject)])
@@ -106,36 +128,78 @@ def _merge(command: argparse.ArgumentParser) -> None:
 def _run_merge(given: argparse.Namespace) -> None:
     from .edits import LowRankEdit
 
+    edit = LowRankEdit.from_pretrained(given.edit)
+    Path(given.out).mkdir(parents=True, exist_ok=True)  # transformers would only log that it is a file
     model, tokenizer = _load_model(given)
-    LowRankEdit.from_pretrained(given.edit).merge_into(model)
+    edit.merge_into(model)
     model.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
     print(f"saved the edited model to {given.out}")
 
 
 def _load_model(given: argparse.Namespace) -> tuple[Any, Any]:
+    if given.device:
+        _require_device(given.device)
     if given.model is None:
-        from .atlas import load_backbone
+        from .atlas import ASSETS, load_backbone
 
-        model, tokenizer = load_backbone()
+        with _loading(str(ASSETS / "backbone")):
+            model, tokenizer = load_backbone()
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(given.model)
+        with _loading(given.model):
+            model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).eval()
+            tokenizer = AutoTokenizer.from_pretrained(given.model)
     return (model.to(given.device) if given.device else model), tokenizer
 
 
 def _load_editor(given: argparse.Namespace) -> Any:
     if given.editor is None:
-        from .atlas import load_editor
+        from .atlas import ASSETS, load_editor
 
-        return load_editor()
+        with _loading(str(ASSETS / "ibke")):
+            return load_editor()
     from transformers import AutoModel
 
     from .editors import mend  # noqa: F401  registers both model types with AutoModel
 
-    return AutoModel.from_pretrained(given.editor, dtype="float32").eval()
+    with _loading(given.editor):
+        editor = AutoModel.from_pretrained(given.editor, dtype="float32").eval()
+    if not hasattr(editor, "edit"):
+        raise ValueError(f"{given.editor}: holds a {type(editor).__name__}, not an editor; `ibke train` makes one")
+    return editor
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Name what was being loaded, whatever transformers, safetensors and their kin raise about a broken folder."""
+    from transformers.utils import logging
+
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).exists():
+        raise FileNotFoundError(f"{name}: no such folder")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be loaded ({textwrap.shorten(str(error), 300, placeholder=' ...')})") from error
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise ValueError(f"--device {device}: this machine cannot compute there ({reason}); leave it out or use cpu") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, found {text!r}")
+    return int(text)
 
 
 # --- train --------------------------------------------------------------------------------------------------------
@@ -148,11 +212,11 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records for early stopping")
     command.add_argument("--out", metavar="DIR", help="folder of the trained editor")
     command.add_argument("--layers", type=int, nargs="+", help="edited layers (default: the preset's, else by depth)")
-    command.add_argument("--dtype", default=None, help="precision of the backbone: auto, float32, bfloat16 or float16")
-    command.add_argument("--max-steps", type=int, help="training steps")
+    command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
+    command.add_argument("--max-steps", type=_positive, help="training steps")
     command.add_argument("--learning-rate", type=float, help="learning rate of the hypernetworks")
-    command.add_argument("--batch-size", type=int, help="records per step and device")
-    command.add_argument("--latent-dim", type=int, help="d_m, the module dimension")
+    command.add_argument("--batch-size", type=_positive, help="records per step and device")
+    command.add_argument("--latent-dim", type=_positive, help="d_m, the module dimension")
     command.add_argument("--seed", type=int, help="seed of initialisation, order and noise")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
 
@@ -173,10 +237,10 @@ def _run_train(given: argparse.Namespace) -> None:
 def _data_build(command: argparse.ArgumentParser) -> None:
     command.add_argument("--facts", required=True, metavar="DIR", help="tables: relations.tsv, templates.tsv, triples.tsv, entities.tsv")
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the record files, train and validation")
-    command.add_argument("--records", type=int, default=1000, help="number of training records (default 1000)")
+    command.add_argument("--records", type=_positive, default=1000, help="number of training records (default 1000)")
     command.add_argument("--validation", type=float, default=0.1, help="share of the subjects kept for validation (default 0.1)")
-    command.add_argument("--generality", type=int, default=3, help="generality cases a record (default 3)")
-    command.add_argument("--locality", type=int, default=2, help="locality cases a record (default 2)")
+    command.add_argument("--generality", type=_positive, default=3, help="generality cases a record (default 3)")
+    command.add_argument("--locality", type=_positive, default=2, help="locality cases a record (default 2)")
     command.add_argument("--seed", type=int, default=0, help="seed of every draw (default 0)")
 
 
@@ -193,8 +257,8 @@ def _atlas(actions: Any) -> None:
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
     command = _command(actions, "build-backbone", "pretrain the embedded language model", _run_build_backbone)
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
-    command.add_argument("--epochs", type=int, default=None, help="passes over the taught facts")
-    command.add_argument("--max-steps", type=int, default=None, help="stop after so many steps, for trials")
+    command.add_argument("--epochs", type=_positive, help="passes over the taught facts")
+    command.add_argument("--max-steps", type=_positive, help="stop after so many steps, for trials")
     command.add_argument("--seed", type=int, default=0)
     command = _command(actions, "tune-ft", "choose the learning rate of the fine-tuning baseline on validation records", _run_tune_ft)
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
@@ -206,9 +270,10 @@ def _atlas(actions: Any) -> None:
         command.set_defaults(editor_name=name)
         command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--max-steps", type=int, default=None, help="training steps (default: the recipe's)")
-        command.add_argument("--records", type=int, default=None, help="number of training records (default: the recipe's)")
-        command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other fields of the recipe, for trials")
+        command.add_argument("--max-steps", type=_positive, help="training steps (default: the recipe's)")
+        command.add_argument("--records", type=_positive, help="number of training records (default: the recipe's)")
+        command.add_argument("--set", type=_setting, nargs="*", default=[], metavar="NAME=VALUE",
+                             help="other fields of the recipe, for trials: JSON values; editor.NAME for fields of the editor")  # fmt: skip
         command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
@@ -247,18 +312,25 @@ def _run_train_atlas(given: argparse.Namespace) -> None:
     from .atlas import ASSETS
     from .atlas.training import train_atlas_editor
 
-    training = {} if given.max_steps is None else {"max_steps": given.max_steps}
-    options: dict[str, Any] = {}
-    for item in given.set:
-        name, _, value = item.partition("=")
-        group, _, field = name.rpartition(".")
-        (options if group == "editor" else training)[field] = json.loads(value)
-    if given.records is not None:
-        training["records"] = given.records
+    training = {name: value for group, name, value in given.set if group == "training"}
+    options = {name: value for group, name, value in given.set if group == "editor"}
+    training |= {name: value for name in ("max_steps", "records") if (value := getattr(given, name)) is not None}
     report = train_atlas_editor(
         given.editor_name, given.out or ASSETS / given.editor_name, seed=given.seed, options=options, resume=given.resume, **training
     )
     print(json.dumps(report, indent=2))
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """Return group (training or editor), name and value of ``NAME=VALUE``."""
+    name, _, value = text.partition("=")
+    group, _, field = name.rpartition(".")
+    if not field.isidentifier() or group not in ("", "training", "editor"):
+        raise argparse.ArgumentTypeError(f"NAME=VALUE is wanted, such as beta=0.2 or editor.latent_dim=128, found {text!r}")
+    try:
+        return group or "training", field, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f'{name!r} needs a JSON value, such as 0.1, true or \'"cosine"\', found {value!r}') from error
 
 
 if __name__ == "__main__":

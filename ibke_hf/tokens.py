@@ -58,10 +58,16 @@ class TokenBatch:
         """Return the batch on another device."""
         return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
-    def trimmed(self) -> TokenBatch:
-        """Drop the leading columns that are padding in every row."""
-        first = int(self.attention_mask.any(0).int().argmax())
-        return TokenBatch(self.input_ids[:, first:], self.attention_mask[:, first:], self.labels[:, first:])
+    def trimmed(self, multiple: int = 1) -> TokenBatch:
+        """Drop the leading columns that are padding in every row, down to a multiple of `multiple` columns.
+
+        Few different widths let a backend reuse what it has compiled for a shape.
+        """
+        length = self.input_ids.shape[1]
+        needed = length - int(self.attention_mask.any(0).int().argmax())
+        extra = -(-needed // multiple) * multiple - length
+        sides = ((self.input_ids, 0), (self.attention_mask, 0), (self.labels, IGNORED))
+        return TokenBatch(*(torch.nn.functional.pad(tensor, (extra, 0), value=value) for tensor, value in sides))
 
     def __getitem__(self, rows: Any) -> TokenBatch:
         return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.labels[rows])

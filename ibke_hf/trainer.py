@@ -5,26 +5,36 @@ The model that the Trainer owns is the editor; the backbone is only held beside 
 
 from __future__ import annotations
 
+import json
+import math
+import random
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import set_seed
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, set_seed
+from transformers.utils import logging
 
-from .capture import NonFiniteError, evaluating, target_logits
-from .losses import independence_for_locality, information_transfer, sufficiency_for_generality
+from .batches import EditCollator, RecordDataset, case_scores, run_batch
+from .capture import NonFiniteError
 from .modeling_ibke import GradientEditor
-from .records import EditRecord, EditRequest, collides
-from .tokens import IGNORED, TokenBatch, context_length, encode_requests
+from .tokens import IGNORED, context_length, encode_requests
 
-RELIABILITY, GENERALITY, LOCALITY = 0, 1, 2
-ROLES = {"reliability": RELIABILITY, "generality": GENERALITY, "locality": LOCALITY}
+__all__ = ["EditCollator", "IBKETrainer", "IBKETrainingArguments", "RecordDataset", "last_complete_checkpoint"]
+
+logger = logging.get_logger(__name__)
+ROLES = ("reliability", "generality", "locality")  # the order of the cases of a batch
+TERMS = ("loss_sg", "loss_il", "loss_itm")
 HOPS = ("none", "unknown", "all")
+CURE = "lower the learning rate or initial_edit_ratio"
 
 
 @dataclass
@@ -43,13 +53,18 @@ class IBKETrainingArguments(TrainingArguments):
     output_dir: str | None = field(default="ibke-editor")
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "constant"
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"  # Adam, as long as weight_decay is 0
     weight_decay: float = 0.0
     max_grad_norm: float = 100.0
     per_device_train_batch_size: int = 8
     max_steps: int = 1_000_000
+    save_steps: float = 3000
+    eval_steps: float | None = 3000
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["records"])
+    ddp_find_unused_parameters: bool | None = False  # every parameter takes part in every step
+    ddp_broadcast_buffers: bool | None = False  # the statistics are frozen
+    restore_callback_states_from_checkpoint: bool = True  # or a resumed run would forget the patience that it has used
     beta: float = 0.1
     step_size_learning_rate: float = 1e-3
     edits_per_group: int = 0
@@ -65,57 +80,11 @@ class IBKETrainingArguments(TrainingArguments):
         for name, low in (("beta", 0), ("edits_per_group", 0), ("calibration_requests", 2), ("step_size_learning_rate", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, found {getattr(self, name)}")
-
-
-class RecordDataset(Dataset):
-    """A list of records as a dataset for the Trainer."""
-
-    def __init__(self, records: Sequence[EditRecord]) -> None:
-        self.records = list(records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> EditRecord:
-        return self.records[index]
-
-
-@dataclass
-class EditCollator:
-    """Records -> token batches: requests, generality and locality cases, each row with the index of its group.
-
-    A locality case that collides with an edit of its own group is left out (SPEC §4).
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    edits_per_group: int = 0
-    sg_includes_edit: bool = False
-    supporting_hops: bool = False
-    max_length: int | None = None
-
-    def __call__(self, records: Sequence[EditRecord]) -> dict[str, Any]:
-        """Return tokens and groups by role, and the records themselves for error messages."""
-        per_group = self.edits_per_group or len(records)
-        groups = [i // per_group for i in range(len(records))]
-        edits: dict[int, list[Any]] = {}
-        for group, record in zip(groups, records, strict=True):
-            edits.setdefault(group, []).extend(record.edits)
-        rows: dict[str, list[tuple[int, Any]]] = {"requests": [], "generality": [], "locality": [], "hops": []}
-        for group, record in zip(groups, records, strict=True):
-            rows["requests"] += [(group, request) for request in record.requests]
-            rows["generality"] += [(group, case) for case in record.generality]
-            rows["generality"] += [(group, request) for request in record.requests if self.sg_includes_edit]
-            rows["locality"] += [(group, case) for case in record.locality if not collides(case, edits[group])]
-            if self.supporting_hops:
-                rows["hops"] += [(group, hop) for case in record.generality for hop in case.supporting]
-        names = [f"{record.id} request {i}" for record in records for i in range(len(record.requests))]
-        return {"records": names, **{role: self._tokenised(role, cases) for role, cases in rows.items()}}
-
-    def _tokenised(self, role: str, rows: Sequence[tuple[int, Any]]) -> tuple[TokenBatch, Tensor] | None:
-        if not rows:
-            return None
-        batch = encode_requests(self.tokenizer, [case for _, case in rows], name=role, max_length=self.max_length)
-        return batch, torch.tensor([group for group, _ in rows])
+        if self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(f"hub_strategy={HubStrategy(self.hub_strategy).value} would publish pickles; use end or every_save")
+        if self.n_gpu > 1:
+            logger.warning("one process trains on one device; start one per device with torchrun to use them all")
+            self._n_gpu = 1  # or the Trainer would wrap the editor in nn.DataParallel, which splits tensors alone
 
 
 class IBKETrainer(Trainer):
@@ -123,148 +92,157 @@ class IBKETrainer(Trainer):
 
     Args:
         model: The editor.
-        backbone: The frozen language model; put it on its device yourself, in the precision it is to be edited in.
+        backbone: The language model. Its weights are frozen by this (`requires_grad_(False)`) and never changed; put it on its
+            device yourself, in the precision that it is to be edited in.
         processing_class: The backbone's tokenizer.
         args: :class:`IBKETrainingArguments`.
         train_dataset: Records (:class:`RecordDataset`, or any dataset that yields :class:`EditRecord`).
-        eval_dataset: Held-out records; the loss is Eq. 36 at ε = 0, beside reliability, generality and locality.
+        eval_dataset: Held-out records; the loss is Eq. 36 at ε = 0, beside its terms, reliability, generality and locality.
+
+    Raises:
+        BackboneError: If the editor does not fit the backbone.
+        NonFiniteError: In training, if a loss, factor or gradient is not finite; names layer and record.
     """
 
+    args: IBKETrainingArguments
     loss_is_scaled_for_ga = False
 
     def __init__(
         self, model: GradientEditor, backbone: Any, args: IBKETrainingArguments, processing_class: PreTrainedTokenizerBase, **kwargs: Any
     ) -> None:
-        self.backbone = backbone
-        collator = EditCollator(
-            processing_class, args.edits_per_group, args.sg_includes_edit, args.train_supporting_hops != "none", context_length(backbone)
-        )
-        kwargs.setdefault("data_collator", collator)
-        kwargs.setdefault("compute_metrics", _mean_scores)
-        super().__init__(model, args, processing_class=processing_class, **kwargs)
-        self.model_accepts_loss_kwargs = False
-        self._terms: dict[str, list[float]] = {}
         model.modules_of(backbone)  # an editor that does not fit is refused before anything runs
+        self.backbone = backbone.requires_grad_(False)
+        hops = args.train_supporting_hops != "none"
+        kwargs.setdefault("data_collator", EditCollator(processing_class, args.edits_per_group, hops, context_length(backbone)))
+        kwargs.setdefault("compute_metrics", mean_scores)
+        super().__init__(model, args, **kwargs)  # without the tokenizer, whose special tokens it would write to the editor's config
+        self.tokenizer = self.callback_handler.processing_class = processing_class
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_OwnNoise())
+        self._terms, self._logged = torch.zeros(()), 0  # sum and number of the terms since the last log
+
+    @property
+    def editor(self) -> GradientEditor:
+        """The editor without what DDP, autocast or torch.compile wrap around it."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
 
     # --- before the first step ----------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Calibrate an uncalibrated editor, then train; a resumed run has its statistics from the checkpoint."""
-        editor = self.accelerator.unwrap_model(self.model)
-        if not editor.is_calibrated and not resume_from_checkpoint:
-            self.calibrate(editor)
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> Any:
+        """Calibrate an uncalibrated editor, then train; a resumed run has its statistics from the checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the last complete one in ``args.output_dir``.
+            trial: As in :meth:`transformers.Trainer.train`.
+            ignore_keys_for_eval: As in :meth:`transformers.Trainer.train`.
+
+        Raises:
+            ValueError: If there is no checkpoint to resume from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}; start from the beginning, without resuming")
+        if not resume_from_checkpoint and not self.editor.is_calibrated:
+            self.calibrate(self.editor)
         set_seed(self.args.seed)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def calibrate(self, editor: GradientEditor) -> None:
-        """Measure statistics and η's start on the first requests of the training set, the same on every rank."""
-        requests: list[EditRequest] = []
-        for record in self.train_dataset:  # type: ignore[union-attr]
-            requests += record.requests
-            if len(requests) >= self.args.calibration_requests:
-                break
-        size = self.args.per_device_train_batch_size
-        limit = context_length(self.backbone)
+        """Measure statistics and η's start on requests drawn from the training set, the same on every rank."""
+        records: Any = self.train_dataset
+        if hasattr(records, "__len__"):  # record files are often sorted by domain
+            order = random.Random(self.args.seed).sample(range(len(records)), len(records))
+            records = map(records.__getitem__, order)
+        requests = list(islice((request for record in records for request in record.requests), self.args.calibration_requests))
+        size, limit = self.args.per_device_train_batch_size, context_length(self.backbone)
         chunks = [requests[i : i + size] for i in range(0, len(requests), size)]
-        editor.calibrate(self.backbone, [encode_requests(self.processing_class, chunk, max_length=limit) for chunk in chunks])
+        editor.calibrate(self.backbone, [encode_requests(self.tokenizer, chunk, max_length=limit) for chunk in chunks])
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Adam, with a learning rate of its own for θ = log η."""
+        """Create the optimizer that ``args.optim`` names, with a learning rate of its own for θ = log η."""
         if self.optimizer is None:
-            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.editor)
+            if {"params", "model", "optimizer_dict"} & set(options):
+                raise ValueError(f"optim={self.args.optim} leaves no room for step_size_learning_rate; use adamw_torch_fused")
+            named = [(name, p) for name, p in self.editor.named_parameters() if p.requires_grad]
+            theta = {"lr": self.args.step_size_learning_rate, "weight_decay": 0.0}
             groups = [
-                {"params": [p for name, p in named if "log_step_sizes" not in name], "lr": self.args.learning_rate},
-                {"params": [p for name, p in named if "log_step_sizes" in name], "lr": self.args.step_size_learning_rate},
+                {"params": [p for name, p in named if "log_step_sizes" not in name], "weight_decay": self.args.weight_decay},
+                {"params": [p for name, p in named if "log_step_sizes" in name], **theta},
             ]
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.Adam(groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon, fused=True)
+            self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Return the batches of one step, and how many requests, generality and locality cases they hold on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.tensor([batch["counts"] for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(counts.to(device), "sum").tolist() if self.args.world_size > 1 else counts.tolist()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """ℓ_SG + ℓ_IL + β ℓ_ITM of one batch (Eq. 36), each term logged by name."""
-        requests, groups = self._requests(inputs)
-        editor = self.accelerator.unwrap_model(model)
-        factors = editor.capture(self.backbone, requests, names=_names(inputs, len(requests)))
-        adapted = model(factors, sample=model.training)
-        edit = editor.as_edit(adapted, groups)
-        terms, logits = self._edited_terms(edit, inputs)
-        latents = [(a.mean, a.log_variance) for a in adapted if a.log_variance is not None]
-        if latents:
-            terms["loss_itm"] = information_transfer(latents)
-        total = sum(terms.values()) + (self.args.beta - 1) * terms.get("loss_itm", 0.0)
-        self._require_finite(terms, inputs)
+        """ℓ_SG + ℓ_IL + β ℓ_ITM of one batch (Eq. 36), each term logged by name.
+
+        Args:
+            model: The editor, wrapped or not.
+            inputs: What :class:`EditCollator` returns.
+            return_outputs: Return what was predicted beside the loss.
+            num_items_in_batch: Requests, generality and locality cases in all micro-batches of the step on all ranks; a term of
+                this one is weighted by its share, so that a step is a mean over cases however its batch is split.
+        """
+        batch = run_batch(
+            model, self.editor, self.backbone, inputs,
+            hops=self.args.train_supporting_hops, sg_includes_edit=self.args.sg_includes_edit,
+        )  # fmt: skip
+        shares = self._shares(inputs["counts"], num_items_in_batch)
+        terms = {name: term.to(self.args.device) * share for (name, term), share in zip(batch.terms.items(), shares, strict=False)}
+        values = torch.stack(list(terms.values())).detach().cpu()
+        if not torch.isfinite(values).all():
+            bad = next(name for name, value in zip(terms, values.tolist(), strict=True) if not math.isfinite(value))
+            culprit = batch.culprit(self.editor.config.module_names(), inputs)
+            raise NonFiniteError(f"{bad} is not finite at step {self.state.global_step}: {culprit}; {CURE}")
         if model.training:
-            for name, value in terms.items():
-                self._terms.setdefault(name, []).append(float(value.detach()))
-        return (total, logits) if return_outputs else total
+            self._terms, self._logged = self._terms + values, self._logged + 1
+        total = sum(self.args.beta * term if name == "loss_itm" else term for name, term in terms.items())
+        return (total, batch) if return_outputs else total
 
-    def _edited_terms(self, edit: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run every generality and locality case in one edited forward, the locality cases once more unedited."""
-        roles = [role for role in ("generality", "locality") if inputs[role] is not None]
-        zero = next(iter(edit.outputs.values())).sum() * 0
-        terms = {"loss_sg": zero, "loss_il": zero}
-        if not roles:
-            return terms, {}
-        cases = TokenBatch.cat([inputs[role][0] for role in roles])
-        rows = torch.cat([inputs[role][1] for role in roles])
-        original = self._original_logits(inputs["locality"][0]) if "locality" in roles else None
-        with evaluating(self.backbone):
-            logits = bucketed_logits(self.backbone, edit, cases, rows)
-        labels = cases.labels[:, -cases.kept :].to(logits.device)
-        split = len(inputs["generality"][0]) if "generality" in roles else 0
-        if split:
-            terms["loss_sg"] = sufficiency_for_generality(logits[:split], labels[:split]).to(zero.device)
-        if original is not None:
-            width = original.shape[1]
-            terms["loss_il"] = independence_for_locality(logits[split:, -width:], original, labels[split:, -width:]).to(zero.device)
-        return terms, {"logits": logits, "labels": labels}
+    def _shares(self, counts: Sequence[int], totals: Sequence[int] | None) -> list[float]:
+        """Return the weight of this micro-batch in each of `TERMS`, 1 where it is all of the step."""
+        if totals is None:
+            return [1.0] * len(TERMS)
+        parts = self.current_gradient_accumulation_steps * self.args.world_size
+        extra = int(self.args.sg_includes_edit)
+        pairs = [(generality + extra * edits, locality, edits) for edits, generality, locality in (counts, totals)]
+        return [parts * own / max(whole, 1) for own, whole in zip(*pairs, strict=True)]
 
-    @torch.no_grad()
-    def _original_logits(self, cases: TokenBatch) -> Tensor:
-        with evaluating(self.backbone):
-            return target_logits(self.backbone, cases)[0]
-
-    def _requests(self, inputs: Mapping[str, Any]) -> tuple[TokenBatch, Tensor]:
-        """Return the requests of the batch, with the supporting hops that are edited in too."""
-        requests, groups = inputs["requests"]
-        if inputs["hops"] is None:
-            return requests, groups
-        hops, hop_groups = inputs["hops"]
-        if self.args.train_supporting_hops == "unknown":
-            logits, labels = self._original_logits(hops), hops.labels[:, -hops.kept :]
-            unknown = (_ranks(logits, labels.to(logits.device)) >= 5).any(-1).cpu()
-            hops, hop_groups = hops[unknown], hop_groups[unknown]
-        return (TokenBatch.cat([requests, hops]), torch.cat([groups, hop_groups])) if len(hops) else (requests, groups)
-
-    def _require_finite(self, terms: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
-        for name, value in terms.items():
-            if not torch.isfinite(value):
-                raise NonFiniteError(
-                    f"{name} is {float(value.detach())} at step {self.state.global_step}, records {', '.join(inputs['records'][:8])}; "
-                    "lower the learning rate or initial_edit_ratio"
-                )
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One step; a gradient that is not finite stops the run and names the parameter."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-            finite = torch.isfinite(torch.stack([gradient.norm() for _, gradient in named])).tolist()
-            if not all(finite):
-                name = named[finite.index(False)][0]
-                raise NonFiniteError(f"the gradient of {name} is not finite at step {self.state.global_step}; lower the learning rate")
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; a gradient that is not finite stops the run and names parameter, layer and records."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        gradients = {name: p.grad for name, p in self.editor.named_parameters() if p.grad is not None}
+        scaled = self.accelerator.scaler is not None  # the fp16 scaler overflows by design and skips such a step
+        if not scaled and not torch.isfinite(nn.utils.get_total_norm(list(gradients.values()))):
+            name = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "all parameters")
+            layers = self.editor.config.module_names()
+            index = next((int(part) for part in name.split(".") if part.isdigit()), None)
+            raise NonFiniteError(
+                f"the gradient of {name} is not finite at step {self.state.global_step}: layer "
+                f"{', '.join(layers) if index is None else layers[index]}, records {', '.join(inputs['records'])}; {CURE}"
+            )
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss term and η since the last log."""
-        if "loss" in logs and self._terms:
-            logs |= {name: float(np.mean(values)) for name, values in self._terms.items()}
-            logs["step_size"] = float(self.accelerator.unwrap_model(self.model).step_sizes.detach().mean())
-            self._terms = {}
+        """Add the mean of each loss term over ranks and steps since the last log, and η."""
+        if "loss" in logs and self._logged:
+            means = self.accelerator.reduce((self._terms / self._logged).to(self.args.device), "mean")
+            logs |= dict(zip(TERMS, means.tolist(), strict=False))
+            logs["step_size"] = float(self.editor.step_sizes.detach().mean())
+            self._terms, self._logged = torch.zeros(()), 0
         super().log(logs, *args, **kwargs)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -273,31 +251,22 @@ class IBKETrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss at ε = 0, and per case its score and role for :func:`_mean_scores`."""
-        inputs = dict(inputs)
-        requests, groups = inputs["requests"]
-        editor = self.accelerator.unwrap_model(model)
-        loss, judged = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only or not judged:
+        """Loss at ε = 0; per record, the sums of its cases' scores by role and of the terms, and what :func:`mean_scores` divides by.
+
+        One row per record, so that the Trainer can drop the records that it repeats to fill the last batch.
+        """
+        loss, batch = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
             return loss.detach(), None, None
-        edit = editor.as_edit(model(editor.capture(self.backbone, self._requests(inputs)[0])), self._requests(inputs)[1])
-        with evaluating(self.backbone), edit.attached(self.backbone, rows=groups):
-            own_logits, own_labels = target_logits(self.backbone, requests)
-        scores = [_case_scores(own_logits, own_labels, 1)]
-        roles = [torch.full((len(requests),), RELIABILITY)]
-        split = len(inputs["generality"][0]) if inputs["generality"] is not None else 0
-        logits, labels = judged["logits"], judged["labels"]
-        if split:
-            scores.append(_case_scores(logits[:split], labels[:split], 5))
-            roles.append(torch.full((split,), GENERALITY))
-        if inputs["locality"] is not None:
-            original = self._original_logits(inputs["locality"][0])
-            kept = labels[split:, -original.shape[1] :]
-            expected = torch.where(kept == IGNORED, IGNORED, original.argmax(-1))
-            scores.append(_case_scores(logits[split:, -original.shape[1] :], expected, 5))
-            roles.append(torch.full((len(expected),), LOCALITY))
-        device = self.args.device
-        return loss.detach(), torch.cat([s.to(device) for s in scores]), torch.cat([r.to(device) for r in roles])
+        device, counts, expected = loss.device, inputs["counts"], batch.labels.clone()
+        local = expected[sum(counts[:2]) :]
+        local.copy_(torch.where(local == IGNORED, IGNORED, batch.original.argmax(-1)))
+        scores = case_scores(batch.logits, expected, inputs["top_k"]).to(device)
+        roles = torch.arange(len(ROLES), device=device).repeat_interleave(torch.tensor(counts, device=device))
+        where, zeros = (inputs["owners"].to(device), roles), torch.zeros(len(inputs["records"]), len(ROLES), device=device)
+        sums, number = (zeros.index_put(where, values, accumulate=True) for values in (scores, torch.ones_like(scores)))
+        terms = torch.stack([term.to(device) for term in batch.terms.values()]).expand(len(zeros), -1)
+        return loss.detach(), torch.cat((sums, terms), 1), torch.cat((number, torch.ones_like(terms)), 1)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Leave the inputs as they are: each part goes to the device of the model that reads it."""
@@ -307,42 +276,88 @@ class IBKETrainer(Trainer):
         """Report none: the editor's own operations say little of the cost."""
         return 0
 
+    # --- files and the Hub --------------------------------------------------------------------------------------
 
-def bucketed_logits(backbone: Any, edit: Any, cases: TokenBatch, rows: Tensor, buckets: int = 2) -> Tensor:
-    """Logits (cases, k, vocabulary) of left-padded cases under their edits, the short and the long ones in a forward each.
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the editor alone: neither the tokenizer nor the arguments, which the Trainer would pickle."""
+        if self.args.should_save:
+            self.editor.save_pretrained(output_dir or str(self.args.output_dir), state_dict=state_dict)
 
-    One long question would otherwise pad every short one: on Atlas this halves the tokens of a step.
-    """
-    order = cases.attention_mask.sum(-1).argsort(stable=True)
-    parts = []
-    for chunk in order.chunk(buckets):
-        with edit.attached(backbone, rows=rows[chunk]):
-            logits, _ = target_logits(backbone, cases[chunk].trimmed())
-        parts.append(nn.functional.pad(logits, (0, 0, cases.kept - logits.shape[1], 0)))
-    return torch.cat(parts)[order.argsort().to(parts[0].device)]
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state of the Trainer comes last, and only when all else is there
+
+    def push_to_hub(
+        self, commit_message: str | None = "Add the editor", blocking: bool = True, token: str | None = None, revision: str | None = None,
+        private: bool | None = None, **card: Any,
+    ) -> Any:  # fmt: skip
+        """Publish the editor's weights, its config and a card: no pickle, no checkpoint, nothing of the backbone.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: Ignored, the call returns when the upload is done.
+            token: Token with write access; by default ``args.hub_token``.
+            revision: Branch to commit to; by default ``args.hub_revision``.
+            private: Make a new repository private.
+            card: Metadata of the card, such as ``license`` or ``datasets``.
+
+        Returns:
+            The commit's information; None on other ranks than the first.
+        """
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        scores = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        with tempfile.TemporaryDirectory() as folder:
+            self.editor.save_pretrained(folder)
+            editor_card(self.editor, str(self.hub_model_id), scores, **card).save(Path(folder) / "README.md")
+            return HfApi().upload_folder(
+                repo_id=str(self.hub_model_id), folder_path=folder, commit_message=commit_message, token=token or self.args.hub_token,
+                revision=revision or self.args.hub_revision,
+            )  # fmt: skip
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish what :meth:`push_to_hub` does at each checkpoint, where ``hub_strategy`` asks for it."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
 
 
-def _names(inputs: Mapping[str, Any], number: int) -> list[str]:
-    names = list(inputs["records"])
-    return names + [f"supporting hop {i}" for i in range(number - len(names))]
+class _OwnNoise(TrainerCallback):
+    """Gives every rank its own ε; rank 0 goes on with the seed, and a resumed run loads its ranks' states after this."""
+
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
 
 
-def _ranks(logits: Tensor, labels: Tensor) -> Tensor:
-    """Rank of each label, 0 for the best, ties to the lowest id; 0 where nothing is judged."""
-    values = logits.float()
-    target = values.gather(-1, labels.clamp(min=0).unsqueeze(-1))
-    ids = torch.arange(values.shape[-1], device=values.device)
-    before = (values > target) | ((values == target) & (ids < labels.unsqueeze(-1)))
-    return before.sum(-1).masked_fill(labels == IGNORED, 0)
+def mean_scores(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean score of each role over its cases, in percent, and mean of each loss term."""
+    sums, numbers = (torch.as_tensor(array).double().sum(0).tolist() for array in (prediction.predictions, prediction.label_ids))
+    scales = dict.fromkeys(ROLES, 100.0) | dict.fromkeys(TERMS, 1.0)
+    return {name: scale * total / number for (name, scale), total, number in zip(scales.items(), sums, numbers, strict=False) if number}
 
 
-def _case_scores(logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
-    judged = labels != IGNORED
-    hits = (_ranks(logits, labels) < top_k) & judged
-    return hits.sum(-1) / judged.sum(-1).clamp(min=1)
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """Return the newest checkpoint whose trainer state, which is written last, can be read: a killed run may leave half of one."""
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+    return None
 
 
-def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean score of each role, in percent."""
-    scores, roles = np.asarray(prediction.predictions).ravel(), np.asarray(prediction.label_ids).ravel()
-    return {name: 100 * float(scores[roles == role].mean()) for name, role in ROLES.items() if (roles == role).any()}
+def editor_card(editor: GradientEditor, repo_id: str, scores: Mapping[str, float], **metadata: Any) -> ModelCard:
+    """Write the card of a trained editor: its backbone and layers, the last validation, how to load it."""
+    kind, backbone = type(editor), editor.config.backbone
+    if backbone and not Path(backbone).exists():  # a folder's name is nobody else's business
+        metadata = {"base_model": backbone, "base_model_relation": "adapter", **metadata}
+    data = ModelCardData(**{"library_name": "ibke-hf", "tags": ["knowledge-editing", "model-editing"], **metadata})
+    found = ", ".join(f"{name} {scores[f'eval_{name}']:.2f}" for name in ("loss", *ROLES) if f"eval_{name}" in scores)
+    text = (
+        f"# {repo_id.rpartition('/')[2]}\n\n`{kind.__name__}`: turns edit requests into low-rank edits of "
+        f"{', '.join(editor.config.module_names())}. {f'Last validation: {found}.' if found else ''}\n\n```python\n"
+        f'from {kind.__module__} import {kind.__name__}\n\neditor = {kind.__name__}.from_pretrained("{repo_id}")\n```\n'
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from .configuration_ibke import PRESETS
+from .configuration_ibke import PRESETS, IBKEConfig
 from .data.folders import read_files
 
+if TYPE_CHECKING:
+    from .trainer import IBKETrainingArguments, RecordDataset
+
+logger = logging.get_logger(__name__)
 TOP_LEVEL = ("backbone", "records", "validation", "out", "layers", "dtype", "editor", "training")
 REQUIRED = ("backbone", "records", "out")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PAPER_DTYPES = {  # SPEC §6
+    "openai-community/gpt2-xl": "float32", "EleutherAI/gpt-j-6b": "float16", "Qwen/Qwen3-1.7B": "float32", "Qwen/Qwen3-8B": "float16",
+}  # fmt: skip
+PATIENCE = 50_000  # steps without a lower validation loss [paper]
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 def training_settings(
@@ -20,22 +36,63 @@ def training_settings(
 ) -> dict[str, Any]:
     """Merge a YAML file with flags, which win; None means not given.
 
+    Args:
+        config: The file, with settings of `TOP_LEVEL`.
+        flags: Settings of `TOP_LEVEL`.
+        editor: Fields of :class:`IBKEConfig`.
+        training: Fields of :class:`IBKETrainingArguments`.
+
     Raises:
         ValueError: For an unknown or missing setting, naming it.
     """
-    settings: dict[str, Any] = {}
-    if config is not None:
-        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-        unknown = sorted(set(settings) - set(TOP_LEVEL))
-        if unknown:
-            raise ValueError(f"{config}: unknown setting {unknown[0]!r}; settings are {', '.join(TOP_LEVEL)}")
+    settings = _read(config) if config is not None else {}
     settings |= _given(flags)
-    settings["editor"] = {**settings.get("editor", {}), **_given(editor)}
-    settings["training"] = {**settings.get("training", {}), **_given(training)}
+    for name, given in (("editor", editor), ("training", training)):
+        settings[name] = {**(settings.get(name) or {}), **_given(given)}
+        known, unknown = _known(name), sorted(set(settings[name]) - set(_known(name)))
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r} under {name}:; settings are {', '.join(known)}")
     missing = [name for name in REQUIRED if not settings.get(name)]
     if missing:
         raise ValueError(f"missing setting: {', '.join(missing)}; give it as a flag (--{missing[0]}) or in the YAML file")
+    for name in ("records", "validation"):
+        if isinstance(settings.get(name), str):
+            settings[name] = [settings[name]]
+    if settings.get("dtype") not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {settings['dtype']!r}")
     return settings
+
+
+def _read(config: str | Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config}: not a YAML file: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config}: expected settings by name, found {settings!r}; settings are {', '.join(TOP_LEVEL)}")
+    unknown = [name for name in settings if name not in TOP_LEVEL]
+    if unknown:
+        raise ValueError(f"{config}: unknown setting {unknown[0]!r}; settings are {', '.join(TOP_LEVEL)}")
+    for name in ("editor", "training"):
+        nested = settings.get(name) or {}
+        if not isinstance(nested, dict):
+            raise ValueError(f"{config}: {name}: must hold settings by name, found {nested!r}")
+        settings[name] = {key: _number(value) for key, value in nested.items()}
+    return settings
+
+
+def _number(value: Any) -> Any:
+    """Read 1e-4 as the number that it is; YAML takes a number without a point in it for text."""
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+def _known(group: str) -> list[str]:
+    if group == "editor":
+        found = {"backbone", "edited_layers", "input_dims", "output_dims"} | {field.name for field in fields(PreTrainedConfig)}
+        return [field.name for field in fields(IBKEConfig) if field.name not in found]
+    from .trainer import IBKETrainingArguments
+
+    return [field.name for field in fields(IBKETrainingArguments) if field.init and field.name != "output_dir"]
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,37 +100,90 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[str, Any]:
-    """Train an IBKE editor and save it under ``settings["out"]``; return the last evaluation.
+    """Train an IBKE editor and save it under ``settings["out"]``.
+
+    With validation records, the checkpoint of the lowest validation loss is kept, and training stops once that has not
+    fallen for `PATIENCE` steps.
+
+    Args:
+        settings: What :func:`training_settings` returns.
+        resume: Go on from the last complete checkpoint in the output folder.
+
+    Returns:
+        The last evaluation, or without validation records the training loss.
 
     Raises:
         ImportError: If the `train` extra is missing.
-        ValueError: For settings or records that cannot be used.
+        ValueError: For settings or records that cannot be used, or checkpoints of an earlier run that are not to be resumed.
     """
     try:
         import accelerate  # noqa: F401
     except ImportError as error:
         raise ImportError('training needs the extra "train": pip install "ibke-hf[train]"') from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, set_seed
+
+    from .trainer import IBKETrainer, last_complete_checkpoint
+
+    arguments = _arguments(settings)
+    checkpoints = str(arguments.output_dir)
+    if not resume and last_complete_checkpoint(checkpoints) is not None:
+        raise ValueError(f"{checkpoints} holds checkpoints of an earlier run; resume it (--resume), remove them or choose another folder")
+    train, validation = _records(settings, "records"), _records(settings, "validation")
+    set_seed(arguments.seed)
+    editor, backbone, tokenizer = _editor(settings, arguments)
+    stopping = [EarlyStoppingCallback(_patience(arguments))] if arguments.load_best_model_at_end else []
+    trainer = IBKETrainer(
+        editor, backbone, arguments, tokenizer, train_dataset=train, eval_dataset=validation, callbacks=stopping
+    )  # fmt: skip
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(settings["out"]))
+    return dict(trainer.evaluate()) if validation else {"train_loss": result.training_loss}
+
+
+def _arguments(settings: Mapping[str, Any]) -> IBKETrainingArguments:
+    from .trainer import IBKETrainingArguments
+
+    training = settings["training"]
+    every = training.get("eval_steps", training.get("save_steps", 3000))
+    defaults = {"save_steps": every, "save_total_limit": 2, "report_to": []}
+    if settings.get("validation"):
+        defaults |= {"eval_strategy": "steps", "eval_steps": every, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    return IBKETrainingArguments(str(Path(settings["out"]) / "checkpoints"), **{**defaults, **training})
+
+
+def _patience(arguments: IBKETrainingArguments) -> int:
+    """Return the number of evaluations that `PATIENCE` steps make up; 17 with one each 3,000."""
+    every = arguments.eval_steps or PATIENCE
+    return math.ceil(PATIENCE / (every if every >= 1 else max(every * arguments.max_steps, 1)))  # a share of all steps below 1
+
+
+def _records(settings: Mapping[str, Any], name: str) -> RecordDataset | None:
+    from .trainer import RecordDataset
+
+    if not settings.get(name):
+        return None
+    skipped: Counter[str] = Counter()
+    records = RecordDataset(list(read_files(settings[name], skipped)))
+    for reason, number in skipped.items():
+        logger.warning(f"{name}: left out {number}: {reason}")
+    if not len(records):
+        raise ValueError(f"{name}: no record in {', '.join(map(str, settings[name]))}")
+    return records
+
+
+def _editor(settings: Mapping[str, Any], arguments: IBKETrainingArguments) -> tuple[Any, Any, Any]:
+    """Load the backbone with its tokenizer and build an untrained editor for it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .modeling_ibke import IBKEEditor
-    from .trainer import IBKETrainer, IBKETrainingArguments, RecordDataset
 
-    out = Path(settings["out"])
-    evaluated = bool(settings.get("validation"))
-    every = settings["training"].get("eval_steps", 3000)
-    best = {"eval_strategy": "steps", "eval_steps": every, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    defaults = {"save_steps": every, "save_total_limit": 2, "report_to": [], **(best if evaluated else {})}
-    arguments = IBKETrainingArguments(str(out / "checkpoints"), **{**defaults, **settings["training"]})
-    train, validation = (RecordDataset(list(read_files(settings.get(name) or []))) for name in ("records", "validation"))
-    backbone = AutoModelForCausalLM.from_pretrained(settings["backbone"], dtype=settings.get("dtype") or "auto").eval().to(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(settings["backbone"])
-    preset = PRESETS.get(settings["backbone"], {})
-    layers = settings.get("layers") or preset.get("edited_layers")
-    editor = IBKEEditor.for_backbone(backbone, layers, preset.get("edited_modules"), **settings["editor"])
-    trainer = IBKETrainer(
-        editor, backbone, arguments, tokenizer, train_dataset=train, eval_dataset=validation if evaluated else None,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=17)] if evaluated else [],
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume or None)
-    editor.save_pretrained(out)
-    return trainer.evaluate() if evaluated else {"train_loss": trainer.state.log_history[-1].get("train_loss")}
+    name = settings["backbone"]
+    dtype = settings.get("dtype") or PAPER_DTYPES.get(name, "auto")
+    backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(arguments.device)
+    preset = PRESETS.get(name, {})
+    fields_of_editor = {"edited_modules": preset.get("edited_modules"), **settings["editor"]}
+    if backbone.dtype == torch.float16:
+        fields_of_editor.setdefault("capture_loss_scale", 1024.0)  # or small gradients vanish
+    editor = IBKEEditor.for_backbone(backbone, settings.get("layers") or preset.get("edited_layers"), **fields_of_editor)
+    return editor, backbone, AutoTokenizer.from_pretrained(name)
