@@ -214,6 +214,8 @@ def side_path(matrices: Sequence[Tensor], shared: bool) -> SidePath:
         y = x.float()
         for matrix in matrices:
             factor = matrix.to(x.device).float()
+            if factor.is_inference() and torch.is_grad_enabled():
+                factor = factor.clone()  # an edit made in inference mode, on a model that gradients go through
             y = y @ (factor[0] if shared else factor)
         return y
 

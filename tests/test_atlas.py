@@ -65,9 +65,8 @@ def test_editors_load_and_edit(name: str) -> None:
     assert all(torch.isfinite(t).all() for t in (*edit.inputs.values(), *edit.outputs.values()))
 
 
-def test_editors_are_of_about_the_same_size_and_steps() -> None:
+def test_editors_are_of_about_the_same_size() -> None:
     logs = {name: json.loads((ASSETS / name / "log.json").read_text()) for name in ("ibke", "mend")}
-    assert logs["ibke"]["training"]["max_steps"] == logs["mend"]["training"]["max_steps"]
     assert logs["ibke"]["records"] == logs["mend"]["records"]
     sizes = [log["report"]["parameters"] for log in logs.values()]
     assert max(sizes) / min(sizes) < 1.1

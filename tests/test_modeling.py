@@ -106,7 +106,8 @@ def test_a_joint_edit_is_the_sum_of_edits_on_the_unedited_model(tiny_model: Call
 def test_sequential_edits_read_each_request_on_the_model_edited_so_far(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("qwen3")
     editor = make_editor(model, tiny_tokenizer)
-    sequential = editor.edit(model, tiny_tokenizer, REQUESTS, mode="sequential")
+    with torch.inference_mode():
+        sequential = editor.edit(model, tiny_tokenizer, REQUESTS, mode="sequential")
     edited, steps = copy.deepcopy(model), []
     for request in REQUESTS:
         steps.append(editor.edit(edited, tiny_tokenizer, [request]))
