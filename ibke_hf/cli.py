@@ -8,9 +8,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+NOT_TO_SET = ("output_dir", "seed", "max_steps", "use_cpu", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+              "save_total_limit")  # fmt: skip
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
 # of libraries that are not loaded yet, or that derive from no class of the above
@@ -312,6 +315,7 @@ def _run_train_atlas(given: argparse.Namespace) -> None:
     from .atlas import ASSETS
     from .atlas.training import train_atlas_editor
 
+    _require_fields(given)
     training = {name: value for group, name, value in given.set if group == "training"}
     options = {name: value for group, name, value in given.set if group == "editor"}
     training |= {name: value for name in ("max_steps", "records") if (value := getattr(given, name)) is not None}
@@ -319,6 +323,22 @@ def _run_train_atlas(given: argparse.Namespace) -> None:
         given.editor_name, given.out or ASSETS / given.editor_name, seed=given.seed, options=options, resume=given.resume, **training
     )
     print(json.dumps(report, indent=2))
+
+
+def _require_fields(given: argparse.Namespace) -> None:
+    """Refuse a `--set` that names no field, or one that the command decides itself."""
+    from .configuration_ibke import IBKEConfig
+    from .editors.mend import MENDConfig
+    from .trainer import IBKETrainingArguments
+
+    config = IBKEConfig if given.editor_name == "ibke" else MENDConfig
+    known = {
+        "training": {field.name for field in fields(IBKETrainingArguments) if field.init and field.name not in NOT_TO_SET},
+        "editor": {"layers", *(field.name for field in fields(config))},
+    }
+    for group, name, _ in given.set:
+        if name not in known[group]:
+            raise ValueError(f"--set {name}: no such field of the {group} recipe, or one that the command sets itself")
 
 
 def _setting(text: str) -> tuple[str, str, Any]:
