@@ -12,6 +12,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import ibke_hf
+
+if os.environ.get("CI") and "site-packages" not in str(ibke_hf.__file__):
+    raise RuntimeError(f"CI must test the installed wheel, found {ibke_hf.__file__}")
+
 WORDS = (
     "The capital of France is Paris and London lies on the river Thames in England. Marie Curie was born in Warsaw, Poland, "
     "and worked in physics and chemistry. Berlin, Rome, Madrid, Lisbon, Vienna and Oslo are cities in Europe. A sparrow is a bird, "

@@ -131,11 +131,10 @@ def test_patience_is_fifty_thousand_steps(every: float, evaluations: int, tmp_pa
 
 
 def test_an_editor_is_trained_saved_and_usable(settings: Json, tiny_model: Any, tiny_tokenizer: Any, caplog: Any) -> None:
-    logger = logging.getLogger("transformers")
     logging.getLogger("ibke_hf.training").addHandler(caplog.handler)
     result = train_editor(settings)
     assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= result.keys()
-    assert "left out 1: edit with an empty prompt or target" in caplog.text or not logger.propagate
+    assert "left out 1: edit with an empty prompt or target" in caplog.text
     out = Path(settings["out"])
     assert {path.name for path in out.iterdir()} == {"checkpoints", "config.json", "model.safetensors"}
     editor = IBKEEditor.from_pretrained(out)
@@ -181,7 +180,7 @@ def test_records_that_are_none_are_an_error(settings: Json, tmp_path: Path) -> N
         train_editor({**settings, "records": [str(tmp_path / "none.json")]})
 
 
-def test_a_half_precision_backbone_gets_a_loss_scale(settings: Json, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_precision_backbone_gets_a_loss_scale(settings: Json) -> None:
     settings |= {"dtype": "float16", "training": {**settings["training"], "max_steps": 1}}
     train_editor(settings)
     assert IBKEEditor.from_pretrained(settings["out"]).config.capture_loss_scale == 1024.0
