@@ -192,6 +192,10 @@ def known_keys() -> set[tuple[str, str, str]]:
     return keys
 
 
+def relation_of(hop: Hop) -> str:
+    return next(name for name in world().relations if stable_id("P", name) == hop.property)
+
+
 def key(hop: Hop) -> tuple[str, str, str]:
     return hop.head, hop.property, hop.tail
 
@@ -213,6 +217,9 @@ def test_committed_records_keep_to_their_set(name: str) -> None:
         for case in (*record.generality, *record.locality):
             assert all(key(hop) in known for hop in case.supporting)
         assert not any(collides(case, record.edits) for case in record.locality)
+        if world().relations[relation_of(edit)].inverse_single:  # or the way back from the new object would have two answers
+            facts = [fact for case in (*record.generality, *record.locality) for fact in case.facts]
+            assert all(fact.head == edit.head for fact in facts if (fact.property, fact.tail) == (edit.property, edit.tail))
     assert len({(record.edits[0].head, record.edits[0].property, record.metadata.get("original")) for record in records}) == len(records)
 
 

@@ -54,7 +54,7 @@ def build_all(world: World, known: World) -> Iterator[Built]:
                 yield made, record, {kind for kind, number in after.items() if number > before.get(kind, 0)}
 
 
-def tagged(used: Counter[str], builder: RecordBuilder) -> list[tuple[str, int]]:
+def tagged(used: dict[str, float], builder: RecordBuilder) -> list[tuple[str, float]]:
     group = "generality" if used is builder.used["generality"] else "locality"
     return [(f"{group} {kind}", number) for kind, number in used.items()]
 
@@ -254,6 +254,25 @@ def test_kinds_get_equal_shares(world: World) -> None:
     assert max(used) - min(used) <= 0.25 * max(used)
 
 
+def test_kinds_of_locality_get_the_shares_asked_for(world: World) -> None:
+    builder = RecordBuilder(world, world, seed=1, locality_shares={"property": 3})
+    triples = [t for t in world.triples if t.relation == "town_country"] * 10
+    made = [record for t in triples if (record := builder.counterfactual(t)) is not None]
+    criteria = Counter(case["loc_type"] for record in made for case in record["locality"].values())
+    assert criteria["property of edit"] == pytest.approx(3 * criteria["head of edit"], rel=0.2)
+
+
+def test_the_old_subject_of_a_single_inverse_is_left_alone(built: list[Built], world: World) -> None:
+    """After "the capital of Alia is Borton", whose capital Borton is has two answers, so nobody asks about the other one."""
+    moved = [(made, record) for made, record, _ in built if made["kind"] == "counterfactual" and record.relation == "capital"]
+    rivals = [any(t.relation == "country_capital" for t in world.by_object.get(record.edits[0].target, ())) for _, record in moved]
+    assert any(rivals)
+    for _, record in moved:
+        (edit,) = record.edits
+        facts = [fact for case in (*record.generality, *record.locality) for fact in case.facts]
+        assert all(fact.head == edit.head for fact in facts if (fact.property, fact.tail) == (edit.property, edit.tail))
+
+
 def test_a_world_of_one_fact_gives_no_record(world: World) -> None:
     lonely = world.restricted_to(world.triples[:1])
     builder = RecordBuilder(lonely, lonely, seed=0)
@@ -292,7 +311,7 @@ def test_two_relations_give_every_generality_criterion(folder: Path) -> None:
     criteria = {criterion for record in records for case in record.generality for criterion in case.criteria}
     assert criteria == {"Rephrase", "Multi-Hop", "Relation Reverse", "Same-Entity Reasoning", "Subject Alias", "Object Alias"}
     locality = {criterion for record in records for case in record.locality for criterion in case.criteria}
-    assert locality == {"Subject Specificity", "Relation Specificity", "Object Specificity", "Multi-Hop", "Same-Entity Reasoning"}
+    assert locality == {"Relation Specificity", "Object Specificity", "Multi-Hop", "Same-Entity Reasoning"}  # no subject has two relations
     assert {case.hops for record in records for case in record.generality} == {1, 2, 3}
 
 
@@ -322,6 +341,18 @@ def test_the_command_prints_what_it_wrote(folder: Path, tmp_path: Path, capsys: 
 def test_numbers_out_of_range_are_refused(folder: Path, tmp_path: Path, options: dict[str, Any], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         build_folder(folder / "middle earth", tmp_path, **options)
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_triple_gets_both_kinds_of_edit_in_turn(tmp_path: Path, left_out: int) -> None:
+    triples = write_world(tmp_path / "facts", TWO_RELATIONS) / "triples.tsv"
+    lines = triples.read_text(encoding="utf-8").splitlines()
+    triples.write_text("\n".join(lines[: len(lines) - left_out]) + "\n", encoding="utf-8")
+    build_folder(tmp_path / "facts", tmp_path / "out", records=4 * len(lines), validation=0)
+    kinds: dict[str, set[str]] = {}
+    for record in read_files([tmp_path / "out" / "train"]):
+        kinds.setdefault(record.requests[0].prompt, set()).add(record.kind)
+    assert all(found == {"counterfactual", "unknown"} for found in kinds.values())
 
 
 def test_tables_that_give_no_record_are_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ the world allows; every other hop that a case passes through is a triple that th
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .chains import ANOTHER_NAME, SAME_ENTITY, Path, Step, extend, noun_phrase, path_prompt, steps_to, walkable
@@ -33,17 +33,20 @@ class RecordBuilder:
         generality: Generality cases a record, each of another criterion.
         locality: Locality cases a record, each of another kind.
         alias_rate: Share of chains that start from an alias of their first entity.
+        locality_shares: Share of each of `LOCALITY`'s kinds beside that of the others, 1 where none is given.
     """
 
     def __init__(
-        self, known: World, world: World, *, seed: int | str, generality: int = 1, locality: int = 1, alias_rate: float = 0.15
-    ) -> None:
+        self, known: World, world: World, *, seed: int | str, generality: int = 1, locality: int = 1, alias_rate: float = 0.15,
+        locality_shares: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         self.known, self.world = known, world
         self.ids = unique_ids("Q", world.entities)
         self.rng = random.Random(seed)
         self.sizes = {"generality": generality, "locality": locality}
         self.alias_rate = alias_rate
-        self.used: dict[str, Counter[str]] = {"generality": Counter(), "locality": Counter()}
+        self.shares = {"generality": {}, "locality": locality_shares or {}}
+        self.used: dict[str, dict[str, float]] = {"generality": defaultdict(float), "locality": defaultdict(float)}
 
     def counterfactual(self, triple: Triple) -> Json | None:
         """Return a record that moves `triple` to another object of its kind, or None where there is none."""
@@ -86,18 +89,21 @@ class RecordBuilder:
         }
 
     def _known_apart_from(self, edit: Triple, original: str | None) -> World:
-        """Drop what the edit contradicts: the old object, and the same fact told the other way round."""
+        """Drop what the edit contradicts: the old object, the same fact told the other way round, the new object's old subject."""
         pairs = {edit.pair} | ({frozenset((edit.subject, original))} if original else set())
-        single = self.world.relations[edit.relation].single_value
+        relation = self.world.relations[edit.relation]
 
         def contradicted(t: Triple) -> bool:
-            return t.pair in pairs or (single and t.subject == edit.subject and t.relation == edit.relation)
+            same_head = relation.single_value and t.subject == edit.subject
+            same_tail = relation.inverse_single and t.object == edit.object
+            return t.pair in pairs or (t.relation == edit.relation and (same_head or same_tail))
 
-        near = (*self.known.by_subject.get(edit.subject, ()), *self.known.by_object.get(edit.subject, ()))
-        return self.known.without([t for t in near if contradicted(t)])
+        known = self.known
+        near = (*known.by_subject.get(edit.subject, ()), *known.by_object.get(edit.subject, ()), *known.by_object.get(edit.object, ()))
+        return known.without([t for t in near if contradicted(t)])
 
     def _draw(self, group: str, makers: dict[str, Callable[[], Json | None]]) -> list[Json]:
-        """Make cases of the least used kinds first, so that the kinds get equal shares."""
+        """Make cases of the least used kinds first, so that the kinds get their shares, which are equal by default."""
         used = self.used[group]
         made: list[Json] = []
         for kind in sorted(makers, key=lambda name: (used[name], self.rng.random())):
@@ -106,7 +112,7 @@ class RecordBuilder:
             case = next((c for c in (makers[kind]() for _ in range(TRIES)) if c is not None), None)
             if case is not None:
                 made.append(case)
-                used[kind] += 1
+                used[kind] += 1 / self.shares[group].get(kind, 1)
         return made
 
     # --- JSON of the parts -------------------------------------------------------------------------------------

@@ -50,8 +50,9 @@ def build_folder(
 
 def _records(builder: RecordBuilder, world: World, triples: list[Triple], wanted: int, rng: random.Random) -> list[tuple[str, Json]]:
     rng.shuffle(triples)
-    makers = (builder.counterfactual, builder.unknown)
-    tries = ((makers[i % 2](triple), triple) for i, triple in enumerate(islice(cycle(triples), 4 * wanted)))
+    makers, number = (builder.counterfactual, builder.unknown), max(len(triples), 1)
+    turns = enumerate(islice(cycle(triples), 4 * wanted))  # each triple gets the other kind of edit at its next turn
+    tries = ((makers[(i // number + i % number) % 2](triple), triple) for i, triple in turns)
     made = ((world.relations[triple.relation].domain, record) for record, triple in tries if record is not None)
     return list(islice(made, wanted))
 
