@@ -92,8 +92,8 @@ class JudgedBatch:
         adapted: Per layer, the adapted factors of the requests and of the supporting hops edited with them.
         requests: What errors call these.
         first: Row of the batch that the judged cases begin with: training judges the requests only where ℓ_SG counts them.
-        logits: (cases, k, vocabulary) of the edited model.
-        original: (locality cases, k, vocabulary) of the unedited model.
+        logits: (p, vocabulary) of the edited model at the p judged positions, case after case.
+        original: The same of the unedited model, of the locality cases.
         labels: (cases, k), -100 where nothing is judged.
         terms: ``loss_sg``, ``loss_il`` and, of an editor with a latent, ``loss_itm``.
     """
@@ -113,10 +113,12 @@ class JudgedBatch:
             row = _first_bad(torch.cat(factors, 1))
             if row is not None:
                 return f"the adapted factors of {layer} for {self.requests[row]}"
-        for what, logits, first in (("edited", self.logits, self.first), ("unedited", self.original, sum(inputs["counts"][:2]))):
-            row = _first_bad(logits.flatten(1))
-            if row is not None:
-                return f"the predictions of the {what} model for {inputs['names'][first + row]} (edited layers {', '.join(layers)})"
+        cases = (self.labels != IGNORED).nonzero()[:, 0].tolist()
+        for what, logits in (("edited", self.logits), ("unedited", self.original)):
+            position = _first_bad(logits)
+            if position is not None:
+                name = inputs["names"][self.first + cases[len(cases) - len(logits) + position]]  # the locality cases come last
+                return f"the predictions of the {what} model for {name} (edited layers {', '.join(layers)})"
         return f"records {', '.join(inputs['records'])}, edited layers {', '.join(layers)}"
 
 
@@ -142,13 +144,14 @@ def run_batch(
     first = requests if model.training and not sg_includes_edit else 0
     start = (0 if sg_includes_edit else requests) - first
     cases = inputs["cases"][first:]
-    logits = bucketed_logits(backbone, cases, cases.kept, edit, rows[first:])
+    logits = bucketed_logits(backbone, cases, edit, rows[first:])
     with torch.no_grad():
-        original = bucketed_logits(backbone, inputs["cases"][split:], cases.kept)
-    labels = cases.labels[:, -cases.kept :].to(logits.device)
-    general, local = slice(start, split - first), slice(split - first, None)
-    terms = {"loss_sg": sufficiency_for_generality(logits[general], labels[general]),
-             "loss_il": independence_for_locality(logits[local], original, labels[local])}  # fmt: skip
+        original = bucketed_logits(backbone, inputs["cases"][split:])
+    labels = cases.labels.to(logits.device)
+    before, local = (int((part != IGNORED).sum()) for part in (labels[:start], labels[split - first :]))
+    general = slice(before, len(logits) - local)
+    terms = {"loss_sg": sufficiency_for_generality(logits[general], labels[start : split - first]),
+             "loss_il": independence_for_locality(logits[general.stop :], original, labels[split - first :])}  # fmt: skip
     latents = [(a.mean, a.log_variance) for a in adapted if a.mean is not None and a.log_variance is not None]
     if latents:
         terms["loss_itm"] = information_transfer(latents)
@@ -182,7 +185,7 @@ def _hops_to_edit(backbone: Any, inputs: Mapping[str, Any], which: str) -> Tenso
     hops, number = inputs["hops"], len(inputs["hop_cases"])
     if hops is None or which != "unknown":
         return torch.arange(number if which == "all" else 0)
-    scores = case_scores(bucketed_logits(backbone, hops, hops.kept), hops.labels[:, -hops.kept :], torch.full((number,), 5))
+    scores = case_scores(bucketed_logits(backbone, hops), hops.labels, torch.full((number,), 5))
     return (scores < 1).nonzero().flatten().to(hops.labels.device)
 
 
@@ -207,30 +210,41 @@ def edits_with_hops(groups: Tensor, requests: int, hop_cases: Tensor) -> tuple[T
 
 
 def bucketed_logits(
-    backbone: Any, cases: TokenBatch, width: int, edit: LowRankEdit | None = None, rows: Tensor | None = None, buckets: int = 2
-) -> Tensor:
-    """Logits (cases, width, vocabulary) of left-padded cases under their edits, the short and the long ones in a forward each.
+    backbone: Any, cases: TokenBatch, edit: LowRankEdit | None = None, rows: Tensor | None = None, buckets: int = 2
+) -> Tensor:  # fmt: skip
+    """Logits (p, vocabulary) at the judged positions of left-padded cases, case after case, each under its edit.
 
-    One long question would otherwise pad every short one: on Atlas this halves the tokens of a step.
+    The short and the long cases go in a forward each: one long question would otherwise pad every short one, which on Atlas
+    doubles the tokens of a step.
     """
     if not len(cases):  # an empty sum, which still reaches every factor: all ranks have to reduce the same gradients
         factors = [] if edit is None else [factor.sum() for factor in edit.outputs.values()]
-        return torch.stack(factors or [torch.zeros(())]).sum().expand(0, width, 1)
+        return torch.stack(factors or [torch.zeros(())]).sum().expand(0, 1)
     order = cases.attention_mask.sum(-1).argsort(stable=True)
     parts = []
     with evaluating(backbone):
         for chunk in order.chunk(buckets):
             with nullcontext() if edit is None or rows is None else edit.attached(backbone, rows=rows[chunk]):
-                logits, _ = target_logits(backbone, cases[chunk].trimmed(WIDTH_MULTIPLE))
-            parts.append(nn.functional.pad(logits, (0, 0, width - logits.shape[1], 0)))
-    return torch.cat(parts)[order.argsort().to(parts[0].device)]
+                logits, labels = target_logits(backbone, cases[chunk].trimmed(WIDTH_MULTIPLE))
+            parts.append(logits[labels != IGNORED])
+    owners = order.repeat_interleave((cases.labels[order] != IGNORED).sum(-1))
+    return torch.cat(parts)[owners.argsort(stable=True).to(parts[0].device)]
 
 
 def case_scores(logits: Tensor, labels: Tensor, top_k: Tensor) -> Tensor:
-    """Share of each case's target tokens that are among the first `top_k` (cases,) predictions, ties to the lowest id; (cases,)."""
+    """Share of each case's target tokens that are among the first `top_k` predictions, ties to the lowest id.
+
+    Args:
+        logits: (p, vocabulary) at the judged positions, case after case.
+        labels: (cases, k), -100 where nothing is judged.
+        top_k: (cases,).
+
+    Returns:
+        (cases,) from 0 to 1.
+    """
     labels, top_k = labels.to(logits.device), top_k.to(logits.device)
-    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    values, targets = logits[rows, columns].float(), labels[rows, columns].unsqueeze(-1)
+    judged = labels != IGNORED
+    rows, values, targets = judged.nonzero()[:, 0], logits.float(), labels[judged].unsqueeze(-1)
     wanted = values.gather(-1, targets)
     ahead = (values > wanted) | ((values == wanted) & (torch.arange(values.shape[-1], device=values.device) < targets))
     return mean_per_row((ahead.sum(-1) < top_k[rows]).float(), rows, len(labels))

@@ -99,7 +99,8 @@ def target_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     extra: dict[str, Any] = {"position_ids": batch.position_ids} if "position_ids" in accepted else {}
     kept = batch.kept
     if "logits_to_keep" in accepted:
-        extra["logits_to_keep"] = kept
+        width = batch.input_ids.shape[1]
+        extra["logits_to_keep"] = torch.arange(width - kept, width)
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra)
     labels = batch.labels[:, -kept:].to(output.logits.device)
     return output.logits[:, -kept:], labels

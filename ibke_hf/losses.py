@@ -14,30 +14,28 @@ def sufficiency_for_generality(logits: Tensor, labels: Tensor) -> Tensor:
     """ℓ_SG (Eq. 34): cross-entropy, mean over a case's target positions, then over the cases; 0 without cases.
 
     Args:
-        logits: (cases, k, vocabulary) of the edited model.
+        logits: (p, vocabulary) of the edited model at the p judged positions, case after case.
         labels: (cases, k), -100 where nothing is judged.
     """
     if not len(labels):
         return logits.sum()
-    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    losses = torch.nn.functional.cross_entropy(logits[rows, columns].float(), labels[rows, columns], reduction="none")
-    return _mean_over_cases(losses, rows, len(labels))
+    judged = labels != IGNORED
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels[judged], reduction="none")
+    return _mean_over_cases(losses, judged)
 
 
 def independence_for_locality(logits: Tensor, original_logits: Tensor, labels: Tensor) -> Tensor:
     """ℓ_IL (Eq. 35): KL[edited ‖ original] over the full vocabulary in fp32, averaged as ℓ_SG; 0 without cases.
 
     Args:
-        logits: (cases, k, vocabulary) of the edited model.
+        logits: (p, vocabulary) of the edited model at the p judged positions, case after case.
         original_logits: The same of the unedited model, without gradient.
         labels: (cases, k), -100 where nothing is judged.
     """
     if not len(labels):
         return logits.sum()
-    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    edited = logits[rows, columns].float().log_softmax(-1)
-    original = original_logits[rows, columns].detach().float().log_softmax(-1)
-    return _mean_over_cases((edited.exp() * (edited - original)).sum(-1), rows, len(labels))
+    edited, original = logits.float().log_softmax(-1), original_logits.detach().float().log_softmax(-1)
+    return _mean_over_cases((edited.exp() * (edited - original)).sum(-1), labels != IGNORED)
 
 
 def itm(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -56,6 +54,7 @@ def information_transfer(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack([itm(mean, log_variance) for mean, log_variance in latents]).sum() / sum(m.numel() for m, _ in latents)
 
 
-def _mean_over_cases(losses: Tensor, rows: Tensor, cases: int) -> Tensor:
-    total = torch.zeros(cases, dtype=losses.dtype, device=losses.device).index_add(0, rows, losses)
-    return (total / torch.bincount(rows, minlength=cases).clamp(min=1)).mean()
+def _mean_over_cases(losses: Tensor, judged: Tensor) -> Tensor:
+    rows, number = judged.nonzero()[:, 0], len(judged)
+    total = torch.zeros(number, dtype=losses.dtype, device=losses.device).index_add(0, rows, losses)
+    return (total / torch.bincount(rows, minlength=number).clamp(min=1)).mean()

@@ -260,7 +260,7 @@ class IBKETrainer(Trainer):
             return loss.detach(), None, None
         device, counts, expected = loss.device, inputs["counts"], batch.labels.clone()
         local = expected[sum(counts[:2]) :]
-        local.copy_(torch.where(local == IGNORED, IGNORED, batch.original.argmax(-1)))
+        local[local != IGNORED] = batch.original.argmax(-1)
         scores = case_scores(batch.logits, expected, inputs["top_k"]).to(device)
         roles = torch.arange(len(ROLES), device=device).repeat_interleave(torch.tensor(counts, device=device))
         where, zeros = (inputs["owners"].to(device), roles), torch.zeros(len(inputs["records"]), len(ROLES), device=device)

@@ -220,10 +220,9 @@ def test_scores_count_every_case_of_an_incomplete_last_batch(trainer_for: Any) -
 
 
 def test_case_scores_break_ties_to_the_lowest_id() -> None:
-    logits = torch.zeros(1, 2, 6)
     labels = torch.tensor([[2, 3]])
-    assert case_scores(logits, labels, torch.tensor([3])).tolist() == [0.5]
-    assert case_scores(logits, torch.tensor([[IGNORED, 3]]), torch.tensor([4])).tolist() == [1.0]
+    assert case_scores(torch.zeros(2, 6), labels, torch.tensor([3])).tolist() == [0.5]
+    assert case_scores(torch.zeros(1, 6), torch.tensor([[IGNORED, 3]]), torch.tensor([4])).tolist() == [1.0]
 
 
 def test_a_batch_without_cases_gives_zero_and_a_gradient_for_every_parameter(trainer_for: Any) -> None:

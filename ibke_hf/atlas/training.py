@@ -61,16 +61,15 @@ def train_atlas_editor(
     """
     started, target = time.monotonic(), Path(out)
     backbone, tokenizer = load_backbone()
-    backbone = backbone.to(torch.bfloat16)  # more than twice as fast where the processor has it
     torch.manual_seed(seed)
     editor = new_editor(name, backbone, **(options or {}))
     checkpoints = target / "checkpoints"
     settings = {**TRAINING, **training}
     every = max(settings["max_steps"] // 2, 1)
+    checkpointing = {"eval_strategy": "steps", "eval_steps": every, "save_strategy": "steps", "save_steps": every, "save_total_limit": 1}
     arguments = IBKETrainingArguments(
-        str(checkpoints), seed=seed, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
-        use_cpu=not torch.accelerator.is_available(), **settings,
-    )  # fmt: skip
+        str(checkpoints), seed=seed, use_cpu=not torch.accelerator.is_available(), **{**checkpointing, **settings}
+    )
     trainer = IBKETrainer(
         editor, backbone, arguments, tokenizer, train_dataset=RecordDataset(training_records(load_split(), records, seed)),
         eval_dataset=RecordDataset(load_records("validation")), callbacks=[_Minutes()],
