@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from loopback_hub import HUB, TOKEN, LoopbackHub
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# frozen when the client is imported: no test can reach the Hub itself
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # removed at the end: what tests read is not kept in the user's cache
 
 import pytest
 import torch
@@ -33,6 +41,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
               "head_dim": 16, "max_position_embeddings": 128},
 }  # fmt: skip
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def native_data() -> Callable[[str], Path]:
+    """Find a sample file of a native format, which lie beside this checkout; skip the test where it is absent."""
+
+    def find(name: str) -> Path:
+        file = Path(__file__).parents[2] / "shared" / "data" / name
+        if not file.exists():
+            pytest.skip(f"the sample of real records is not beside this checkout: {file}")
+        return file
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +88,16 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, **FAMILIES[family], **config})).eval()
 
     return build
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """An empty stand-in for the Hub, which the client of this process talks to as its writer, with an empty cache."""
+    from huggingface_hub import constants
+
+    HUB.start()
+    HUB.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return HUB

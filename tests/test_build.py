@@ -255,11 +255,22 @@ def test_kinds_get_equal_shares(world: World) -> None:
 
 
 def test_kinds_of_locality_get_the_shares_asked_for(world: World) -> None:
-    builder = RecordBuilder(world, world, seed=1, locality_shares={"property": 3})
+    builder = RecordBuilder(world, world, seed=1, shares={"locality": {"property": 3}})
     triples = [t for t in world.triples if t.relation == "town_country"] * 10
     made = [record for t in triples if (record := builder.counterfactual(t)) is not None]
     criteria = Counter(case["loc_type"] for record in made for case in record["locality"].values())
     assert criteria["property of edit"] == pytest.approx(3 * criteria["head of edit"], rel=0.2)
+
+
+def test_novel_names_are_nobodys(world: World) -> None:
+    builder = RecordBuilder(world, world, seed=1, novel_rate=1.0)
+    made = [record for t in world.triples * 4 if (record := builder.counterfactual(t)) is not None]
+    targets = {(record["edit"]["property"]["description"], record["edit"]["target"]) for record in made}
+    novel = {(relation, name) for relation, name in targets if name not in world.entities}
+    assert len(novel) > 0.8 * len(targets)
+    assert all(len(name) == 4 and name.isdecimal() for relation, name in novel if relation == "town_year")
+    for i, record in enumerate(made):
+        assert parse_record(record, f"north-{i}", "north", Counter()) is not None
 
 
 def test_the_old_subject_of_a_single_inverse_is_left_alone(built: list[Built], world: World) -> None:

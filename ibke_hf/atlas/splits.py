@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from ..data.build import Json, RecordBuilder
 from ..data.facts import Triple, World
@@ -92,17 +93,17 @@ def _withhold(world: World, triples: Sequence[Triple], number: int) -> list[Trip
 
 
 def build_records(
-    split: Split, name: str, number: int, *, generality: int, locality: int, unknown_share: float = 0.5, seed: int = SEED
+    split: Split, name: str, number: int, *, generality: int, locality: int, unknown_share: float = 0.5, seed: int = SEED, **options: Any
 ) -> list[tuple[str, Json]]:
     """Build `number` records of one set as (domain, record) pairs.
 
     Every record of an evaluation set edits another triple; the training set goes over its triples again and again,
-    with another false object and other cases each time.
+    with another false object and other cases each time. `options` go to :class:`RecordBuilder`.
 
     Raises:
         ValueError: If the set's triples do not suffice.
     """
-    builder = RecordBuilder(split.taught, split.world, seed=f"{seed}-{name}", generality=generality, locality=locality)
+    builder = RecordBuilder(split.taught, split.world, seed=f"{seed}-{name}", generality=generality, locality=locality, **options)
     unknown = round(unknown_share * number)
     records = []
     for make, triples, wanted in (

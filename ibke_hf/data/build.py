@@ -33,19 +33,22 @@ class RecordBuilder:
         generality: Generality cases a record, each of another criterion.
         locality: Locality cases a record, each of another kind.
         alias_rate: Share of chains that start from an alias of their first entity.
-        locality_shares: Share of each of `LOCALITY`'s kinds beside that of the others, 1 where none is given.
+        shares: Share of a kind of `GENERALITY` or `LOCALITY` beside that of the others of its group, by ``"generality"`` or
+            ``"locality"`` and kind; 1 where none is given.
+        novel_rate: Share of counterfactual edits whose object is a name that nobody has: for training, where the names that a
+            backbone does not know are few. The name joins the beginning of one object's with the end of another's.
     """
 
     def __init__(
         self, known: World, world: World, *, seed: int | str, generality: int = 1, locality: int = 1, alias_rate: float = 0.15,
-        locality_shares: Mapping[str, float] | None = None,
+        shares: Mapping[str, Mapping[str, float]] | None = None, novel_rate: float = 0.0,
     ) -> None:  # fmt: skip
         self.known, self.world = known, world
         self.ids = unique_ids("Q", world.entities)
         self.rng = random.Random(seed)
         self.sizes = {"generality": generality, "locality": locality}
-        self.alias_rate = alias_rate
-        self.shares = {"generality": {}, "locality": locality_shares or {}}
+        self.alias_rate, self.novel_rate = alias_rate, novel_rate
+        self.shares = shares or {}
         self.used: dict[str, dict[str, float]] = {"generality": defaultdict(float), "locality": defaultdict(float)}
 
     def counterfactual(self, triple: Triple) -> Json | None:
@@ -61,6 +64,8 @@ class RecordBuilder:
     def _other_object(self, triple: Triple, relation: Relation) -> str | None:
         """Draw a false object of the right kind, preferring ones that edits can ripple on from."""
         truths = self.world.objects(triple.subject, relation.id) | {triple.subject}
+        if self.novel_rate and self.rng.random() < self.novel_rate and (name := self._novel_name(relation)):
+            return name
         answers = sorted({t.object for t in self.known.by_relation.get(relation.id, ())} - truths)
         if relation.inverse_single:  # a fresh object keeps the reverse question well defined
             fresh = sorted(set(self.known.by_kind.get(relation.object_kind, ())) - set(answers) - truths)
@@ -70,6 +75,19 @@ class RecordBuilder:
         if rippling and self.rng.random() < 0.6:
             answers = rippling
         return self.rng.choice(answers) if answers else None
+
+    def _novel_name(self, relation: Relation) -> str | None:
+        """Make up a name like those of a relation's objects, or a number of as many digits; None if the world has it already."""
+        names = self.known.by_kind.get(relation.object_kind, ("",))
+        first, last = self.rng.choice(names), self.rng.choice(names)
+        if first.isdecimal():
+            name = first[0] + "".join(self.rng.choice("0123456789") for _ in first[1:])
+        elif " " in first and " " in last:
+            words, others = first.split(), last.split()
+            name = " ".join((*words[: (len(words) + 1) // 2], *others[len(others) // 2 :]))
+        else:
+            name = (first[: (len(first) + 1) // 2] + last[len(last) // 2 :]).strip()
+        return None if not name or name in self.ids else name
 
     def _record(self, edit: Triple, original: str | None) -> Json | None:
         without = self._known_apart_from(edit, original)
@@ -112,7 +130,7 @@ class RecordBuilder:
             case = next((c for c in (makers[kind]() for _ in range(TRIES)) if c is not None), None)
             if case is not None:
                 made.append(case)
-                used[kind] += 1 / self.shares[group].get(kind, 1)
+                used[kind] += 1 / self.shares.get(group, {}).get(kind, 1)
         return made
 
     # --- JSON of the parts -------------------------------------------------------------------------------------
@@ -120,7 +138,7 @@ class RecordBuilder:
     def entity_json(self, name: str) -> Json:
         """Return an entity with its id and aliases."""
         aliases = list(self.world.aliases.get(name, ()))
-        return {"id": self.ids[name], "label": name, "description": "", "aliases": aliases}
+        return {"id": self.ids.get(name) or stable_id("Q", name), "label": name, "description": "", "aliases": aliases}
 
     def triple_json(self, triple: Triple) -> Json:
         """Return the four keys that UniEdit mixes into edits and hops."""

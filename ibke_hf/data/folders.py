@@ -12,7 +12,8 @@ from pathlib import Path
 from ..records import EditRecord
 from .build import Json, RecordBuilder
 from .facts import Triple, World, load_world
-from .uniedit import RecordError, read_uniedit
+from .files import record_files
+from .sources import read_records
 
 
 def build_folder(
@@ -77,20 +78,11 @@ def write_records(records: Iterable[tuple[str, Json]], folder: str | Path) -> No
         temporary.replace(target / f"{domain}.json")
 
 
-def record_files(folder: str | Path) -> list[Path]:
-    """Return the record files of a folder, ``.json`` and ``.json.gz``, by name."""
-    return sorted(file for pattern in ("*.json", "*.json.gz") for file in Path(folder).glob(pattern))
-
-
 def read_files(paths: Sequence[str | Path], skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
-    """Yield the records of UniEdit files, or of every ``.json`` and ``.json.gz`` file in folders.
+    """Yield the records of several sources, each as :func:`~ibke_hf.data.sources.read_records` reads it.
 
     Raises:
         RecordError: If a path holds no record file, or a record is unreadable.
     """
-    for path in map(Path, paths):
-        files = record_files(path) if path.is_dir() else [path]
-        if not files or not files[0].exists():
-            raise RecordError(f"{path}: no record file here; expected UniEdit JSON, see `ibke data build`")
-        for file in files:
-            yield from read_uniedit(file, skipped)
+    for path in paths:
+        yield from read_records(path, skipped=skipped)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..records import EditCase, EditRecord, EditRequest, Hop
+from .fields import Field, RecordError
+from .files import read_each, stem
+
+__all__ = ["YES_NO", "RecordError", "parse_record", "read_uniedit"]
 
 YES_NO = " The answer is (Yes/No):"
 EDIT_PATH = ["h_e", "r_e", "t_e"]
 Json = dict[str, Any]
-T = TypeVar("T")
-
-
-class RecordError(ValueError):
-    """An unreadable record; the message names file, record and field."""
 
 
 def read_uniedit(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
@@ -31,30 +26,8 @@ def read_uniedit(file: str | Path, skipped: Counter[str] | None = None) -> Itera
     Raises:
         RecordError: For any other unreadable record, naming file, record and field.
     """
-    path = Path(file)
-    domain = path.name.split(".")[0]
-    skipped = Counter() if skipped is None else skipped
-    content = _content(path)
-    if not isinstance(content, dict):
-        raise RecordError(f"{path}: a UniEdit file is one JSON object of records, found {type(content).__name__}")
-    for key, value in content.items():
-        try:
-            record = parse_record(value, f"{domain}-{key}", domain, skipped)
-        except RecordError as error:
-            raise RecordError(f"{path}: {error}") from error
-        if record is not None:
-            yield record
-
-
-def _content(path: Path) -> Any:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as handle:
-            return json.load(handle)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: not valid JSON ({error})") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f"{path}: not a complete gzip file ({error})") from error
+    domain, counted = stem(file), Counter() if skipped is None else skipped
+    yield from read_each(file, "object", "UniEdit", lambda value, key: parse_record(value, f"{domain}-{key}", domain, counted))
 
 
 def parse_record(value: Json, record_id: str, domain: str, skipped: Counter[str]) -> EditRecord | None:
@@ -63,7 +36,7 @@ def parse_record(value: Json, record_id: str, domain: str, skipped: Counter[str]
     Raises:
         RecordError: If it is unreadable, naming record and field.
     """
-    record = _Field(value, "", record_id)
+    record = Field(value, "", record_id)
     edit = record["edit"]
     if not edit.text("prompt") or not edit.text("target"):
         skipped["edit with an empty prompt or target"] += 1
@@ -80,50 +53,7 @@ def parse_record(value: Json, record_id: str, domain: str, skipped: Counter[str]
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Field:
-    """A JSON value that knows where in its record it stands, so that an error can name it."""
-
-    value: Any
-    path: str
-    record: str
-
-    def __getitem__(self, key: str) -> _Field:
-        content = self.of(dict)
-        if key not in content:
-            raise RecordError(f"record {self.record!r}: field {self._join(key)!r} is missing")
-        return _Field(content[key], self._join(key), self.record)
-
-    def of(self, kind: type[T]) -> T:
-        if not isinstance(self.value, kind):
-            expected = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}[kind]
-            where = f"field {self.path!r}" if self.path else "the record"
-            raise RecordError(f"record {self.record!r}: {where} is not {expected}, found {json.dumps(self.value)[:80]}")
-        return self.value
-
-    def text(self, key: str) -> str:
-        """Return a text that may be missing, null or blank, which are all ``""``."""
-        found = self.of(dict).get(key)
-        text = "" if found is None else _Field(found, self._join(key), self.record).of(str)
-        return text if text.strip() else ""
-
-    def items(self) -> list[_Field]:
-        """Return the parts of a list that is not empty."""
-        if not self.of(list):
-            raise RecordError(f"record {self.record!r}: field {self.path!r} is empty")
-        return [_Field(part, f"{self.path}[{i}]", self.record) for i, part in enumerate(self.of(list))]
-
-    def texts(self) -> list[str]:
-        return [_Field(part, f"{self.path}[{i}]", self.record).of(str) for i, part in enumerate(self.of(list))]
-
-    def values(self) -> list[_Field]:
-        return [self[key] for key in self.of(dict)]
-
-    def _join(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-
-def _case(case: _Field, edit: Hop, name: str, skipped: Counter[str]) -> EditCase | None:
+def _case(case: Field, edit: Hop, name: str, skipped: Counter[str]) -> EditCase | None:
     double = case["path_type"].of(str) == "double"
     halves = [case["single_path1"], case["single_path2"]] if double else [case]
     prompt, target = case.text("prompt"), case.text("target")
@@ -145,7 +75,7 @@ def _case(case: _Field, edit: Hop, name: str, skipped: Counter[str]) -> EditCase
     )  # fmt: skip
 
 
-def _hop(hop: _Field) -> Hop:
+def _hop(hop: Field) -> Hop:
     kind, value = hop["tail_entity"]["datatype"].of(str), hop["tail_entity"]["value"]
     item = kind == "wikibase-item"
     return Hop(
@@ -154,19 +84,19 @@ def _hop(hop: _Field) -> Hop:
     )  # fmt: skip
 
 
-def _item_tail(hop: _Field) -> _Field | None:
+def _item_tail(hop: Field) -> Field | None:
     tail = hop["tail_entity"]
     return tail["value"] if tail["datatype"].value == "wikibase-item" else None
 
 
-def _other_names(hop: _Field, target: str) -> tuple[str, ...]:
+def _other_names(hop: Field, target: str) -> tuple[str, ...]:
     """Other spellings of the answer, which is the hop's tail, or its head if it was walked backwards."""
     entity = hop["head_entity"] if hop["reverse_in_multi_hop"].of(bool) else _item_tail(hop)
     names = [] if entity is None else [entity["label"].of(str), *entity["aliases"].texts()]
     return tuple(name for name in names if name != target)
 
 
-def _generality(paths: list[list[list[str]]], double: bool, hops: list[_Field]) -> tuple[str, ...]:
+def _generality(paths: list[list[list[str]]], double: bool, hops: list[Field]) -> tuple[str, ...]:
     """Name the criteria of a generality case, as UniEdit's own reader derives them."""
     items = [item for path in paths for item in path]
     edits = [hop for hop in hops if hop["path"].texts() == EDIT_PATH]
@@ -181,12 +111,12 @@ def _generality(paths: list[list[list[str]]], double: bool, hops: list[_Field]) 
     return tuple(name for name, holds in named.items() if holds)
 
 
-def _by_alias(hop: _Field) -> bool:
+def _by_alias(hop: Field) -> bool:
     head = hop["head_entity"]
     return bool(head["aliases"].texts()) and hop.value.get("subject") != head["label"].of(str)
 
 
-def _to_alias(hop: _Field) -> bool:
+def _to_alias(hop: Field) -> bool:
     tail = _item_tail(hop)
     return tail is not None and bool(tail["aliases"].texts()) and hop.text("target") != tail["label"].of(str)
 

@@ -1,0 +1,132 @@
+"""Records as rows of a `datasets` dataset, and back, without loss."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..records import EditCase, EditRecord, EditRequest, Hop
+from .fields import RecordError
+from .sources import find_source, read_records
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+def record_features() -> datasets.Features:
+    """Return the columns of :func:`record_row`, explicit, since empty lists would leave them to chance.
+
+    Raises:
+        ImportError: If `datasets` is not installed.
+    """
+    datasets = _datasets()
+    text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
+    request = {"prompt": text, "target": text, "subject": text}
+    hop = {"prompt": text, "target": text, "head": text, "property": text, "tail": text, "tail_is_item": datasets.Value("bool"),
+           "subject": text}  # fmt: skip
+    number, hops = datasets.Value("int32"), datasets.List(hop)
+    case = {"prompt": text, "target": text, "criteria": texts, "hops": number, "top_k": number, "aliases": texts, "supporting": hops,
+            "facts": hops, "name": text}  # fmt: skip
+    cases = datasets.List(case)
+    columns = {"id": text, "dataset": text, "domain": text, "requests": datasets.List(request), "generality": cases, "locality": cases,
+               "edits": hops, "kind": text, "relation": text, "metadata": datasets.List({"key": text, "value": text})}  # fmt: skip
+    return datasets.Features(columns)
+
+
+def record_row(record: EditRecord) -> Row:
+    """Return a record as a row: plain lists and dicts, the metadata as a list of keys and values."""
+    return {**asdict(record), "metadata": [{"key": key, "value": value} for key, value in record.metadata.items()]}
+
+
+def record_from_row(row: Mapping[str, Any]) -> EditRecord:
+    """Return the record that a row was made of."""
+    parts: dict[str, Any] = {"requests": EditRequest, "generality": _case, "locality": _case, "edits": Hop}
+    made: Row = {name: tuple(make(**part) for part in row[name]) for name, make in parts.items()}
+    texts: Row = {name: row[name] for name in ("id", "dataset", "domain", "kind", "relation")}
+    return EditRecord(**texts, **made, metadata={pair["key"]: pair["value"] for pair in row["metadata"]})
+
+
+def records_dataset(
+    source: str | Path, *, streaming: bool = False, cache_dir: str | Path | None = None, **options: Any
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the records of a source as a `datasets` dataset of :func:`record_row`s.
+
+    Args:
+        source: As for :func:`~ibke_hf.data.sources.read_records`.
+        streaming: Return an ``IterableDataset``, which reads as it is read; else a ``Dataset``, which is written to disk once and found
+            there again while source, options and the version of this package are the same.
+        cache_dir: Where Hub files and the dataset on disk are kept.
+        options: Format, filters, limit and seed, as for :func:`~ibke_hf.data.sources.read_records`.
+
+    What is left out is logged by reason when it is read.
+
+    Raises:
+        ImportError: If `datasets` is not installed.
+        TypeError: If an option is unknown.
+        RecordError: As :func:`~ibke_hf.data.sources.read_records` does; of a streamed dataset, while it is read. Also if no record is
+            left to be written to disk.
+    """
+    datasets = _datasets()
+    read_records(source, cache_dir=cache_dir, **options)  # reads nothing yet: refuses wrong options before anything is written
+    settings = {name: sorted(value) if isinstance(value, set | frozenset) else value for name, value in options.items()}
+    arguments: Row = {"source": str(source), "options": {**settings, "cache_dir": cache_dir}}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_rows, features=record_features(), gen_kwargs=arguments)
+    if next(read_records(source, cache_dir=cache_dir, **{**options, "limit": 1, "seed": None}), None) is None:
+        raise RecordError(f"no record in {source}, or none that the filters leave")
+    arguments["stamp"] = _stamp(source, cache_dir, options)
+    try:
+        return datasets.Dataset.from_generator(
+            _rows, features=record_features(), gen_kwargs=arguments, cache_dir=None if cache_dir is None else str(cache_dir)
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, RecordError) else error from None
+
+
+class StoredRecords:
+    """The records of a ``datasets.Dataset`` of rows, made one at a time, so that memory does not grow with their number."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EditRecord:
+        return record_from_row(self.rows[index])
+
+
+def _stamp(source: str | Path, cache_dir: str | Path | None, options: Mapping[str, Any]) -> str:
+    """Return what the dataset on disk is found by, beside source and options: the state of the files and of the readers."""
+    where = {name: options.get(name) for name in ("split", "domains", "revision", "token")}
+    return f"{version('ibke-hf')} {find_source(source, cache_dir=cache_dir, **where).stamp}"
+
+
+def _rows(source: str, options: dict[str, Any], stamp: str = "") -> Iterator[Row]:
+    """Yield rows; `stamp` is there for the cache alone, which is keyed on the arguments."""
+    skipped: Counter[str] = Counter()
+    for record in read_records(source, skipped=skipped, **options):
+        yield record_row(record)
+    for reason, number in skipped.items():
+        logger.warning(f"{source}: left out {number}: {reason}")
+
+
+def _case(**row: Any) -> EditCase:
+    hops = {name: tuple(Hop(**hop) for hop in row[name]) for name in ("supporting", "facts")}
+    return EditCase(**{**row, **hops, "criteria": tuple(row["criteria"]), "aliases": tuple(row["aliases"])})
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('records as a dataset need the extra "train": pip install "ibke-hf[train]"') from error
+    return datasets

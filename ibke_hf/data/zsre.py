@@ -1,0 +1,85 @@
+"""Reader of ZSRE: MEND's records, which EasyEdit uses too, and KnowEdit's (PROTOCOL, Datasets)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..records import EditCase, EditRecord, EditRequest
+from .fields import Field, cases
+from .files import read_each, stem
+
+ANSWER = " The answer is: "  # as UniEdit's reader has it: with the target's own space, two spaces stand before the target
+EMPTY = "edit with an empty prompt or target"
+CRITERIA = {"Subject_Aliasing": "Subject Alias", "Forgetfulness": "1-N Forgotten"}  # KnowEdit's kinds that PROTOCOL names otherwise
+
+
+def read_zsre(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
+    """Yield the records of one ZSRE file; a record's id is the file's name up to its first dot, and its position in the file.
+
+    MEND's form gives the lists ``rephrase`` (generality) and ``loc`` (locality); the edit goes toward ``alt``, and " The answer is: "
+    is appended to ``src`` and ``rephrase``. KnowEdit's form gives ``rephrase_prompt``, and a list for each kind of ``portability``
+    (generality) and ``locality``. A null or empty prompt or target is skipped and counted by reason in `skipped`.
+
+    Raises:
+        RecordError: For any other unreadable record, naming file, record and field.
+    """
+    counted: Counter[str] = Counter() if skipped is None else skipped
+    yield from read_each(file, "list", "ZSRE", partial(_parse, name=stem(file), skipped=counted))
+
+
+def _parse(value: Any, key: str, name: str, skipped: Counter[str]) -> EditRecord | None:
+    record = Field(value, "", f"{name}-{key}")
+    return _mend(record, skipped) if "src" in record or "alt" in record else _knowedit(record, skipped)
+
+
+def _mend(record: Field, skipped: Counter[str]) -> EditRecord | None:
+    for key in ("src", "alt", "rephrase", "loc", "loc_ans"):
+        record[key]  # named if it is missing: a blank text is skipped, another format is not
+    source, new, rephrase = record.text("src"), record.text("alt"), record.text("rephrase")
+    if not source or not new:
+        skipped[EMPTY] += 1
+        return None
+    return EditRecord(
+        record.record, "zsre", "", (EditRequest(source + ANSWER, new, record.text("subject") or None),),
+        generality=cases("rephrase", rephrase and rephrase + ANSWER, new, skipped, criteria=("Rephrase",)),
+        locality=cases("loc", record.text("loc"), record.text("loc_ans"), skipped),
+        metadata=_original(record["answers"].names()),
+    )  # fmt: skip
+
+
+def _knowedit(record: Field, skipped: Counter[str]) -> EditRecord | None:
+    for key in ("prompt", "target_new"):
+        record[key]
+    prompt, new = record.text("prompt"), record.text("target_new")
+    if not prompt or not new:
+        skipped[EMPTY] += 1
+        return None
+    rephrased = "rephrase_prompt" in record
+    rephrase = cases("rephrase_prompt", record.text("rephrase_prompt"), new, skipped, criteria=("Rephrase",)) if rephrased else ()
+    return EditRecord(
+        record.record, "zsre", "", (EditRequest(prompt, new, record.text("subject") or None),),
+        generality=rephrase + _kinds(record, "portability", skipped), locality=_kinds(record, "locality", skipped),
+        metadata=_original(record["ground_truth"].names() if "ground_truth" in record else ()),
+    )  # fmt: skip
+
+
+def _kinds(record: Field, group: str, skipped: Counter[str]) -> tuple[EditCase, ...]:
+    """Return the cases of every kind of a group; of several answers, the first is the target and the others are aliases."""
+    if group not in record:
+        return ()
+    kinds = record[group]
+    made: list[EditCase] = []
+    for kind in kinds.of(dict):
+        criteria = (CRITERIA.get(kind, kind.replace("_", " ")),)
+        for part in kinds[kind].parts():
+            target, *aliases = part["ground_truth"].names() or ("",)
+            made += cases(kind, part.text("prompt"), target, skipped, criteria=criteria, aliases=tuple(aliases))
+    return tuple(made)
+
+
+def _original(answers: tuple[str, ...]) -> dict[str, str]:
+    return {"original": answers[0]} if answers else {}
