@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .records import EditRequest
+from .records import EditCase, EditRecord, EditRequest, Hop
 
 IGNORED = -100
 Span = Literal["prompt", "offsets"]
 Side = Literal["left", "right"]
+Asked = TypeVar("Asked", EditRequest, EditCase, Hop)
 
 
 class RequestError(ValueError):
@@ -168,8 +169,8 @@ def context_length(model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
-def through_chat_template(tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> EditRequest:
-    """Render the prompt as a user's turn of the tokenizer's chat template, the target as the assistant's answer.
+def through_chat_template(tokenizer: PreTrainedTokenizerBase, request: Asked) -> Asked:
+    """Render the prompt of a request, case or hop as a user's turn of the chat template, the target as the assistant's answer.
 
     Raises:
         RequestError: If the tokenizer has no chat template.
@@ -182,6 +183,27 @@ def through_chat_template(tokenizer: PreTrainedTokenizerBase, request: EditReque
     if begin and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # tokenising adds it once more
         prompt = prompt.removeprefix(begin)
     return replace(request, prompt=prompt)
+
+
+def chat_record(tokenizer: PreTrainedTokenizerBase, record: EditRecord) -> EditRecord:
+    """Render all that is asked of a model through the chat template: requests, cases and their supporting hops.
+
+    Facts and edits, which are compared but not asked, stay. So do blank prompts: whoever tokenises them can name the case.
+
+    Raises:
+        RequestError: If the tokenizer has no chat template.
+    """
+
+    def asked(one: Asked) -> Asked:
+        return through_chat_template(tokenizer, one) if one.prompt.strip() else one
+
+    def case(one: EditCase) -> EditCase:
+        return replace(asked(one), supporting=tuple(map(asked, one.supporting)))
+
+    return replace(
+        record, requests=tuple(map(asked, record.requests)), generality=tuple(map(case, record.generality)),
+        locality=tuple(map(case, record.locality)),
+    )  # fmt: skip
 
 
 def _span_start(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,16 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .configuration_ibke import PRESETS, IBKEConfig
-from .data.folders import read_files
+from .data.augmentation import RECORDS_OF_EACH, draw_records
+from .records import EditRecord
 
 if TYPE_CHECKING:
-    from .trainer import IBKETrainingArguments, RecordDataset
+    from torch.utils.data import Dataset
+
+    from .trainer import IBKETrainingArguments
 
 logger = logging.get_logger(__name__)
-TOP_LEVEL = ("backbone", "records", "validation", "out", "layers", "dtype", "editor", "training")
+TOP_LEVEL = ("backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype", "editor", "training")
 REQUIRED = ("backbone", "records", "out")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAPER_DTYPES = {  # SPEC §6
@@ -55,11 +58,14 @@ def training_settings(
     missing = [name for name in REQUIRED if not settings.get(name)]
     if missing:
         raise ValueError(f"missing setting: {', '.join(missing)}; give it as a flag (--{missing[0]}) or in the YAML file")
-    for name in ("records", "validation"):
+    for name in ("records", "validation", "augment"):
         if isinstance(settings.get(name), str):
             settings[name] = [settings[name]]
     if settings.get("dtype") not in (None, *DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {settings['dtype']!r}")
+    number = settings.get("augment_records", RECORDS_OF_EACH)
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"augment_records must be a whole number of at least 1, found {number!r}")
     return settings
 
 
@@ -128,7 +134,8 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
     checkpoints = str(arguments.output_dir)
     if not resume and last_complete_checkpoint(checkpoints) is not None:
         raise ValueError(f"{checkpoints} holds checkpoints of an earlier run; resume it (--resume), remove them or choose another folder")
-    train, validation = _records(settings, "records"), _records(settings, "validation")
+    train = _records(settings, "records", _augmentation(settings, arguments.seed))
+    validation = _records(settings, "validation")
     set_seed(arguments.seed)
     editor, backbone, tokenizer = _editor(settings, arguments)
     stopping = [EarlyStoppingCallback(_patience(arguments))] if arguments.load_best_model_at_end else []
@@ -157,17 +164,32 @@ def _patience(arguments: IBKETrainingArguments) -> int:
     return math.ceil(PATIENCE / (every if every >= 1 else max(every * arguments.max_steps, 1)))  # a share of all steps below 1
 
 
-def _records(settings: Mapping[str, Any], name: str) -> RecordDataset | None:
+def _records(settings: Mapping[str, Any], name: str, more: Sequence[EditRecord] = ()) -> Dataset[EditRecord] | None:
+    """Return the records of the sources that a setting names, kept on disk, and `more`; None where it names none."""
+    from torch.utils.data import ConcatDataset
+
+    from .data.rows import StoredRecords, records_dataset
     from .trainer import RecordDataset
 
-    if not settings.get(name):
+    sources = settings.get(name)
+    if not sources:
         return None
-    skipped: Counter[str] = Counter()
-    records = RecordDataset(list(read_files(settings[name], skipped)))
-    for reason, number in skipped.items():
-        logger.warning(f"{name}: left out {number}: {reason}")
-    if not len(records):
-        raise ValueError(f"{name}: no record in {', '.join(map(str, settings[name]))}")
+    stored: list[Any] = [StoredRecords(records_dataset(source)) for source in sources]
+    return ConcatDataset([*stored, *([RecordDataset(more)] if more else [])])
+
+
+def _augmentation(settings: Mapping[str, Any], seed: int) -> list[EditRecord]:
+    """Draw the few-shot records of other datasets; what was drawn is logged in ``augmentation.json`` of the output folder."""
+    if not settings.get("augment"):
+        return []
+    records, log = draw_records(settings["augment"], settings.get("augment_records", RECORDS_OF_EACH), seed)
+    for part in log:
+        logger.warning(f"augment: {part['drawn']} records of {part['source']}")
+    out = Path(settings["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "augmentation.json.part"
+    temporary.write_text(json.dumps(log, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(out / "augmentation.json")
     return records
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ibke_hf import EditRequest, IBKEEditor
 from ibke_hf.cli import build_parser, main
+from ibke_hf.data.augmentation import draw_records
 from ibke_hf.trainer import IBKETrainingArguments
 from ibke_hf.training import PAPER_DTYPES, PRESETS, _patience, train_editor, training_settings
 
@@ -131,7 +132,7 @@ def test_patience_is_fifty_thousand_steps(every: float, evaluations: int, tmp_pa
 
 
 def test_an_editor_is_trained_saved_and_usable(settings: Json, tiny_model: Any, tiny_tokenizer: Any, caplog: Any) -> None:
-    logging.getLogger("ibke_hf.training").addHandler(caplog.handler)
+    logging.getLogger("ibke_hf").addHandler(caplog.handler)
     result = train_editor(settings)
     assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= result.keys()
     assert "left out 1: edit with an empty prompt or target" in caplog.text
@@ -176,7 +177,7 @@ def test_without_validation_the_training_loss_is_returned(settings: Json) -> Non
 
 def test_records_that_are_none_are_an_error(settings: Json, tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"records: no record in .*none\.json"):
+    with pytest.raises(ValueError, match=r"no record in .*none\.json"):
         train_editor({**settings, "records": [str(tmp_path / "none.json")]})
 
 
@@ -196,3 +197,49 @@ def test_the_command_line_trains(settings: Json, tmp_path: Path, capsys: Any) ->
     assert '"eval_loss"' in capsys.readouterr().out
     assert main(command) == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+
+
+# --- few-shot augmentation ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """Ten records in another format, one of them without a target."""
+    rows = [{"subject": city, "src": f"What is {city} known for?", "pred": "wine", "rephrase": f"For what is {city} known?",
+             "alt": "" if i == 9 else f"cheese {i}", "answers": ["wine"], "loc": "nq question: where is the river", "loc_ans": "Thames",
+             "cond": ""} for i, city in enumerate(CITIES + CITIES[:4])]  # fmt: skip
+    (tmp_path / "other.json").write_text(json.dumps(rows))
+    return str(tmp_path / "other.json")
+
+
+def test_few_shot_records_are_drawn_with_a_seed_and_logged(other: str) -> None:
+    records, (log,) = draw_records([other], 4, seed=1)
+    assert [record.id for record in records] == log["ids"]
+    assert {name: log[name] for name in ("source", "wanted", "drawn", "seed", "skipped")} == {
+        "source": other, "wanted": 4, "drawn": 4, "seed": 1, "skipped": log["skipped"]}  # fmt: skip
+    assert sum(log["skipped"].values()) == 1
+    assert draw_records([other], 4, seed=1)[0] == records
+    assert any(draw_records([other], 4, seed=seed)[0] != records for seed in range(2, 6))
+    whole, (log,) = draw_records([other], 512, seed=1)
+    assert (len(whole), log["wanted"], log["drawn"]) == (9, 512, 9)
+
+
+def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("ibke_hf.trainer.IBKETrainer.train", lambda self, **_: seen.append([r.dataset for r in self.train_dataset]))
+    monkeypatch.setattr("ibke_hf.trainer.IBKETrainer.save_model", lambda *_: None)
+    monkeypatch.setattr("ibke_hf.trainer.IBKETrainer.evaluate", lambda *_: {})
+    train_editor({**settings, "augment": [other], "augment_records": 3})
+    assert seen == [["uniedit"] * 4 + ["zsre"] * 3]
+    (log,) = json.loads((Path(settings["out"]) / "augmentation.json").read_text())
+    assert (log["source"], len(log["ids"])) == (other, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"augment_records": 0}, "augment_records must be a whole number of at least 1, found 0"),
+     ({"augment_records": "many"}, "augment_records must be a whole number of at least 1, found 'many'")],
+)  # fmt: skip
+def test_a_bad_augmentation_is_named(given: Json, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_settings(None, {**GIVEN, **given}, {}, {})

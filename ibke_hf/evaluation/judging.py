@@ -110,7 +110,7 @@ class Judge:
             carried: The members' edits.
             edited_hops: Number of supporting hops that were edited in for a question, where there are any.
         """
-        matches = self._exact_matches(questions, carried) if self.generate else {}
+        answers = self._answers(questions, carried) if self.generate else {}
         rows: dict[int, Row] = {}
         for members, logits, parts in self._batches({i: questions[i].tokens for i in carried.rows}, carried):
             expected = torch.cat([_expected(questions[i], before[i]) for i in members])
@@ -123,9 +123,10 @@ class Judge:
                 if question.role == "locality" and self.locality_match == "string":
                     hits, first = self._equal_strings(logits[part], expected[part], question.top_k)
                 rows[i] = {
-                    **described(question), "score": scores.fraction(hits), "top1": scores.fraction(first),
-                    "first_token": float(first[0]), "exact_match": matches.get(i), "before": self._text(before[i].ids),
-                    "after": self._text(top[part]), "js_similarity": similarity, "edited_hops": edited_hops.get(i, 0),
+                    **described(question), **scores.case_scores(hits, first),
+                    "exact_match": scores.exact_match(answers[i], question.names) if i in answers else None,
+                    "before": self._text(before[i].ids), "after": self._text(top[part]), "generated": answers.get(i),
+                    "js_similarity": similarity, "edited_hops": edited_hops.get(i, 0),
                 }  # fmt: skip
         return rows
 
@@ -139,12 +140,11 @@ class Judge:
             ends = list(accumulate(len(_target_ids(tokens[member])) for member in members))
             yield members, logits[labels != IGNORED], [slice(*part) for part in zip([0, *ends], ends, strict=False)]
 
-    def _exact_matches(self, questions: Sequence[Question], carried: Carried) -> dict[int, bool]:
-        """Tell for each request and generality case whether greedy generation answers with the target or an alias."""
+    def _answers(self, questions: Sequence[Question], carried: Carried) -> dict[int, str]:
+        """Generate an answer to each request and generality case greedily."""
         asked = {i: questions[i] for i in carried.rows if questions[i].role != "locality"}
         prompts = {i: (question.asked.prompt, len(question.target_ids)) for i, question in asked.items()}
-        texts = generate_texts(self.model, self.tokenizer, prompts, self.batch_size, carried.attached)
-        return {i: scores.exact_match(text, asked[i].names) for i, text in texts.items()}
+        return generate_texts(self.model, self.tokenizer, prompts, self.batch_size, carried.attached)
 
     def _equal_strings(self, logits: Tensor, expected: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Hits within the top k and the top 1 where equal decoded tokens count as equal, as UniEdit compares them."""

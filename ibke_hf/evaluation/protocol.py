@@ -70,8 +70,8 @@ def evaluate_records(
 
     A row is JSON-able: record, domain, dataset, kind, role (reliability, generality, locality), list, case (its index in the
     record), criteria, hops, prompt, target; score, top1 and first_token as fractions; exact_match (requests and
-    generality, None if not generated); js_similarity (locality); before and after, the top-1 text at the target positions; and
-    edited_hops, the number of supporting hops that were edited in.
+    generality, None if not generated); js_similarity (locality); before and after, the teacher-forced top-1 text at the target
+    positions; generated, the answer that exact_match judges; and edited_hops, the number of supporting hops that were edited in.
 
     Args:
         editor: Has ``edit(model, tokenizer, requests, *, mode, previous) -> Edit``. Unless it says
@@ -90,8 +90,9 @@ def evaluate_records(
         generate: Generate answers greedily, for exact match.
         progress: Show a progress bar.
         on_row: Called with each row as it is made, in the order of the records within each lot of groups.
-        on_skip: Called with a dict (record, dataset, domain, role, list, case, prompt, reason) for each case that is dropped.
-        finished: Rows of a run that was killed. Groups of which every row is among them are not run again, and
+        on_skip: Called with a dict (record, dataset, domain, role, list, case, prompt, reason) for each case that is dropped,
+            before anything is run, and again when a run is resumed.
+        finished: Rows of a run that was killed. Lots of groups of which every row is among them are not run again, and
             `on_row` is called for missing rows only; the result holds all of them.
 
     Raises:
@@ -106,18 +107,16 @@ def evaluate_records(
     editing = Editing(editor, model, tokenizer, mode, batch_size)
     judge = Judge(model, tokenizer, batch_size, locality_match, generate)
     made: dict[RowKey, Row] = {}
-    waiting = [group for group in groups if any(question.key not in done for question in group.questions)]
-    bar = tqdm(total=sum(len(group.records) for group in groups), unit="record", disable=not progress)
-    bar.update(bar.total - sum(len(group.records) for group in waiting))
-    with evaluating(model), bar:
-        for lot in fill_lots(waiting, batch_size):
-            for row in _run(lot, editing, judge):
-                made[row_key(row)] = row
-                if on_row is not None and row_key(row) not in done:
-                    on_row(row)
-            if on_skip is not None:
-                for dropped in (dropped for group in lot for dropped in group.dropped):
-                    on_skip(dropped)
+    if on_skip is not None:
+        for dropped in (dropped for group in groups for dropped in group.dropped):
+            on_skip(dropped)
+    with evaluating(model), tqdm(total=sum(len(group.records) for group in groups), unit="record", disable=not progress) as bar:
+        for lot in fill_lots(groups, batch_size):  # the same lots after a kill: what shares a batch moves the last bits of a score
+            if any(question.key not in done for group in lot for question in group.questions):
+                for row in _run(lot, editing, judge):
+                    made[row_key(row)] = row
+                    if on_row is not None and row_key(row) not in done:
+                        on_row(row)
             bar.update(sum(len(group.records) for group in lot))
     rows = [done.get(question.key) or made[question.key] for group in groups for question in group.questions]
     last = len(groups[-1].requests) if groups else 0

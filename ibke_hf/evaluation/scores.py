@@ -14,6 +14,7 @@ from torch import Tensor
 
 Row = Mapping[str, Any]
 CASES = ("generality", "locality")
+ROLES = ("reliability", *CASES)
 
 # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -44,6 +45,29 @@ def top_ids(logits: Tensor, k: int) -> Tensor:
         best.append(values.argmax(-1, keepdim=True))
         values.scatter_(-1, best[-1], -math.inf)
     return torch.cat(best, -1)
+
+
+def ranks_among(ordered: Sequence[Sequence[int]], ids: Sequence[int]) -> Tensor:
+    """Rank of each id among the ordered predictions at its position, 0 for the best; behind them all if it is not there.
+
+    Args:
+        ordered: For each of p positions the predicted ids, the best first; as many as have to be told apart.
+        ids: The p ids that are looked up.
+
+    Returns:
+        (p,) ranks, which are :func:`token_ranks`' as far down as the predictions go.
+    """
+    return torch.tensor([(*best, i).index(i) for best, i in zip(ordered, ids, strict=True)])
+
+
+def case_scores(hits: Tensor, first: Tensor) -> dict[str, float]:
+    """Scores of one case: ``score``, ``top1`` and ``first_token`` as fractions.
+
+    Args:
+        hits: (p,) of bool, whether each target token is within the case's top k.
+        first: (p,) of bool, whether it is the top-1 prediction.
+    """
+    return {"score": fraction(hits), "top1": fraction(first), "first_token": float(first[0])}
 
 
 def fraction(hits: Tensor) -> float:
@@ -118,9 +142,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
     Returns:
         ``reliability``, ``generality``, ``locality``, ``f1``, ``avg``, ``generality_top1``, ``locality_top1``,
-        ``exact_match`` and ``first_token`` (of generality cases) and ``js_similarity`` (of locality cases), all in percent
-        and None where there is nothing to average; ``records``, and ``cases`` by role. Besides, ``by_domain[domain]``
-        with all of these, and ``by_criterion[role][name]`` and ``by_hops[role][hops]`` with score, top1, exact_match and cases.
+        ``exact_match`` and ``first_token`` (of generality cases), ``reliability_exact_match`` (of requests) and
+        ``js_similarity`` (of locality cases), all in percent and None where there is nothing to average; ``records``, and
+        ``cases`` by role. Besides, ``by_domain[domain]`` with all of these, and ``by_criterion[role][name]`` and
+        ``by_hops[role][hops]`` with score, top1, exact_match and cases.
     """
     judged = {role: [row for row in rows if row["role"] == role] for role in CASES}
     domains = sorted({row["domain"] for row in rows})
@@ -133,8 +158,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:
-    requests, generality, locality = ([row for row in rows if row["role"] == role] for role in ("reliability", *CASES))
+    requests, generality, locality = ([row for row in rows if row["role"] == role] for role in ROLES)
     hit = mean(row["score"] for row in requests)
+    said = mean(row["exact_match"] for row in requests)
     reliability = None if hit is None else 100 * hit
     general, local = mean_over_lists(generality, "score"), mean_over_lists(locality, "score")
     return {
@@ -146,6 +172,7 @@ def _scores(rows: Sequence[Row]) -> dict[str, Any]:
         "generality_top1": mean_over_lists(generality, "top1"),
         "locality_top1": mean_over_lists(locality, "top1"),
         "exact_match": mean_over_lists(generality, "exact_match"),
+        "reliability_exact_match": None if said is None else 100 * said,
         "first_token": mean_over_lists(generality, "first_token"),
         "js_similarity": mean_over_lists(locality, "js_similarity"),
         "records": len({(row["dataset"], row["record"]) for row in rows}),

@@ -1,0 +1,113 @@
+"""`ibke atlas`: how the embedded world was made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from typing import Any
+
+from .options import add_command, positive
+
+NOT_TO_SET = ("output_dir", "seed", "max_steps", "use_cpu", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+              "save_total_limit")  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    """Add the command and its actions."""
+    actions = commands.add_parser("atlas", help="rebuild the embedded world").add_subparsers(dest="action", required=True, metavar="action")
+    command = add_command(actions, "build-data", "write the evaluation records of the embedded world", _run_build_data)
+    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command = add_command(actions, "build-backbone", "pretrain the embedded language model", _run_build_backbone)
+    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command.add_argument("--epochs", type=positive, help="passes over the taught facts")
+    command.add_argument("--max-steps", type=positive, help="stop after so many steps, for trials")
+    command.add_argument("--seed", type=int, default=0)
+    command = add_command(actions, "tune-ft", "choose the learning rate of the fine-tuning baseline on validation records", _run_tune_ft)
+    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command = add_command(actions, "report", "score the embedded editors on all test and held-out records", _run_report)
+    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    for name in ("ibke", "mend"):
+        action = "train-editor" if name == "ibke" else "train-mend"
+        command = add_command(actions, action, f"train the embedded {name.upper()} editor", _run_train_atlas)
+        command.set_defaults(editor_name=name)
+        command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--max-steps", type=positive, help="training steps (default: the recipe's)")
+        command.add_argument("--records", type=positive, help="number of training records (default: the recipe's)")
+        command.add_argument("--set", type=_setting, nargs="*", default=[], metavar="NAME=VALUE",
+                             help="other fields of the recipe, for trials: JSON values; editor.NAME for fields of the editor")  # fmt: skip
+        command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def _run_build_data(given: argparse.Namespace) -> None:
+    from ..atlas import ASSETS, load_split
+    from ..atlas.datasets import write_evaluation_records
+
+    print(json.dumps(write_evaluation_records(load_split(), given.out or ASSETS / "records"), indent=2))
+
+
+def _run_build_backbone(given: argparse.Namespace) -> None:
+    from ..atlas import ASSETS, load_split
+    from ..atlas.backbone import build_backbone
+
+    split = load_split()
+    options = {name: value for name, value in (("epochs", given.epochs), ("max_steps", given.max_steps)) if value is not None}
+    report = build_backbone(split.world, split.taught, given.out or ASSETS / "backbone", seed=given.seed, **options)
+    print(json.dumps(report, indent=2))
+
+
+def _run_tune_ft(given: argparse.Namespace) -> None:
+    from ..atlas import ASSETS
+    from ..atlas.tuning import tune_ft
+
+    print(json.dumps(tune_ft(given.out or ASSETS), indent=2))
+
+
+def _run_report(given: argparse.Namespace) -> None:
+    from ..atlas import ASSETS
+    from ..atlas.report import markdown_table, write_report
+
+    print(markdown_table(write_report(given.out or ASSETS)))
+
+
+def _run_train_atlas(given: argparse.Namespace) -> None:
+    from ..atlas import ASSETS
+    from ..atlas.training import train_atlas_editor
+
+    _require_fields(given)
+    training = {name: value for group, name, value in given.set if group == "training"}
+    options = {name: value for group, name, value in given.set if group == "editor"}
+    training |= {name: value for name in ("max_steps", "records") if (value := getattr(given, name)) is not None}
+    report = train_atlas_editor(
+        given.editor_name, given.out or ASSETS / given.editor_name, seed=given.seed, options=options, resume=given.resume, **training
+    )
+    print(json.dumps(report, indent=2))
+
+
+def _require_fields(given: argparse.Namespace) -> None:
+    """Refuse a `--set` that names no field, or one that the command decides itself."""
+    from ..configuration_ibke import IBKEConfig
+    from ..editors.mend import MENDConfig
+    from ..trainer import IBKETrainingArguments
+
+    config = IBKEConfig if given.editor_name == "ibke" else MENDConfig
+    known = {
+        "training": {field.name for field in fields(IBKETrainingArguments) if field.init and field.name not in NOT_TO_SET},
+        "editor": {"layers", *(field.name for field in fields(config))},
+    }
+    for group, name, _ in given.set:
+        if name not in known[group]:
+            raise ValueError(f"--set {name}: no such field of the {group} recipe, or one that the command sets itself")
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """Return group (training or editor), name and value of ``NAME=VALUE``."""
+    name, _, value = text.partition("=")
+    group, _, field = name.rpartition(".")
+    if not field.isidentifier() or group not in ("", "training", "editor"):
+        raise argparse.ArgumentTypeError(f"NAME=VALUE is wanted, such as beta=0.2 or editor.latent_dim=128, found {text!r}")
+    try:
+        return group or "training", field, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f'{name!r} needs a JSON value, such as 0.1, true or \'"cosine"\', found {value!r}') from error

@@ -1,0 +1,149 @@
+"""`ibke eval`: score an editor on a dataset by PROTOCOL's procedure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .options import add_command, load_atlas_editor, load_model, load_saved_editor, model_options, positive
+
+HUB_DATASETS = {"uniedit": "qizhou/UniEdit"}
+WITHOUT_HUB = ("zsre", "counterfact", "mquake")  # PROTOCOL names files for these, and no dataset of the Hub
+SELECTION = ("dataset", "format", "split", "domains", "criteria", "hops", "limit", "seed", "chat")
+ATLAS, ATLAS_EDITORS = "atlas", ("ibke", "mend")
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = add_command(commands, "eval", "score an editor on a dataset; a killed run goes on where it stopped", _run)
+    what = command.add_argument_group("what is evaluated")
+    what.add_argument("--dataset", required=True, metavar="NAME|PATH", help="atlas, uniedit, a file, a folder or a Hub dataset id")
+    what.add_argument("--format", help="native format of the dataset (default: told from its content)")
+    model_options(command)
+    what.add_argument("--editor", metavar="none|ft|ibke|mend|PATH|ID",
+                      help="none: the unedited model; ibke and mend: Atlas's; else a trained editor (default: ibke)")  # fmt: skip
+    chosen = command.add_argument_group("which records")
+    chosen.add_argument("--split", help="split of the dataset (atlas: test, held_out or validation; default test)")
+    chosen.add_argument("--domains", nargs="+", metavar="NAME", help="records of these domains only")
+    chosen.add_argument("--criteria", nargs="+", metavar="NAME", help='cases of these criteria only, such as "Multi-Hop"')
+    chosen.add_argument("--hops", nargs="+", type=positive, metavar="N", help="cases of these numbers of hops only")
+    chosen.add_argument("--limit", type=positive, metavar="N", help="so many records only")
+    chosen.add_argument("--seed", type=int, help="draw the N records with this seed (default: the first N)")
+    how = command.add_argument_group("how they are asked")
+    how.add_argument("--sequential", type=positive, default=1, metavar="N", help="edits that the model carries at once (default 1)")
+    how.add_argument("--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit")
+    how.add_argument("--chat", action="store_true", help="ask through the tokenizer's chat template")
+    how.add_argument("--collision-scope", choices=("set", "group"), default="set",
+                     help="drop locality cases that collide with an edit of the whole selection (default) or of their group")  # fmt: skip
+    how.add_argument("--locality-match", choices=("ids", "string"), default="ids", help="compare token ids, or strings as UniEdit does")
+    how.add_argument("--span", choices=("prompt", "offsets"), default="prompt", help="how the target's tokens are found")
+    how.add_argument("--no-generate", action="store_true", help="teacher-forced scores only, which is quicker")
+    how.add_argument("--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default 64)")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder of results.json, rows.jsonl and rows.html")
+
+
+def _run(given: argparse.Namespace) -> None:
+    from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
+    from ..tokens import chat_record
+
+    _require_editor_for_model(given)
+    unread: Counter[str] = Counter()
+    records = list(_records(given, unread))
+    model, tokenizer = load_model(given)
+    editor = _editor(given, model)
+    if given.chat:
+        records = [chat_record(tokenizer, record) for record in records]
+    settings = {name: getattr(given, name) for name in SELECTION}
+    results = evaluate_to_folder(
+        given.out, editor, model, tokenizer, records, unread=unread, sequential=given.sequential, mode=given.mode,
+        batch_size=given.batch_size, collision_scope=given.collision_scope, locality_match=given.locality_match, span=given.span,
+        generate=not given.no_generate, progress=sys.stderr.isatty(),
+        settings={**settings, "model": given.model or "ibke-atlas", "editor": given.editor or "ibke"},
+    )  # fmt: skip
+    print(score_table(results))
+    print("\nwritten: " + ", ".join(str(Path(given.out) / name) for name in (RESULTS, ROWS, PAGE)))
+
+
+# --- what is evaluated --------------------------------------------------------------------------------------------
+
+
+def _records(given: argparse.Namespace, unread: Counter[str]) -> Iterator[Any]:
+    from ..data.sources import read_records, select
+
+    filters = {"domains": given.domains, "criteria": given.criteria, "hops": given.hops, "limit": given.limit, "seed": given.seed}
+    if given.dataset == ATLAS:
+        from ..atlas import load_records
+
+        if given.format:
+            raise ValueError(f"--format {given.format}: the records of atlas have one format; leave it out")
+        return select(load_records(given.split or "test"), skipped=unread, **filters)
+    name = given.dataset
+    if not Path(name).exists():
+        if name.lower() in WITHOUT_HUB:
+            raise ValueError(f"--dataset {name}: no Hub dataset is known for it; give the path of a file or folder in its native format")
+        name = HUB_DATASETS.get(name.lower(), name)
+    return read_records(name, format=given.format, split=given.split, skipped=unread, **filters)
+
+
+def _require_editor_for_model(given: argparse.Namespace) -> None:
+    if given.model is not None and (given.editor or "ibke") in ATLAS_EDITORS:
+        raise ValueError(
+            f"--editor {given.editor or 'ibke'} edits the embedded Atlas model only; for {given.model} give none, ft, "
+            f"or the folder or Hub id of an editor trained for it (a folder of that name: ./{given.editor or 'ibke'})"
+        )
+
+
+def _editor(given: argparse.Namespace, model: Any) -> Any:
+    name = given.editor or "ibke"
+    if name == "none":
+        return None
+    if name in ATLAS_EDITORS:
+        return load_atlas_editor(name)
+    if name != "ft":
+        return load_saved_editor(name)
+    from ..atlas import load_ft
+    from ..editors.ft import FineTuningEditor
+
+    return load_ft() if given.model is None else FineTuningEditor.for_backbone(model)
+
+
+# --- the table in the terminal ------------------------------------------------------------------------------------
+
+
+def score_table(results: Mapping[str, Any]) -> str:
+    """Return what ``results.json`` holds as a table, teacher-forced scores beside generated ones."""
+    overall, cases, settings = results["overall"], results["cases"], results["settings"]
+    lines = [
+        f"{settings['editor']} on {settings['dataset']}: {results['records']} records, percent",
+        f"{'':<26}{'teacher-forced':>16}{'generated':>14}",
+        f"{'':<26}{'score':>8}{'top 1':>8}{'exact match':>14}{'cases':>8}",
+        _line("reliability", overall["reliability"], overall["reliability"], overall["reliability_exact_match"], cases["reliability"]),
+    ]
+    for role, match in (("generality", overall["exact_match"]), ("locality", None)):
+        lines.append(_line(role, overall[role], overall[f"{role}_top1"], match, cases[role]))
+        lines += [
+            _line(f"  {name}", cell["score"], cell["top1"], cell["exact_match"], cell["cases"])
+            for name, cell in results["by_criterion"][role].items()
+        ]
+    lines += [
+        _line(title, overall[name]) for name, title in (("f1", "F1"), ("avg", "Avg"), ("first_token", "first token (generality)"),
+                                                        ("js_similarity", "JS similarity (locality)"))
+    ]  # fmt: skip
+    lines += [f"skipped: {number} × {reason}" for reason, number in results["skipped"].items()]
+    if results["incomplete_group"]:
+        found = f"{results['incomplete_group']} of {settings['sequential']} requests"
+        lines.append(f"the last group has {found}; it is scored, where UniEdit drops it")
+    if results["edit_seconds"] is not None:
+        lines.append(f"one edit took {1e3 * results['edit_seconds']:.1f} ms on average")
+    return "\n".join(lines)
+
+
+def _line(title: str, score: float | None, top1: float | None = None, match: float | None = None, cases: int | None = None) -> str:
+    texts = ["–" if value is None else f"{value:.1f}" for value in (score, top1, match)]
+    if cases is None:
+        return f"{title:<26}{texts[0]:>8}"
+    return f"{title:<26}{texts[0]:>8}{texts[1]:>8}{texts[2]:>14}{cases:>8}"

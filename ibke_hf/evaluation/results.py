@@ -1,0 +1,255 @@
+"""A folder of results: settings, rows as they are made, scores, and a page of the rows.
+
+``settings.json`` comes first, ``rows.jsonl`` grows row by row, ``skipped.jsonl`` names the cases that were not asked, and
+``results.json`` and ``rows.html`` come last. A killed run goes on where it stopped when it is called once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .. import __version__
+from ..records import EditRecord
+from .judging import Row
+from .page import write_page
+from .protocol import Evaluation, RowKey, evaluate_records, row_key
+
+SETTINGS, ROWS, SKIPPED, RESULTS, PAGE = "settings.json", "rows.jsonl", "skipped.jsonl", "results.json", "rows.html"
+NOT_SETTINGS = ("batch_size", "progress")  # they decide how fast rows are made, not which: a resumed run may change them
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ResultsError(ValueError):
+    """A folder that cannot take the results; the message names it and says what to do."""
+
+
+class ResultsFolder:
+    """The files of one evaluation, to be used as a context manager.
+
+    Attributes:
+        rows: The rows that an earlier run left, in their order.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        """Open a new folder, or one of the same settings; drop a last row that was cut off when the run was killed.
+
+        Args:
+            folder: Made if it is missing.
+            settings: What decides the rows, as JSON values.
+
+        Raises:
+            ResultsError: If the folder holds results of other settings (each difference is named), results without
+                settings, or rows that cannot be read.
+        """
+        self.folder = Path(folder)
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = self._found_settings()
+        self.rows: tuple[Row, ...] = tuple(_read_rows(self.folder / ROWS))
+        if found is None or not (self.rows or (self.folder / RESULTS).exists()):  # nothing that other settings would spoil
+            _write_json(self.folder / SETTINGS, self.settings)
+        else:
+            self._require_same(found)
+        self._rows: TextIO | None = None
+        self._skipped: TextIO | None = None
+
+    def __enter__(self) -> ResultsFolder:
+        self._rows = (self.folder / ROWS).open("a", encoding="utf-8")
+        self._skipped = (self.folder / SKIPPED).open("w", encoding="utf-8")  # all of them are named again
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in (self._rows, self._skipped):
+            if file is not None:
+                file.close()
+
+    def add(self, row: Row) -> None:
+        """Append a row; it is with the operating system when this returns, so that no kill of the process loses it."""
+        _append(self._rows, row)
+
+    def skip(self, case: Mapping[str, Any]) -> None:
+        """Append a case that is not asked."""
+        _append(self._skipped, case)
+
+    def finish(self, evaluation: Evaluation, unread: Mapping[str, int]) -> dict[str, Any]:
+        """Write ``results.json`` and the page; return the results.
+
+        Args:
+            evaluation: With all rows, also those of an earlier run.
+            unread: Number of records and cases that were skipped on reading, by reason.
+        """
+        results = results_of(evaluation, unread, self.settings)
+        if results["edit_seconds"] is None and (self.folder / RESULTS).exists():  # nothing was left to be edited
+            results["edit_seconds"] = _read_json(self.folder / RESULTS).get("edit_seconds")
+        _write_json(self.folder / RESULTS, results)
+        with _whole(self.folder / PAGE) as temporary:
+            write_page(evaluation.rows, results, temporary)
+        return results
+
+    def _found_settings(self) -> dict[str, Any] | None:
+        """Return the settings of an earlier run; None in a new folder."""
+        if (self.folder / SETTINGS).exists():
+            return _read_json(self.folder / SETTINGS)
+        others = [name for name in (ROWS, SKIPPED, RESULTS, PAGE) if (self.folder / name).exists()]
+        if others:
+            raise ResultsError(f"{self.folder}: holds {others[0]} but no {SETTINGS}, so it is not of this command; choose another folder")
+        return None
+
+    def _require_same(self, found: Mapping[str, Any]) -> None:
+        names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
+        if names:
+            changes = "; ".join(f"{name} was {json.dumps(found.get(name))}, now {json.dumps(self.settings.get(name))}" for name in names)
+            raise ResultsError(
+                f"{self.folder}: holds an evaluation of other settings ({changes}); "
+                "repeat those settings, choose another folder or remove this one"
+            )
+
+
+def evaluate_to_folder(
+    folder: str | Path,
+    editor: Any,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Iterable[EditRecord],
+    *,
+    settings: Mapping[str, Any],
+    unread: Mapping[str, int] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score an editor on records by PROTOCOL's procedure and keep everything in a folder; go on there if a run was killed.
+
+    Args:
+        folder: Where the results lie.
+        editor: See :func:`~ibke_hf.evaluation.protocol.evaluate_records`.
+        model: The backbone.
+        tokenizer: Its tokenizer.
+        records: The selection.
+        settings: Names of dataset, model, editor and what else tells this evaluation from others, as JSON values. The options
+            below and fingerprints of records, model and editor are added to them.
+        unread: Number of records and cases that were skipped on reading, by reason.
+        options: Further arguments of :func:`~ibke_hf.evaluation.protocol.evaluate_records`.
+
+    Returns:
+        What ``results.json`` holds: ``overall``, ``by_criterion``, ``by_hops``, ``by_domain`` (see
+        :func:`~ibke_hf.evaluation.scores.summarise`), ``records``, ``cases`` by role, ``skipped`` by reason, ``incomplete_group``,
+        ``edit_seconds`` and ``settings``.
+
+    Raises:
+        ResultsError: If the folder holds results of other settings, or no record is selected.
+        RequestError: If a text of a record is unusable.
+        NonFiniteError: If an edit is not finite.
+    """
+    records = list(records)
+    if not records:
+        raise ResultsError("no record is selected; widen the selection, or look at the dataset")
+    deciding = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
+    prints = {"records": fingerprint_of_records(records), "model_weights": fingerprint_of(model), "editor_weights": fingerprint_of(editor)}
+    with ResultsFolder(folder, {"ibke_hf": __version__, **settings, **deciding, **prints}) as results:
+        found = evaluate_records(
+            editor, model, tokenizer, records, on_row=results.add, on_skip=results.skip, finished=results.rows, **options
+        )
+        return results.finish(found, unread or {})
+
+
+def results_of(evaluation: Evaluation, unread: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``results.json`` holds, see :func:`evaluate_to_folder`."""
+    summary = dict(evaluation.summary)
+    parts = {name: summary.pop(name) for name in ("by_criterion", "by_hops", "by_domain", "records", "cases")}
+    return {
+        "overall": summary, **parts, "skipped": dict(Counter(unread) + Counter(evaluation.skipped)),
+        "incomplete_group": evaluation.incomplete_group, "edit_seconds": evaluation.edit_seconds, "settings": dict(settings),
+    }  # fmt: skip
+
+
+def fingerprint_of(thing: Any) -> str | None:
+    """Tell a model or editor from one of other weights or hyper-parameters, so that a retrained editor is not taken for the old one.
+
+    Weights are summed as integers: exact on any device and in any order, and quick.
+    """
+    if thing is None:
+        return None
+    if not isinstance(thing, nn.Module):
+        return _digest([repr(getattr(thing, "config", type(thing).__name__))])
+    return _digest(f"{name} {tuple(tensor.shape)} {_integer_sum(tensor)}" for name, tensor in thing.state_dict().items())
+
+
+def fingerprint_of_records(records: Sequence[EditRecord]) -> str:
+    """Tell a selection of records from any other."""
+    return f"{len(records)} ({_digest(map(repr, records))})"
+
+
+def _integer_sum(tensor: torch.Tensor) -> int | None:
+    if tensor.is_meta or tensor.is_complex():
+        return None
+    return int(tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
+
+
+def _digest(parts: Iterable[str]) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.encode("utf-8", "backslashreplace") + b"\n")
+    return whole.hexdigest()[:12]
+
+
+def _append(file: TextIO | None, value: Mapping[str, Any]) -> None:
+    assert file is not None, "a ResultsFolder takes rows inside its `with` block"
+    file.write(json.dumps(value, allow_nan=False) + "\n")  # ASCII, so that neither odd line ends nor lone surrogates matter
+    file.flush()
+
+
+def _read_rows(file: Path) -> Iterator[Row]:
+    """Yield the rows of a file, after cutting off a last line that was not written to its end.
+
+    Raises:
+        ResultsError: If any other line is no row, or one comes twice.
+    """
+    content = file.read_bytes() if file.exists() else b""
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        with file.open("r+b") as handle:
+            handle.truncate(complete)
+    seen: set[RowKey] = set()
+    for number, line in enumerate(content[:complete].split(b"\n")[:-1], start=1):
+        try:
+            row: Row = json.loads(line)
+            key = row_key(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResultsError(f"{file}: line {number} is not a row of results; remove the folder and run again") from error
+        if key in seen:
+            raise ResultsError(f"{file}: line {number} repeats a row, as when two runs write at once; remove the folder and run again")
+        seen.add(key)
+        yield row
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{file}: not valid JSON ({error}); remove the folder and run again") from error
+    if not isinstance(value, dict):
+        raise ResultsError(f"{file}: holds no JSON object; remove the folder and run again")
+    return value
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    with _whole(file) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """Write a file under a temporary name that becomes its own at the end, so that no reader finds half of it."""
+    temporary = file.with_name(f"{file.name}.part")
+    yield temporary
+    temporary.replace(file)
