@@ -6,16 +6,20 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, CommitInfo, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .publishing import CARD, NETWORK_ERRORS, edit_card, public_name, upload
 from .records import EditRequest
 
 if TYPE_CHECKING:
@@ -37,19 +41,22 @@ class MissingFileError(AdapterError):
     """A file of a saved edit that is not there."""
 
 
-def save_edit(edit: LowRankEdit, folder: str | Path, *, rank: int | None = None, transposed: bool | None = None) -> None:
-    """Save one edit as a LoRA adapter: A = ĥ, B = ûᵀ, alpha = r, full module names.
+def save_edit(
+    edit: LowRankEdit, folder: str | Path, *, max_rank: int | None = None, rank: int | None = None, transposed: bool | None = None
+) -> None:  # fmt: skip
+    """Save one edit as a LoRA adapter: A = ĥ, B = ûᵀ, alpha = r, full module names, one rank for all layers.
 
     Args:
         edit: A single edit; of several independent ones save ``edit[i]``.
         folder: Created if needed; each file is written to a temporary name and renamed.
-        rank: Truncate to this rank (SVD) if the edit's is higher, else pad to it with zeros. Default: the highest layer's.
+        max_rank: Truncate to this rank (SVD) if the edit's is higher; ``edit.json`` gets the relative error of each layer.
+        rank: Save in this very rank: truncated if the edit's is higher, else padded with zeros. Default: the highest layer's.
         transposed: PEFT's `fan_in_fan_out`, true for Conv1D backbones; remembered from the backbone by default.
+
+    Raises:
+        ValueError: If this holds several independent edits, a rank is below 1, or both ranks are given.
     """
-    edit._require_one("save")
-    if rank is not None and rank < max(edit.ranks.values()):
-        edit = edit.truncate(rank)
-    edit = edit.padded(rank or max(edit.ranks.values()))
+    edit = with_uniform_rank(edit, max_rank, rank)
     rank = max(edit.ranks.values())
     weights = {}
     for name in edit.inputs:
@@ -69,6 +76,17 @@ def save_edit(edit: LowRankEdit, folder: str | Path, *, rank: int | None = None,
         (scratch / INFO).write_text(info_json(edit.info, relative_error=dict(edit.relative_error)), encoding="utf-8")
 
 
+def with_uniform_rank(edit: LowRankEdit, max_rank: int | None = None, rank: int | None = None) -> LowRankEdit:
+    """Return a single edit in the form it is saved in, see :func:`save_edit`; serving engines take no other LoRA."""
+    edit._require_one("save")
+    if max_rank is not None and rank is not None:
+        raise ValueError(f"max_rank={max_rank} and rank={rank} say different things; give max_rank, or rank for one with padding")
+    limit = max_rank if rank is None else rank
+    if limit is not None and limit < max(edit.ranks.values()):
+        edit = edit.truncate(limit)
+    return edit.padded(rank or max(edit.ranks.values()))
+
+
 def load_edit(name_or_path: str | Path, **hub_arguments: Any) -> LowRankEdit:
     """Load an edit, or any LoRA adapter without DoRA, from a folder or the Hub.
 
@@ -77,14 +95,17 @@ def load_edit(name_or_path: str | Path, **hub_arguments: Any) -> LowRankEdit:
         hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
 
     Raises:
-        AdapterError: If a file is missing, damaged, or holds keys that are not LoRA factors.
+        AdapterError: If a file is missing, damaged or cannot be downloaded, or holds keys that are no LoRA factors, of layers that
+            the config does not name, or not of all that it names.
     """
     from .edits import EditInfo, LowRankEdit
 
+    hub_arguments |= _pinned(name_or_path, hub_arguments)
     config = _read_json(name_or_path, CONFIG, hub_arguments)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise AdapterError(f"{name_or_path}: only plain LoRA adapters can be read as edits, found {config.get('peft_type')!r}")
     inputs, outputs = _factors(str(name_or_path), read_weights(name_or_path, WEIGHTS, hub_arguments), config)
+    _require_targets(str(name_or_path), list(inputs), config.get("target_modules"))
     try:
         info, content = read_info(name_or_path, hub_arguments)
     except MissingFileError:
@@ -143,23 +164,57 @@ def read_info(name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> tup
     return info, content
 
 
-def push_edit(edit: LowRankEdit, repo_id: str, *, rank: int | None = None, **hub_arguments: Any) -> Any:
-    """Publish an edit in one commit; takes `token`, `private`, `revision`, `commit_message`, `create_pr` of the Hub client."""
-    from huggingface_hub import HfApi
+def push_edit(
+    edit: LowRankEdit, repo_id: str, *, max_rank: int | None = None, rank: int | None = None,
+    metadata: Mapping[str, Any] | None = None, **options: Any,
+) -> CommitInfo:  # fmt: skip
+    """Publish an edit as a LoRA adapter with a card, in one commit.
 
-    api = HfApi(token=hub_arguments.pop("token", None))
-    api.create_repo(repo_id, private=hub_arguments.pop("private", None), exist_ok=True)
+    Args:
+        edit: A single edit; of several independent ones push ``edit[i]``.
+        repo_id: Repository, made if it does not exist.
+        max_rank: See :func:`save_edit`; the card states the relative error.
+        rank: See :func:`save_edit`.
+        metadata: Metadata of the card, such as ``license``.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of :func:`ibke_hf.publishing.upload`.
+
+    Returns:
+        The commit's information.
+
+    Raises:
+        ValueError: As :func:`save_edit` does.
+        UploadError: If the upload is cut; another call finishes it.
+    """
+    edit = with_uniform_rank(edit, max_rank, rank)
+    edit = replace(edit, info=replace(edit.info, editor=public_name(edit.info.editor), backbone=public_name(edit.info.backbone)))
     with tempfile.TemporaryDirectory() as folder:
-        save_edit(edit, folder, rank=rank)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **{"commit_message": "Add edit", **hub_arguments})
+        save_edit(edit, folder)
+        edit_card(edit, repo_id, **(metadata or {})).save(Path(folder) / CARD)
+        return upload(folder, repo_id, **{"commit_message": "Add the edit", **options})
 
 
 def _file(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> Path:
     try:
         found = cached_file(str(name_or_path), name, **hub_arguments)
     except OSError as error:
+        if isinstance(error.__cause__, (HfHubHTTPError, LocalEntryNotFoundError)) and not _known_missing(name_or_path, name, hub_arguments):
+            raise AdapterError(f"{name_or_path}: {name} cannot be downloaded ({error})") from error
         raise MissingFileError(f"{name_or_path}: no {name}; a saved edit has its weights and a description beside ({error})") from error
+    except NETWORK_ERRORS as error:
+        raise AdapterError(f"{name_or_path}: {name} cannot be downloaded ({error}); try again") from error
     return Path(str(found))
+
+
+def _pinned(name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return the commit that a revision is now, so that a push between two files does not mix old weights with a new config."""
+    commit = extract_commit_hash(str(_file(name_or_path, CONFIG, hub_arguments)), None)
+    return {} if commit is None or Path(name_or_path).is_dir() else {"revision": commit}
+
+
+def _known_missing(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> bool:
+    """Tell whether the cache knows that the repository has no such file, as of an adapter of PEFT's that is read offline."""
+    where = {key: hub_arguments[key] for key in ("cache_dir", "revision") if key in hub_arguments}
+    return try_to_load_from_cache(str(name_or_path), name, **where) is _CACHED_NO_EXIST
 
 
 def _read_json(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +247,22 @@ def _factors(where: str, weights: dict[str, Tensor], config: dict[str, Any]) -> 
         inputs[name] = a.unsqueeze(0).contiguous()
         outputs[name] = (b if scale == 1 else b * scale).unsqueeze(0).contiguous()
     return inputs, outputs
+
+
+def _require_targets(where: str, layers: Sequence[str], targets: Any) -> None:
+    """Hold the layers of the weights against the config's: PEFT only warns about the difference.
+
+    A target names a layer in full or by the end of its name; of the latter a model may have none.
+    """
+    if not isinstance(targets, list):  # a pattern, or none stated
+        foreign, missing = [name for name in layers if isinstance(targets, str) and not re.fullmatch(targets, name)], []
+    else:
+        foreign = [name for name in layers if not any(name == target or name.endswith(f".{target}") for target in targets)]
+        in_full = [target for target in targets if any(part.isdigit() for part in target.split("."))]
+        missing = [target for target in in_full if not any(name == target or name.endswith(f".{target}") for name in layers)]
+    if foreign or missing:
+        what = f"factors of {foreign[0]!r}, not named" if foreign else f"no factors of {missing[0]!r}, which is named"
+        raise AdapterError(f"{where}/{WEIGHTS}: holds {what} in {CONFIG}; the two are not of one adapter, save or download it again")
 
 
 def _alpha(config: Mapping[str, Any], name: str) -> float:

@@ -313,7 +313,7 @@ class LowRankEdit(WeightEdit):
     # --- files --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Save as a PEFT LoRA adapter plus ``edit.json``; see :func:`ibke_hf.adapter_files.save_edit`."""
+        """Save as a PEFT LoRA adapter, of rank ``max_rank`` at most, plus ``edit.json``; see :func:`ibke_hf.adapter_files.save_edit`."""
         from .adapter_files import save_edit
 
         save_edit(self, folder, **kwargs)
@@ -326,7 +326,7 @@ class LowRankEdit(WeightEdit):
         return load_edit(name_or_path, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish the edit as a LoRA adapter in one commit; see :func:`ibke_hf.adapter_files.push_edit`."""
+        """Publish as a LoRA adapter with a card, of rank ``max_rank`` at most; see :func:`ibke_hf.adapter_files.push_edit`."""
         from .adapter_files import push_edit
 
         return push_edit(self, repo_id, **kwargs)

@@ -21,6 +21,7 @@ from .capture import GradientFactors, capture_factors, evaluating
 from .configuration_ibke import GradientEditorConfig, IBKEConfig, Mode, require_mode
 from .edits import EditInfo, LowRankEdit, describe
 from .layers import BackboneError, dimensions, layers_to_edit, modules_to_edit
+from .publishing import push_editor
 from .records import EditRequest
 from .tokens import TokenBatch, context_length, encode_requests
 
@@ -79,13 +80,13 @@ class IBKEHypernetwork(nn.Module):
     def __init__(self, config: IBKEConfig, d_in: int, d_out: int) -> None:
         super().__init__()
         width, dim, scale = d_in + d_out, config.latent_dim, config.attention_scale
-        self.config, self.d_in = config, d_in
+        self.config, self.d_in, hidden = config, d_in, config.second_stage_mlp
         self.queries = nn.Parameter(torch.empty(config.latent_length, dim))
         self.mean = CrossAttention(dim, width, dim, scale=scale)
         self.log_variance = CrossAttention(dim, width, dim, scale=scale) if config.use_information_bottleneck else None
         self.readout = CrossAttention(width, dim, dim, scale=scale, heads=config.second_stage_heads)
         self.skip = nn.Linear(width, dim) if config.second_stage_skip else None
-        self.mlp = _mlp(dim, config.second_stage_mlp) if config.second_stage_mlp else None
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)) if hidden else None
         self.residual = nn.Linear(dim, width)
         self.gate = nn.Linear(dim, 1) if config.use_scale_factor else None
 
@@ -116,10 +117,6 @@ class IBKEHypernetwork(nn.Module):
         if not sample:
             return mean, mean, log_variance
         return mean + (0.5 * log_variance).exp() * torch.randn_like(mean), mean, log_variance
-
-
-def _mlp(dim: int, width: int) -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.GELU(), nn.Linear(width, dim))
 
 
 class GradientEditor(PreTrainedModel):
@@ -326,6 +323,10 @@ class GradientEditor(PreTrainedModel):
         for i, ratio in enumerate(ratios):
             self.log_step_sizes[i] = math.log(self.config.initial_edit_ratio) - torch.cat(ratio).median().clamp(min=1e-12).log()
         return dict(zip(self.config.module_names(), self.step_sizes.tolist(), strict=True))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
+        """Publish weights, config, card, results and code in one commit; options: :func:`ibke_hf.publishing.push_editor`."""
+        return push_editor(self, repo_id, **options)
 
     @property
     def is_calibrated(self) -> bool:

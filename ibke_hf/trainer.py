@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, set_seed
@@ -26,6 +24,7 @@ from transformers.utils import logging
 from .batches import EditCollator, RecordDataset, case_scores, run_batch
 from .capture import NonFiniteError
 from .modeling_ibke import GradientEditor
+from .publishing import push_editor
 from .tokens import IGNORED, context_length, encode_requests
 
 __all__ = ["EditCollator", "IBKETrainer", "IBKETrainingArguments", "RecordDataset", "last_complete_checkpoint"]
@@ -289,9 +288,9 @@ class IBKETrainer(Trainer):
 
     def push_to_hub(
         self, commit_message: str | None = "Add the editor", blocking: bool = True, token: str | None = None, revision: str | None = None,
-        private: bool | None = None, **card: Any,
+        private: bool | None = None, create_pr: bool = False, results: Any = None, **card: Any,
     ) -> Any:  # fmt: skip
-        """Publish the editor's weights, its config and a card: no pickle, no checkpoint, nothing of the backbone.
+        """Publish the editor's weights, config, card and code: no pickle, no checkpoint, nothing of the backbone.
 
         Args:
             commit_message: Title of the commit.
@@ -299,23 +298,26 @@ class IBKETrainer(Trainer):
             token: Token with write access; by default ``args.hub_token``.
             revision: Branch to commit to; by default ``args.hub_revision``.
             private: Make a new repository private.
+            create_pr: Open a pull request instead.
+            results: What `ibke eval` made of this editor: a folder or file.
             card: Metadata of the card, such as ``license`` or ``datasets``.
 
         Returns:
             The commit's information; None on other ranks than the first.
+
+        Raises:
+            UploadError: If the upload is cut; another call finishes it.
         """
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         scores = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
-        with tempfile.TemporaryDirectory() as folder:
-            self.editor.save_pretrained(folder)
-            editor_card(self.editor, str(self.hub_model_id), scores, **card).save(Path(folder) / "README.md")
-            return HfApi().upload_folder(
-                repo_id=str(self.hub_model_id), folder_path=folder, commit_message=commit_message, token=token or self.args.hub_token,
-                revision=revision or self.args.hub_revision,
-            )  # fmt: skip
+        return push_editor(
+            self.editor, str(self.hub_model_id), results=results, scores=scores, metadata=card, private=private, create_pr=create_pr,
+            token=token or self.args.hub_token, revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "Add the editor",
+        )  # fmt: skip
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish what :meth:`push_to_hub` does at each checkpoint, where ``hub_strategy`` asks for it."""
@@ -346,18 +348,3 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return str(path)
     return None
-
-
-def editor_card(editor: GradientEditor, repo_id: str, scores: Mapping[str, float], **metadata: Any) -> ModelCard:
-    """Write the card of a trained editor: its backbone and layers, the last validation, how to load it."""
-    kind, backbone = type(editor), editor.config.backbone
-    if backbone and not Path(backbone).exists():  # a folder's name is nobody else's business
-        metadata = {"base_model": backbone, "base_model_relation": "adapter", **metadata}
-    data = ModelCardData(**{"library_name": "ibke-hf", "tags": ["knowledge-editing", "model-editing"], **metadata})
-    found = ", ".join(f"{name} {scores[f'eval_{name}']:.2f}" for name in ("loss", *ROLES) if f"eval_{name}" in scores)
-    text = (
-        f"# {repo_id.rpartition('/')[2]}\n\n`{kind.__name__}`: turns edit requests into low-rank edits of "
-        f"{', '.join(editor.config.module_names())}. {f'Last validation: {found}.' if found else ''}\n\n```python\n"
-        f'from {kind.__module__} import {kind.__name__}\n\neditor = {kind.__name__}.from_pretrained("{repo_id}")\n```\n'
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

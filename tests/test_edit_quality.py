@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluation import make_records
+from naive import make_records
 
 import ibke_hf.evaluation
 from ibke_hf import EditCase, IBKEEditor

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -542,36 +541,6 @@ def test_an_editor_for_another_backbone_is_refused(tiny_model: Any, tiny_tokeniz
     editor = new_editor(tiny_model())
     with pytest.raises(ValueError, match="maps 48 to 32; the given model's maps 64 to 32"):
         IBKETrainer(editor, tiny_model(intermediate_size=64), arguments(tmp_path), tiny_tokenizer)
-
-
-# --- the Hub ----------------------------------------------------------------------------------------------------------
-
-
-def test_only_weights_config_and_card_are_published(trainer_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import HfApi
-
-    uploads: list[dict[str, str]] = []
-
-    def upload(self: Any, *, folder_path: Any, repo_id: str, **_: Any) -> str:
-        assert repo_id == "someone/run"
-        uploads.append({path.name: path.read_text("utf-8", "replace") for path in Path(folder_path).rglob("*") if path.is_file()})
-        return "commit"
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=f"someone/{name}"))
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    records = [record(i) for i in range(3)]
-    trainer = trainer_for(records, validation=records, push_to_hub=True, hub_strategy="every_save", save_strategy="steps", save_steps=2)
-    trainer.train()
-    assert len(uploads) == 2
-    trainer.evaluate()
-    trainer.save_model()
-    assert trainer.push_to_hub(license="apache-2.0") == "commit"
-    assert len(uploads) == 4
-    assert all(upload.keys() == {"config.json", "model.safetensors", "README.md"} for upload in uploads)
-    card = uploads[-1]["README.md"]
-    assert card.startswith("---\n") and "license: apache-2.0" in card and "model.layers.1.mlp.down_proj" in card
-    assert "reliability" in card and 'IBKEEditor.from_pretrained("someone/run")' in card
-    assert not list(Path(trainer.args.output_dir).rglob("training_args*"))
 
 
 # --- other processes --------------------------------------------------------------------------------------------------
