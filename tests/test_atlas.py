@@ -1,7 +1,10 @@
 """The committed assets of Atlas: what they hold, what they reach, and that their recipes run."""
 
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from ibke_hf.atlas import ASSETS, FACTS, load_backbone, load_editor, load_records, load_split
 from ibke_hf.atlas.report import NAMES, SCORES, SPLITS, atlas_editors, compare_editors, markdown_table
 from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
+from ibke_hf.atlas.training import IBKE_OPTIONS, LAYERS, LOCALITY_FLOOR, STEP_FACTORS, TRAINING, shrink_step_size, train_atlas_editor
 from ibke_hf.cli import main
 from ibke_hf.demo import example_records
 
@@ -65,12 +69,52 @@ def test_editors_load_and_edit(name: str) -> None:
     assert all(torch.isfinite(t).all() for t in (*edit.inputs.values(), *edit.outputs.values()))
 
 
-def test_editors_are_of_about_the_same_size() -> None:
-    logs = {name: json.loads((ASSETS / name / "log.json").read_text()) for name in ("ibke", "mend")}
-    assert logs["ibke"]["records"] == logs["mend"]["records"]
-    sizes = [log["report"]["parameters"] for log in logs.values()]
+def test_editors_are_of_about_the_same_size_and_trained_within_an_hour() -> None:
+    logs = [json.loads((ASSETS / name / "log.json").read_text()) for name in ("ibke", "mend")]
+    sizes = [log["report"]["parameters"] for log in logs]
     assert max(sizes) / min(sizes) < 1.1
-    assert all(log["report"]["minutes"] <= 60 for log in logs.values())
+    assert all(log["report"]["minutes"] <= 60 for log in logs)
+
+
+def test_the_shipped_editor_is_the_recipes() -> None:
+    log = json.loads((ASSETS / "ibke" / "log.json").read_text())
+    assert log["training"] == TRAINING
+    assert log["records"] == inspect.signature(train_atlas_editor).parameters["records"].default
+    assert log["step_size_trials"][-1]["locality"] >= LOCALITY_FLOOR
+    config = load_editor().config
+    assert config.edited_layers == LAYERS
+    assert {name: getattr(config, name) for name in IBKE_OPTIONS} == IBKE_OPTIONS
+
+
+def test_committed_results_reach_what_the_card_says() -> None:
+    results = json.loads((ASSETS / "results.json").read_text())["editors"]
+    test, rephrase = results["ibke"]["test"], results["ibke"]["test"]["by_criterion"]["generality"]["Rephrase"]
+    assert test["reliability"] >= 97
+    assert test["generality"] >= max(92, results["ft"]["test"]["generality"] + 10)
+    assert test["locality"] >= 96.5
+    assert test["generality_top1"] >= 75
+    assert rephrase["top1"] >= 90
+    assert test["by_hops"]["generality"]["2"]["top1"] >= 55
+    assert results["ibke"]["held_out"]["avg"] >= 90
+
+
+@pytest.mark.parametrize(
+    ("locality", "chosen"), [(lambda factor: 97.5, 1.0), (lambda factor: 99 - 2.2 * factor, 0.9), (lambda factor: 90 - factor, 0.7)]
+)
+def test_the_step_size_is_the_largest_that_keeps_locality(locality: Any, chosen: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = load_editor()
+    trained = editor.step_sizes.detach().clone()
+
+    def evaluated(given: Any, *_: Any, **__: Any) -> Any:
+        factor = float((given.step_sizes.detach() / trained).mean())
+        scores = {"reliability": 95.0, "generality": 90.0, "locality": locality(factor), "avg": locality(factor)}
+        return SimpleNamespace(summary=scores)
+
+    monkeypatch.setattr("ibke_hf.atlas.training.evaluate_records", evaluated)
+    trials = shrink_step_size(editor, *load_backbone())
+    assert trials[-1]["factor"] == chosen
+    torch.testing.assert_close(editor.step_sizes.detach(), chosen * trained)
+    assert [trial["factor"] for trial in trials][: len(STEP_FACTORS)] == [factor for factor in STEP_FACTORS if factor >= chosen]
 
 
 def test_examples_of_the_demo_use_unseen_subjects() -> None:

@@ -262,6 +262,18 @@ def test_kinds_of_locality_get_the_shares_asked_for(world: World) -> None:
     assert criteria["property of edit"] == pytest.approx(3 * criteria["head of edit"], rel=0.2)
 
 
+def test_near_cases_ask_in_the_words_of_the_edit_about_what_shares_its_old_object(world: World) -> None:
+    builder = RecordBuilder(world, world, seed=1, locality=7, near_rate=1.0)
+    relation = world.relations["town_country"]
+    for triple in world.by_relation["town_country"]:
+        made = builder.counterfactual(triple)
+        assert made is not None
+        (near,) = [case for case in made["locality"].values() if case["loc_type"] == "property of edit"]
+        subject = near["one_hops"][0]["head_entity"]["label"]
+        assert near["prompt"] == relation.prompt(subject)
+        assert (subject != triple.subject, near["target"]) == (True, triple.object)
+
+
 def test_novel_names_are_nobodys(world: World) -> None:
     builder = RecordBuilder(world, world, seed=1, novel_rate=1.0)
     made = [record for t in world.triples * 4 if (record := builder.counterfactual(t)) is not None]

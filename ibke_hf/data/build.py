@@ -37,17 +37,19 @@ class RecordBuilder:
             ``"locality"`` and kind; 1 where none is given.
         novel_rate: Share of counterfactual edits whose object is a name that nobody has: for training, where the names that a
             backbone does not know are few. The name joins the beginning of one object's with the end of another's.
+        near_rate: Share of the ``"property"`` cases that are as near to the edit as can be: about a subject with the object that the
+            edit takes away, where there is one, and in the very words of the edit. For training too.
     """
 
     def __init__(
         self, known: World, world: World, *, seed: int | str, generality: int = 1, locality: int = 1, alias_rate: float = 0.15,
-        shares: Mapping[str, Mapping[str, float]] | None = None, novel_rate: float = 0.0,
+        shares: Mapping[str, Mapping[str, float]] | None = None, novel_rate: float = 0.0, near_rate: float = 0.0,
     ) -> None:  # fmt: skip
         self.known, self.world = known, world
         self.ids = unique_ids("Q", world.entities)
         self.rng = random.Random(seed)
         self.sizes = {"generality": generality, "locality": locality}
-        self.alias_rate, self.novel_rate = alias_rate, novel_rate
+        self.alias_rate, self.novel_rate, self.near_rate = alias_rate, novel_rate, near_rate
         self.shares = shares or {}
         self.used: dict[str, dict[str, float]] = {"generality": defaultdict(float), "locality": defaultdict(float)}
 
@@ -221,7 +223,7 @@ class _Cases:
         return {
             "none": lambda: self._located("none", known.triples, unrelated=True),
             "head": lambda: self._located("head", same_head),
-            "property": lambda: self._located("property", known.by_relation.get(edit.relation, ())),
+            "property": lambda: self._nearby() or self._located("property", known.by_relation.get(edit.relation, ())),
             "tail": lambda: self._located("tail", tails),
             "one_to_many": self._one_to_many,
             "multi_hop": lambda: self._unrelated_chain(self.rng.choice((1, 1, 2))),
@@ -239,6 +241,15 @@ class _Cases:
             return None
         path = (Step(triple),)
         return self._local(self._single(path, form=self._form(path)), LOCALITY_TYPE.get(kind, "none"))
+
+    def _nearby(self) -> Json | None:
+        if not self.builder.near_rate or self.rng.random() >= self.builder.near_rate:
+            return None
+        others = [t for t in self.known.by_relation.get(self.relation.id, ()) if t.subject != self.edit.subject]
+        nearest = [t for t in others if t.object == self.original] or others
+        if not nearest:
+            return None
+        return self._local(self._single((Step(self.rng.choice(nearest)),)), LOCALITY_TYPE["property"])
 
     def _one_to_many(self) -> Json | None:
         if self.relation.single_value:
