@@ -22,7 +22,6 @@ from ibke_hf.evaluation.protocol import evaluate_records
 from ibke_hf.records import Hop
 from ibke_hf.tokens import RequestError, chat_record
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 Run = Callable[..., str]
 
 
@@ -93,17 +92,18 @@ def test_another_model_with_its_editors(evaluated: Any, store: Path) -> None:  #
         assert results["records"] == 2 < len(rows)
 
 
+@pytest.mark.parametrize("editor", ["ft", "ibke"])
 @pytest.mark.parametrize("file", [
-    "counterfact/easyedit_flat_500.json", "counterfact/rome_native_200.json", "mquake/mquake_cf_3k_200.json",
+    "counterfact/easyedit_flat_500.json", "counterfact/easyedit_flat_train.json", "counterfact/easyedit_flat_val.json",
+    "counterfact/rome_native_200.json", "mquake/mquake_cf_3k_200.json", "mquake/mquake_hard_200.json",
     "uniedit/SYNTHETIC_schema_example.json", "zsre/zsre_mend_eval_24.json", "zsre/zsre_mend_train_500.json",
     "zsre/knowedit_zsre_test_100.json",
 ])  # fmt: skip
-def test_native_datasets(evaluated: Any, file: str) -> None:
-    if not (DATA / file).exists():
-        pytest.skip("the sample files are not beside the repository")
-    results, _, rows = evaluated("--dataset", DATA / file, "--limit", 4)
+def test_native_datasets(evaluated: Any, native_data: Callable[[str], Path], file: str, editor: str) -> None:
+    results, _, rows = evaluated("--dataset", native_data(file), "--editor", editor, "--limit", 4)
     assert results["records"] == 4
     assert {row["role"] for row in rows} >= {"reliability", "generality"}
+    assert results["overall"]["locality"] is None or "mquake" not in file
 
 
 def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Run, tmp_path: Path) -> None:  # noqa: F811
