@@ -16,11 +16,17 @@ from ibke_hf.cli import main
 from ibke_hf.data.build import GENERALITY, LOCALITY, RecordBuilder
 from ibke_hf.data.chains import Step, all_two_hop_chains, extend, noun_phrase, path_prompt, steps_from, steps_to
 from ibke_hf.data.facts import Triple, World, load_world
-from ibke_hf.data.folders import build_folder, read_files, record_files, write_records
+from ibke_hf.data.files import record_files
+from ibke_hf.data.folders import build_folder, write_records
+from ibke_hf.data.sources import read_records
 from ibke_hf.data.uniedit import YES_NO, RecordError, parse_record
 from ibke_hf.records import EditCase, EditRecord, collides
 
 Built = tuple[dict[str, Any], EditRecord, set[str]]
+
+
+def read_files(paths: list[Path]) -> Iterator[EditRecord]:
+    return itertools.chain.from_iterable(map(read_records, paths))
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +289,12 @@ def test_novel_names_are_nobodys(world: World) -> None:
     assert all(len(name) == 4 and name.isdecimal() for relation, name in novel if relation == "town_year")
     for i, record in enumerate(made):
         assert parse_record(record, f"north-{i}", "north", Counter()) is not None
+
+
+@pytest.mark.parametrize("shares", [{"locality": {"near": 2}}, {"local": {"head": 2}}, {"generality": {"alias": 0}}])
+def test_shares_that_mean_nothing_are_refused(world: World, shares: dict[str, dict[str, float]]) -> None:
+    with pytest.raises(ValueError, match=r"shares: .* kinds are"):
+        RecordBuilder(world, world, seed=0, shares=shares)
 
 
 def test_the_old_subject_of_a_single_inverse_is_left_alone(built: list[Built], world: World) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ibke_hf.data.folders import read_files
+from ibke_hf.data.sources import read_records
 from ibke_hf.data.uniedit import YES_NO, RecordError, read_uniedit
 from ibke_hf.records import EditCase, EditRequest, Hop, collides
 
@@ -232,7 +232,7 @@ def test_a_reversed_hop_is_asked_forwards_and_answers_with_its_head(tmp_path: Pa
 @pytest.mark.parametrize("name", ["civil engineering.json", "civil engineering.json.gz"])
 def test_a_domain_may_have_a_space_and_be_gzipped(tmp_path: Path, name: str) -> None:
     write(tmp_path, {"7": record(), "1234": record()}, name)
-    assert [(r.id, r.domain) for r in read_files([tmp_path])] == [(f"civil engineering-{key}", "civil engineering") for key in (7, 1234)]
+    assert [(r.id, r.domain) for r in read_records(tmp_path)] == [(f"civil engineering-{key}", "civil engineering") for key in (7, 1234)]
 
 
 def test_text_of_other_scripts_is_kept(tmp_path: Path) -> None:

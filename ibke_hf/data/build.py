@@ -39,6 +39,9 @@ class RecordBuilder:
             backbone does not know are few. The name joins the beginning of one object's with the end of another's.
         near_rate: Share of the ``"property"`` cases that are as near to the edit as can be: about a subject with the object that the
             edit takes away, where there is one, and in the very words of the edit. For training too.
+
+    Raises:
+        ValueError: If a share is of no kind that there is, or not above 0.
     """
 
     def __init__(
@@ -51,6 +54,10 @@ class RecordBuilder:
         self.sizes = {"generality": generality, "locality": locality}
         self.alias_rate, self.novel_rate, self.near_rate = alias_rate, novel_rate, near_rate
         self.shares = shares or {}
+        kinds = {"generality": GENERALITY, "locality": LOCALITY}
+        for group, kind, share in ((group, *item) for group, given in self.shares.items() for item in given.items()):
+            if kind not in kinds.get(group, ()) or not share > 0:
+                raise ValueError(f"shares: {group} {kind!r} is {share}; kinds are {kinds.get(group, tuple(kinds))}, shares above 0")
         self.used: dict[str, dict[str, float]] = {"generality": defaultdict(float), "locality": defaultdict(float)}
 
     def counterfactual(self, triple: Triple) -> Json | None:

@@ -1,19 +1,17 @@
-"""Records of a user's own facts: `ibke data build`, and reading folders of record files back."""
+"""Records of a user's own facts: `ibke data build`."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from itertools import cycle, islice
 from pathlib import Path
 
-from ..records import EditRecord
 from .build import Json, RecordBuilder
 from .facts import Triple, World, load_world
 from .files import record_files
-from .sources import read_records
 
 
 def build_folder(
@@ -76,13 +74,3 @@ def write_records(records: Iterable[tuple[str, Json]], folder: str | Path) -> No
         temporary = target / f".{domain}.json.part"
         temporary.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
         temporary.replace(target / f"{domain}.json")
-
-
-def read_files(paths: Sequence[str | Path], skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
-    """Yield the records of several sources, each as :func:`~ibke_hf.data.sources.read_records` reads it.
-
-    Raises:
-        RecordError: If a path holds no record file, or a record is unreadable.
-    """
-    for path in paths:
-        yield from read_records(path, skipped=skipped)
