@@ -18,6 +18,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # removed at the end: what
 
 import pytest
 import torch
+from training_runs import trainer_for  # noqa: F401  a fixture
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import ibke_hf

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, model_info
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_TOKEN, LoopbackHub
 from test_modeling import REQUESTS, make_editor
-from test_trainer import new_editor, record, trainer_for  # noqa: F401  a fixture
+from training_runs import new_editor, record
 from transformers import AutoModel
 from transformers.dynamic_module_utils import get_imports
 
@@ -181,7 +181,7 @@ def test_a_pickle_is_refused_before_anything_is_sent(name: str, hub: LoopbackHub
     assert hub.requests == []
 
 
-def test_the_trainer_publishes_no_pickle(hub: LoopbackHub, trainer_for: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_the_trainer_publishes_no_pickle(hub: LoopbackHub, trainer_for: Any, tmp_path: Path) -> None:
     records = [record(i) for i in range(3)]
     options = {"push_to_hub": True, "hub_model_id": ID, "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 2}
     trainer = trainer_for(records, validation=records, **options)
