@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .edit_values import EditInfo, info_json
 from .publishing import CARD, NETWORK_ERRORS, edit_card, public_name, upload
 from .records import EditRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .edits import EditInfo, LowRankEdit
+    from .edits import LowRankEdit
 
 WEIGHTS, CONFIG, INFO = "adapter_model.safetensors", "adapter_config.json", "edit.json"
 PREFIX = "base_model.model."
@@ -68,7 +69,6 @@ def save_edit(
         "fan_in_fan_out": edit.info.transposed if transposed is None else transposed,
         "base_model_name_or_path": edit.info.backbone or None,
     }  # fmt: skip
-    from .edits import info_json
 
     with written_whole(folder) as scratch:
         save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
@@ -98,7 +98,7 @@ def load_edit(name_or_path: str | Path, **hub_arguments: Any) -> LowRankEdit:
         AdapterError: If a file is missing, damaged or cannot be downloaded, or holds keys that are no LoRA factors, of layers that
             the config does not name, or not of all that it names.
     """
-    from .edits import EditInfo, LowRankEdit
+    from .edits import LowRankEdit
 
     hub_arguments |= _pinned(name_or_path, hub_arguments)
     config = _read_json(name_or_path, CONFIG, hub_arguments)
@@ -150,8 +150,6 @@ def read_info(name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> tup
         MissingFileError: If there is none.
         AdapterError: If it is damaged, lacks a field, or is of a newer format.
     """
-    from .edits import EditInfo
-
     content = _read_json(name_or_path, INFO, hub_arguments)
     try:
         version = content["format_version"]

@@ -1,62 +1,32 @@
-"""An edit is a value: the Edit protocol, low-rank edits, and everything that can be done with one.
+"""Edits of weights, low-rank ones above all, and everything that can be done with one.
 
 ``ΔW = ĥᵀû`` per layer, with -η folded into û (Eq. 33). ΔW is never formed, except when a user merges on purpose.
 """
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attachment import SidePath, attached_side_paths
-from .layers import BackboneError, add_to_weight, dimensions, is_transposed, modules_to_edit, weight_of
-from .records import EditRequest
+from .edit_values import Edit, EditInfo, EditValue, common_length
+from .layers import BackboneError, add_to_weight, dimensions, modules_to_edit, weight_of
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-@runtime_checkable
-class Edit(Protocol):
-    """What every editor returns: a value that can be attached to a model and leaves no trace when it is gone."""
-
-    def __len__(self) -> int:
-        """Return the number of independent edits held."""
-
-    def attached(self, model: Any, rows: Tensor | None = None) -> AbstractContextManager[Any]:
-        """Edit the model for the length of a `with` block."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the edit takes, in bytes."""
+__all__ = ["Edit", "EditInfo", "LowRankEdit", "MergedEdit", "WeightEdit", "recompress", "side_path"]
 
 
-@dataclass(frozen=True)
-class EditInfo:
-    """Where an edit comes from: saved beside it as ``edit.json``."""
-
-    requests: tuple[EditRequest, ...] = ()
-    editor: str = ""
-    backbone: str = ""
-    fingerprint: Mapping[str, list[float]] = field(default_factory=dict)
-    transposed: bool = False
-    scores: Mapping[str, float] = field(default_factory=dict)
-
-
-class WeightEdit(ABC):
+class WeightEdit(EditValue):
     """n independent updates ΔW of named layers, each held as a chain of matrices: what low-rank and dense edits share.
 
     Subclasses are frozen dataclasses that say which layers they change and hold the matrices.
     """
-
-    info: EditInfo
 
     @property
     @abstractmethod
@@ -67,61 +37,9 @@ class WeightEdit(ABC):
     def matrices(self, name: str) -> tuple[Tensor, ...]:
         """Return the matrices (n, a, b) of a layer whose product is ΔW (n, d_in, d_out)."""
 
-    @abstractmethod
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return the edit with every stored tensor changed."""
-
-    # --- a value ------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return self.matrices(self.layers[0])[0].shape[0]
-
-    def __getitem__(self, index: int) -> Self:
-        number = len(self)
-        if not -number <= index < number:
-            raise IndexError(f"edit {index} of {number}")
-        index %= number
-        return self._with_requests_of([index], self._map(lambda t: t[index : index + 1]))
-
-    def __iter__(self) -> Iterator[Self]:
-        return (self[i] for i in range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other) or not isinstance(other, WeightEdit) or set(self.layers) != set(other.layers):
-            return False
-        pairs = [pair for name in self.layers for pair in zip(self.matrices(name), other.matrices(name), strict=True)]
-        return all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def select(self, rows: Sequence[int] | Tensor) -> Self:
-        """Return the independent edits `rows`, in that order; repeats are allowed, as beam search needs them.
-
-        Raises:
-            IndexError: If a row does not exist.
-        """
-        index = torch.as_tensor(rows, dtype=torch.long).flatten()
-        chosen, number = index.tolist(), len(self)
-        missing = [row for row in chosen if not 0 <= row < number]
-        if missing or not chosen:
-            raise IndexError(f"rows must name at least one of the {number} independent edits, 0 to {number - 1}, found {missing or 'none'}")
-        return self._with_requests_of(chosen, self._map(lambda t: t.index_select(0, index.to(t.device))))
-
-    def _with_requests_of(self, rows: Sequence[int], edit: Self) -> Self:
-        """Give `edit` the requests of the rows that it was made of, where each row has one request."""
-        requests = self.info.requests
-        if len(requests) == len(self):
-            requests = tuple(requests[row] for row in rows)
-        return replace(edit, info=replace(self.info, requests=requests))  # type: ignore[type-var]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the edit takes, in bytes."""
-        return sum(matrix.nbytes for name in self.layers for matrix in self.matrices(name))
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the edit on another device or in another dtype, as `torch.Tensor.to` would."""
-        return self._map(lambda t: t.to(*args, **kwargs))
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the matrices of every layer."""
+        return {f"{name}.{place}": matrix for name in self.layers for place, matrix in enumerate(self.matrices(name))}
 
     # --- on a model ---------------------------------------------------------------------------------------------
 
@@ -235,7 +153,7 @@ class LowRankEdit(WeightEdit):
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    info: EditInfo = EditInfo()
+    info: EditInfo = field(default_factory=EditInfo)
     relative_error: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -346,18 +264,6 @@ class MergedEdit:
                 weight_of(module).copy_(self.saved[name])
 
 
-def common_length(edits: Sequence[WeightEdit]) -> int:
-    """Return the length that edits compose to.
-
-    Raises:
-        ValueError: Unless all lengths are equal or 1.
-    """
-    number = max(len(edit) for edit in edits)
-    if any(len(edit) not in (1, number) for edit in edits):
-        raise ValueError(f"cannot compose edits of lengths {[len(edit) for edit in edits]}; lengths must be equal or 1")
-    return number
-
-
 def _joined_rows(parts: Sequence[Tensor], number: int) -> Tensor:
     return torch.cat([part.to(parts[0].device).expand(number, -1, -1) for part in parts], 1)
 
@@ -368,33 +274,3 @@ def recompress(layer_inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(narrow.float())
     merged = q.mT @ wide.float()
     return (r, merged) if narrow is layer_inputs else (merged, r)
-
-
-def describe(model: Any, modules: Mapping[str, nn.Module], requests: Sequence[EditRequest], *, editor: str, backbone: str = "") -> EditInfo:
-    """Return where an edit of these modules comes from; `backbone` names it where the model's config does not."""
-    return EditInfo(
-        requests=tuple(requests), editor=editor, backbone=getattr(model.config, "name_or_path", "") or backbone,
-        fingerprint=fingerprint(modules), transposed=any(is_transposed(module) for module in modules.values()),
-    )  # fmt: skip
-
-
-def fingerprint(modules: Mapping[str, nn.Module], values: int = 16) -> dict[str, list[float]]:
-    """Sample a few weights of each layer: tells backbones apart in any precision (compare with a 2 % tolerance)."""
-    sampled = {}
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta":
-            sampled[name] = [round(float(v), 6) for v in weight.detach().flatten()[:values].float()]
-    return sampled
-
-
-def same_backbone(mine: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> bool:
-    """Compare two fingerprints on the layers that both have."""
-    return all(
-        torch.allclose(torch.tensor(mine[name]), torch.tensor(other[name]), rtol=0.02, atol=1e-4) for name in set(mine) & set(other)
-    )
-
-
-def info_json(info: EditInfo, **more: Any) -> str:
-    """Serialise what ``edit.json`` holds."""
-    return json.dumps({"format_version": 1, **asdict(info), **more}, indent=2, ensure_ascii=False)

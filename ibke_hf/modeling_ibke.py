@@ -1,7 +1,6 @@
 """The IBKE editor: hypernetworks that turn gradient factors into a low-rank edit (Eq. 25-33).
 
-`forward` is pure: factors in, adapted factors out. `edit` puts capture before it and returns a value. The editor
-never holds, saves or trains the backbone.
+`forward` is pure: factors in, adapted factors out; `edit` puts capture before it. The backbone is never held, saved or trained.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from transformers.utils import logging
 
 from .capture import GradientFactors, capture_factors, evaluating
 from .configuration_ibke import GradientEditorConfig, IBKEConfig, Mode, require_mode
-from .edits import EditInfo, LowRankEdit, describe
+from .edit_values import EditInfo, describe
+from .edits import LowRankEdit
 from .layers import BackboneError, dimensions, layers_to_edit, modules_to_edit
 from .publishing import push_editor
 from .records import EditRequest

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ibke_hf.edits import Edit, LowRankEdit, fingerprint, recompress, same_backbone
+from ibke_hf.edit_values import Edit, fingerprint, same_backbone
+from ibke_hf.edits import LowRankEdit, recompress
 from ibke_hf.layers import BackboneError, add_to_weight, dimensions, find_ffn_output, modules_to_edit
 from ibke_hf.records import EditRequest
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapter_files import AdapterError, read_info, read_weights, written_whole
-from ..edits import EditInfo, WeightEdit, common_length, info_json
+from ..edit_values import EditInfo, common_length, info_json
+from ..edits import WeightEdit
 
 WEIGHTS, INFO = "dense_edit.safetensors", "edit.json"
 

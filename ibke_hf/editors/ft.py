@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ..configuration_ibke import Mode, require_mode, require_range
-from ..edits import EditInfo, WeightEdit, describe
+from ..edit_values import EditInfo, describe
+from ..edits import WeightEdit
 from ..layers import device_of, dimensions, layers_to_edit, modules_to_edit
 from ..records import EditRequest
 from ..tokens import TokenBatch, context_length, encode_requests

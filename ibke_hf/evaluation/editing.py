@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..capture import NonFiniteError
-from ..edits import Edit
+from ..edit_values import Edit
 from ..records import EditRequest
 from ..tokens import RequestError
 from .judging import Carried, Judge

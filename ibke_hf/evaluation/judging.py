@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..capture import target_logits
-from ..edits import Edit
+from ..edit_values import Edit
 from ..records import EditCase
 from ..tokens import IGNORED, pad_and_label
 from . import scores
