@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ibke_hf.atlas import ASSETS, FACTS, load_backbone, load_editor, load_records, load_split
+from ibke_hf.atlas.near import near_records
 from ibke_hf.atlas.report import NAMES, SCORES, SPLITS, atlas_editors, compare_editors, markdown_table
 from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
 from ibke_hf.atlas.training import IBKE_OPTIONS, LAYERS, LOCALITY_FLOOR, STEP_FACTORS, TRAINING, shrink_step_size, train_atlas_editor
@@ -86,6 +87,32 @@ def test_the_shipped_editor_is_the_recipes() -> None:
     assert {name: getattr(config, name) for name in IBKE_OPTIONS} == IBKE_OPTIONS
 
 
+def test_mend_was_trained_by_the_same_recipe() -> None:
+    ibke, mend = (json.loads((ASSETS / name / "log.json").read_text()) for name in ("ibke", "mend"))
+    for what in ("training", "records", "seed", "options"):
+        assert mend[what] == ibke[what]
+    assert mend["history"][-1]["step"] == ibke["history"][-1]["step"] == TRAINING["max_steps"]
+    assert load_editor("mend").config.edited_layers == LAYERS
+
+
+def test_near_cases_ask_in_the_words_of_the_edit_about_what_keeps_its_old_object() -> None:
+    split, records = load_split(), load_records("test")
+    near = near_records(split, records)
+    originals = {record.id: record for record in records}
+    assert near == near_records(split, records)
+    assert len(near) >= 100
+    for record in near:
+        before = originals[record.id]
+        request = record.requests[0]
+        assert (record.requests, record.generality) == (before.requests, ())
+        assert 1 <= len({case.prompt for case in record.locality}) == len(record.locality) <= 3
+        for case in record.locality:
+            subject = next(name for name in split.taught.entities if request.prompt.replace(request.subject, name) == case.prompt)
+            assert subject != request.subject
+            assert case.target == before.metadata["original"] != request.target
+            assert any(t.object == case.target for t in split.taught.by_subject[subject])
+
+
 def test_committed_results_reach_what_the_card_says() -> None:
     results = json.loads((ASSETS / "results.json").read_text())["editors"]
     test, rephrase = results["ibke"]["test"], results["ibke"]["test"]["by_criterion"]["generality"]["Rephrase"]
@@ -141,7 +168,7 @@ def test_committed_results_come_from_the_committed_weights() -> None:
     sets = {split: load_records(split) for split in SPLITS}
     committed = json.loads((ASSETS / "results.json").read_text())
     assert committed["records"] == {"test": 500, "held_out": 300}
-    found = compare_editors({name: editors[name] for name in ("none", "ibke")}, model, tokenizer, sets)
+    found = compare_editors({name: editors[name] for name in ("none", "mend", "ibke")}, model, tokenizer, sets)
     for name, splits in found.items():
         for split, scores in splits.items():
             for score in SCORES:

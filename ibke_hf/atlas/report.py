@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.protocol import evaluate_records
-from . import load_backbone, load_editor, load_ft, load_records
+from ..records import EditRecord
+from . import load_backbone, load_editor, load_ft, load_records, load_split
+from .near import near_records
 
 SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
 SPLITS = ("test", "held_out")
@@ -29,13 +31,25 @@ def compare_editors(editors: dict[str, Any], model: Any, tokenizer: Any, records
     return report
 
 
+def keep_near(editors: dict[str, Any], model: Any, tokenizer: Any, records: list[EditRecord]) -> dict[str, Any]:
+    """Return how many of the nearest subjects keep their answer under each editor, in percent; see :func:`near_records`."""
+    near = near_records(load_split(), records)
+    report: dict[str, Any] = {"records": len(near), "cases": sum(len(record.locality) for record in near), "editors": {}}
+    for name, editor in editors.items():
+        summary = evaluate_records(editor, model, tokenizer, near, batch_size=100, generate=False).summary
+        report["editors"][name] = {score: summary[score] for score in ("locality", "locality_top1")}
+    return report
+
+
 def write_report(out: str | Path) -> dict[str, Any]:
     """Score the committed weights on all test and held-out records; write ``results.json``."""
     model, tokenizer = load_backbone()
     records = {split: load_records(split) for split in SPLITS}
+    editors = atlas_editors()
     results = {
         "records": {split: len(chosen) for split, chosen in records.items()},
-        "editors": compare_editors(atlas_editors(), model, tokenizer, records),
+        "editors": compare_editors(editors, model, tokenizer, records),
+        "near": keep_near(editors, model, tokenizer, records["test"]),
     }
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
