@@ -76,6 +76,14 @@ def save_edit(
         (scratch / INFO).write_text(info_json(edit.info, relative_error=dict(edit.relative_error)), encoding="utf-8")
 
 
+def save_tensors(tensors: Mapping[str, Tensor], folder: str | Path, file: str, info: EditInfo, **more: Any) -> None:
+    """Save an edit that is no adapter as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_whole(folder) as scratch:
+        save_file(weights, scratch / file, metadata={"format": "pt"})
+        (scratch / INFO).write_text(info_json(info, **more), encoding="utf-8")
+
+
 def with_uniform_rank(edit: LowRankEdit, max_rank: int | None = None, rank: int | None = None) -> LowRankEdit:
     """Return a single edit in the form it is saved in, see :func:`save_edit`; serving engines take no other LoRA."""
     edit._require_one("save")

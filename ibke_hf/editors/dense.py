@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..adapter_files import AdapterError, read_info, read_weights, written_whole
-from ..edit_values import EditInfo, common_length, info_json
+from ..adapter_files import AdapterError, read_info, read_weights, save_tensors
+from ..edit_values import EditInfo, common_length
 from ..edits import WeightEdit
 
-WEIGHTS, INFO = "dense_edit.safetensors", "edit.json"
+WEIGHTS = "dense_edit.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +75,7 @@ class DenseEdit(WeightEdit):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save all n edits as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""
-        weights = {name: update.detach().cpu().contiguous() for name, update in self.updates.items()}
-        with written_whole(folder) as scratch:
-            save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
-            (scratch / INFO).write_text(info_json(self.info, kind="dense"), encoding="utf-8")
+        save_tensors(self.updates, folder, WEIGHTS, self.info, kind="dense")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub_arguments: Any) -> DenseEdit:

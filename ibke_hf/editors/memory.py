@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapter_files import AdapterError, read_info, read_weights, written_whole
+from ..adapter_files import AdapterError, read_info, read_weights, save_tensors
 from ..attachment import LayerHook, hooked
-from ..edit_values import EditInfo, EditValue, info_json
+from ..edit_values import EditInfo, EditValue
 
-WEIGHTS, INFO = "memory_edit.safetensors", "edit.json"
+WEIGHTS = "memory_edit.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +78,7 @@ class MemoryEdit(EditValue):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save all n edits as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.memory.items()}
-        with written_whole(folder) as scratch:
-            save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
-            (scratch / INFO).write_text(info_json(self.info, kind=self.kind, settings=dict(self.settings)), encoding="utf-8")
+        save_tensors(self.memory, folder, WEIGHTS, self.info, kind=self.kind, settings=dict(self.settings))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **hub_arguments: Any) -> MemoryEdit:
