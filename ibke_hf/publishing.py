@@ -24,7 +24,11 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 RESULTS, CARD, EVAL_RESULTS = "results.json", "README.md", ".eval_results"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-SCORES = ("reliability", "generality", "locality", "f1", "avg", "exact_match")
+SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
+GENERATED = ("exact_match",)  # by greedy generation; the other scores are teacher-forced
+LIBRARY, TAGS = "ibke-hf", ("knowledge-editing", "model-editing")
+SECTIONS = ("Use", "Train it", "Evaluate and publish", "Needs", "Training", "Where it fails", "Results", "Data",
+            "What is the paper's and what is ours")  # fmt: skip
 MOST_REQUESTS = 20  # that a card lists
 INSTALLED = """{imports}
 
@@ -64,7 +68,7 @@ def upload(
     Args:
         folder: What to publish, with all that is in it.
         repo_id: Repository, made if it does not exist.
-        repo_type: ``"model"`` or ``"dataset"``.
+        repo_type: ``"model"``, ``"dataset"`` or ``"space"``, which is one of Gradio.
         private: Make a new repository private.
         token: Token with write access; by default the one that you are logged in with.
         revision: Branch to commit to, made if it does not exist.
@@ -82,9 +86,9 @@ def upload(
         HfHubHTTPError: If the Hub refuses, such as for a token without write access.
     """
     refuse_pickles(folder)
-    api = HfApi(token=token)
+    api, sdk = HfApi(token=token), "gradio" if repo_type == "space" else None
     try:
-        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         return api.upload_folder(
@@ -163,17 +167,27 @@ def write_code(editor: Any, folder: Path) -> bool:
     """Put the code of a saved editor beside it, for `trust_remote_code` where `ibke_hf` is not installed.
 
     Returns:
-        False, and nothing is written, for editors whose code is not flat siblings with relative imports (MEND's).
+        False, and nothing is written, for editors whose code does not travel, see :func:`code_files`.
     """
-    classes = {"AutoConfig": type(editor.config), "AutoModel": type(editor)}
-    own = [str(sys.modules[kind.__module__].__file__) for kind in classes.values()]
-    if any(name.startswith(".") for file in own for name in get_relative_imports(file)):
-        return False
-    for needed in {*own, *chain.from_iterable(map(get_relative_import_files, own))}:
+    files = code_files(editor)
+    for needed in files:
         shutil.copyfile(needed, folder / Path(needed).name)
-    names = {auto: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in classes.items()}
-    _change_config(folder, auto_map=names)
-    return True
+    if files:
+        names = {auto: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in _classes(editor)}
+        _change_config(folder, auto_map=names)
+    return bool(files)
+
+
+def code_files(editor: Any) -> set[str]:
+    """Return the files of an editor's code that travel with it: none unless they are flat siblings with relative imports (not MEND's)."""
+    own = [str(sys.modules[kind.__module__].__file__) for _, kind in _classes(editor)]
+    if any(name.startswith(".") for file in own for name in get_relative_imports(file)):
+        return set()
+    return {*own, *chain.from_iterable(map(get_relative_import_files, own))}
+
+
+def _classes(editor: Any) -> list[tuple[str, Any]]:
+    return [("AutoConfig", type(editor.config)), ("AutoModel", type(editor))]
 
 
 def _change_config(folder: Path, **fields: Any) -> None:
@@ -197,23 +211,46 @@ def editor_card(
         metadata: Metadata of the card.
     """
     kind, name = type(editor), repo_id.rpartition("/")[2]
-    data = ModelCardData(**{
-        "library_name": "ibke-hf", "tags": ["knowledge-editing", "model-editing"], **_base_model(editor.config.backbone),
-        **({"model_name": name, "eval_results": _model_index(results)} if results is not None else {}), **metadata,
-    })  # fmt: skip
     own = f"from ibke_hf import EditRequest, {kind.__name__}"
     imports = f"from ibke_hf import EditRequest\nfrom {kind.__module__} import {kind.__name__}" if ".editors." in kind.__module__ else own
     backbone, layers = public_name(editor.config.backbone), ", ".join(editor.config.module_names())
-    blocks = [
-        f"# {name}",
-        f"`{kind.__name__}`: turns edit requests into low-rank edits of {f'{backbone}: ' if backbone else ''}{layers}.",
-        _code(INSTALLED.format(imports=imports, name=kind.__name__, id=repo_id) + USE),
-    ]
+    what = getattr(kind, "card_summary", "") or f"turns edit requests into low-rank edits of {f'{backbone}: ' if backbone else ''}{layers}."
+    summary = f"`{kind.__name__}`: {what}"
+    use = [fenced(INSTALLED.format(imports=imports, name=kind.__name__, id=repo_id) + USE)]
     if remote:
-        blocks += ["Where `ibke_hf` is not installed, with torch and transformers alone:", _code(REMOTE.format(id=repo_id) + USE)]
+        use += ["Where `ibke_hf` is not installed, with torch and transformers alone:", fenced(REMOTE.format(id=repo_id) + USE)]
     found = ", ".join(f"{name} {scores[f'eval_{name}']:.2f}" for name in ("loss", *SCORES) if f"eval_{name}" in scores) if scores else ""
-    blocks += [f"Last validation: {found}."] if found else []
-    return ModelCard(_card(data, blocks + (_results_section(results) if results is not None else [])))
+    last = [f"Last validation: {found}."] if found else []
+    sections = {"Use": use, "Training": last, "Results": _results_table(results) if results else []}
+    data = editor_metadata(editor.config.backbone, name, [results] if results else [], **metadata)
+    return ModelCard(editor_page(data, name, [summary], sections))
+
+
+def editor_metadata(backbone: str, name: str, results: Sequence[Mapping[str, Any]] = (), **metadata: Any) -> ModelCardData:
+    """Return the metadata of an editor's card, with the results of each evaluation as its model-index.
+
+    Args:
+        backbone: Its id on the Hub; a folder, or a backbone that is not there, is left out.
+        name: Name of the editor.
+        results: What ``results.json`` of each evaluation holds.
+        metadata: Further fields, which win.
+    """
+    index = {"model_name": name, "eval_results": [entry for found in results for entry in _model_index(found)]} if results else {}
+    return ModelCardData(**{"library_name": LIBRARY, "tags": list(TAGS), **_base_model(backbone), **index, **metadata})
+
+
+def editor_page(data: ModelCardData, name: str, summary: Sequence[str], sections: Mapping[str, Sequence[str]], *, status: str = "") -> str:
+    """Return the text of an editor's card, published or not: the one template of them all.
+
+    Args:
+        data: The metadata.
+        name: Title of the card.
+        summary: Paragraphs below it.
+        sections: Paragraphs by the title of their section, one of `SECTIONS`, which gives their order; empty ones are left out.
+        status: First line, before the title, of an editor that is not published.
+    """
+    parts = [(f"## {title}", *sections[title]) for title in sorted(sections, key=SECTIONS.index) if sections[title]]
+    return page(data, [*([status] if status else []), f"# {name}", *summary, *chain.from_iterable(parts)])
 
 
 def _base_model(backbone: str) -> dict[str, str]:
@@ -259,10 +296,22 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
     dataset = str(results["settings"].get("dataset"))
     if "/" not in public_name(dataset):
         return
-    entries = [EvalResultEntry(dataset_id=dataset, task_id=name, value=value, notes=_notes(results)) for name, value in _scores(results)]
     target = folder / EVAL_RESULTS / f"{dataset.rpartition('/')[2]}.yaml"
     target.parent.mkdir()
-    target.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+    target.write_text(eval_results_text({"": results}), encoding="utf-8")
+
+
+def eval_results_text(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return evaluations on a dataset of the Hub in the form of ``.eval_results/*.yaml``.
+
+    Args:
+        evaluations: What ``results.json`` of each holds, by what its tasks are called before the score, such as ``"test_"``.
+    """
+    entries = [
+        EvalResultEntry(dataset_id=str(results["settings"]["dataset"]), task_id=f"{prefix}{name}", value=value, notes=_notes(results, name))
+        for prefix, results in evaluations.items() for name, value in _scores(results)
+    ]  # fmt: skip
+    return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
 def _scores(results: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -287,16 +336,17 @@ def _dataset_of(results: Mapping[str, Any]) -> str:
     return public_name(name) or Path(name).name
 
 
-def _notes(results: Mapping[str, Any]) -> str:
+def _notes(results: Mapping[str, Any], score: str = "") -> str:
     settings = results["settings"]
     number, mode = settings.get("sequential", 1), settings.get("mode", "sequential")
     carried = "one edit at a time" if number == 1 else f"{number} edits at once, {mode}"
-    return f"{results.get('records', '?')} records, {carried}, teacher-forced"
+    return f"{results.get('records', '?')} records, {carried}, {'greedy generation' if score in GENERATED else 'teacher-forced'}"
 
 
-def _results_section(results: Mapping[str, Any]) -> list[str]:
+def _results_table(results: Mapping[str, Any]) -> list[str]:
     table = "\n".join(["| score | percent |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in _scores(results))])
-    return ["## Results", f"{_dataset_of(results)}: {_notes(results)}. By criterion and hop count in `{RESULTS}`.", table]
+    said = f"{_dataset_of(results)}: {_notes(results)}; {', '.join(GENERATED)} is of greedy generation."
+    return [f"{said} By criterion and hop count in `{RESULTS}`.", table]
 
 
 # --- edits --------------------------------------------------------------------------------------------------------
@@ -316,7 +366,7 @@ def edit_card(edit: Any, repo_id: str, **metadata: Any) -> ModelCard:
     })  # fmt: skip
     shown, more = info.requests[:MOST_REQUESTS], len(info.requests) - MOST_REQUESTS
     lines = [f"{json.dumps(r.prompt, ensure_ascii=False)} -> {json.dumps(r.target, ensure_ascii=False)}" for r in shown]
-    requests = _code("\n".join(lines) + (f"\nand {more} more, see edit.json" if more > 0 else ""), "text") if lines else "Not stated."
+    requests = fenced("\n".join(lines) + (f"\nand {more} more, see edit.json" if more > 0 else ""), "text") if lines else "Not stated."
     scores = ", ".join(f"{name} {value:.1f}" for name, value in info.scores.items())
     facts = {"edited layers": ", ".join(edit.layers), "rank": f"{rank}, alpha {rank}", "editor": public_name(info.editor),
              "backbone": public_name(info.backbone), "scores": scores}  # fmt: skip
@@ -329,19 +379,20 @@ def edit_card(edit: Any, repo_id: str, **metadata: Any) -> ModelCard:
         requests,
         "\n".join(f"- {name}: {value}" for name, value in facts.items() if value),
         "With PEFT (on a 16-bit model, pass `autocast_adapter_dtype=False` as well):",
-        _code(f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{repo_id}")'),
+        fenced(f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{repo_id}")'),
         "With `ibke_hf`, for the length of a block and undone exactly after it:",
-        _code(f'from ibke_hf import LowRankEdit\n\nedit = LowRankEdit.from_pretrained("{repo_id}")\nwith edit.attached(model):\n    ...'),
+        fenced(f'from ibke_hf import LowRankEdit\n\nedit = LowRankEdit.from_pretrained("{repo_id}")\nwith edit.attached(model):\n    ...'),
     ]
-    return ModelCard(_card(data, blocks))
+    return ModelCard(page(data, blocks))
 
 
-def _code(text: str, language: str = "python") -> str:
+def fenced(text: str, language: str = "python") -> str:
     """Fence a text, by more backticks than it has in a row itself."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _card(data: Any, blocks: Sequence[str]) -> str:
+def page(data: Any, blocks: Sequence[str]) -> str:
+    """Return the text of a card: its metadata, then blocks of Markdown."""
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(blocks) + "\n"

@@ -31,7 +31,7 @@ ID = "org/ibke-tiny"
 RESULTS = {"overall": {"reliability": 99.123, "generality": 80.0, "locality": 95.5, "f1": 87.0, "avg": 91.5, "exact_match": None},
            "settings": {"dataset": "qizhou/UniEdit", "split": "test", "sequential": 1}, "records": 7}  # fmt: skip
 CODE = {"modeling_ibke.py", "configuration_ibke.py", "records.py", "tokens.py", "layers.py", "attachment.py", "capture.py", "edits.py",
-        "adapter_files.py", "publishing.py"}  # fmt: skip
+        "edit_values.py", "adapter_files.py", "publishing.py"}  # fmt: skip
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+"""`ibke card`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .options import add_command, load_saved_editor
+
+FOLDER = "model_cards"
+ALL = "all"
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = add_command(commands, "card", "write the model cards of this package, or show the card of a trained editor", _run)
+    command.add_argument("name", metavar="NAME|FOLDER",
+                         help="atlas, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b or all; or the folder of a trained editor")  # fmt: skip
+    command.add_argument("--out", metavar="DIR", help=f"folder that holds one for each card (default: {FOLDER})")
+    command.add_argument("--check", action="store_true", help="write nothing; fail where a card is not what would be written")
+    command.add_argument("--needs", action="store_true", help="print what training takes, for an editor that is not trained yet")
+    command.add_argument("--repository", metavar="REPO", help="of a trained editor: its id on the Hub (default: the folder's name)")
+    command.add_argument("--results", metavar="DIR", help="of a trained editor: what `ibke eval` wrote (default: beside it)")
+
+
+def _run(given: argparse.Namespace) -> None:
+    from ..cards import CARDS
+
+    names = CARDS if given.name == ALL else (given.name,)
+    if names[0] not in CARDS and Path(given.name).is_dir():
+        _show(given)
+        return
+    for option in ("repository", "results"):
+        if getattr(given, option) is not None:
+            raise ValueError(f"--{option} belongs to the folder of a trained editor; {given.name!r} is none")
+    if given.needs:
+        _print_needs(given)
+    elif given.check:
+        _check(names, given.out or FOLDER)
+    else:
+        _write(names, given.out or FOLDER)
+
+
+def _write(names: tuple[str, ...], out: str) -> None:
+    from ..cards import write_card
+
+    for name in names:
+        print("\n".join(f"written: {file}" for file in write_card(name, out)))
+
+
+def _check(names: tuple[str, ...], out: str) -> None:
+    from ..cards import stale_files
+
+    stale = [str(file) for name in names for file in stale_files(name, out)]
+    if stale:
+        raise ValueError(f"{', '.join(stale)}: not what `ibke card` writes now; write it again, cards are not edited by hand")
+    print(f"{', '.join(names)}: up to date")
+
+
+def _print_needs(given: argparse.Namespace) -> None:
+    from ..cards import BACKBONES, backbone_of
+    from ..cards.presets import needs_section
+
+    if given.name not in BACKBONES:
+        raise ValueError(f"--needs belongs to an editor that is not trained yet: {', '.join(BACKBONES)}; found {given.name!r}")
+    print("\n\n".join(needs_section(given.name, backbone_of(given.name))))
+
+
+def _show(given: argparse.Namespace) -> None:
+    """Print the card that `ibke push` writes for a trained editor that has none of its own beside it."""
+    from ..hub import folder_kind
+    from ..publishing import RESULTS, code_files, editor_card, read_results
+
+    folder = Path(given.name)
+    kind = folder_kind(folder)
+    if kind != "editor":
+        raise ValueError(f"{folder}: holds {kind}, whose card `ibke push` writes; give the folder of a trained editor")
+    for option in ("out", "check", "needs"):
+        if getattr(given, option):
+            raise ValueError(f"--{option} belongs to the cards of this package; the card of the editor in {folder} is printed")
+    results = read_results(given.results or (folder / RESULTS if (folder / RESULTS).exists() else None))
+    editor = load_saved_editor(given.name)
+    card = editor_card(editor, given.repository or folder.resolve().name, results=results, remote=bool(code_files(editor)))
+    print(str(card), end="")
