@@ -31,6 +31,7 @@ class Repository:
     """Commits by id, each with the content of every file, and what branches and pull requests point to."""
 
     private: bool = False
+    sdk: str | None = None  # of a Space
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     titles: list[str] = field(default_factory=list)
@@ -192,7 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{'' if kind == 'models' else f'{kind}/'}{name}"
         if (kind, name) in self.hub.repositories:
             return self._json({"error": "You already created this repo", "url": url}, 409)
-        made = self.hub.repositories[kind, name] = Repository(body.get("visibility") == "private" or bool(body.get("private")))
+        if kind == "spaces" and body.get("sdk") not in ("gradio", "docker", "static"):
+            raise _Refusal(400, "", "a Space needs an sdk")
+        private = body.get("visibility") == "private" or bool(body.get("private"))
+        made = self.hub.repositories[kind, name] = Repository(private, body.get("sdk"))
         made.commit("main", {".gitattributes": b""}, "initial commit")
         return self._json({"url": url, "name": name})
 

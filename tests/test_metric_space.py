@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub
 from test_edit_quality import GOOD
 
+from ibke_hf.cli import main
 from ibke_hf.evaluation import load_metric, scores
 from ibke_hf.evaluation.space import write_metric
 
@@ -46,6 +46,5 @@ def test_loads_from_a_space_without_the_package(hub: LoopbackHub, tmp_path: Path
     expected = json.loads(json.dumps(load_metric(cache_dir=str(tmp_path / "cache")).compute(**GOOD)))
     write_metric(tmp_path / "edit_quality")
     assert scored(str(tmp_path / "edit_quality"), tmp_path / "home") == expected
-    HfApi().create_repo("someone/edit_quality", repo_type="space", space_sdk="gradio")
-    HfApi().upload_folder(repo_id="someone/edit_quality", repo_type="space", folder_path=tmp_path / "edit_quality")
+    assert main(["spaces", "push", str(Path(__file__).parents[1] / "spaces" / "edit_quality"), "someone/edit_quality"]) == 0
     assert scored("someone/edit_quality", tmp_path / "other", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1") == expected

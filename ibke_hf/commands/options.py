@@ -50,6 +50,22 @@ def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
     return (model.to(given.device) if given.device else model), tokenizer
 
 
+def upload_options(command: argparse.ArgumentParser) -> None:
+    """Add the repository's id and the options that :func:`upload_settings` reads."""
+    command.add_argument("repository", metavar="REPO", help="id on the Hub, made if it does not exist")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    command.add_argument("--message", help="title of the commit")
+    command.add_argument("--token", help="token with write access (default: HF_TOKEN, or the one of `hf auth login`)")
+
+
+def upload_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as keyword arguments of :func:`~ibke_hf.publishing.upload`."""
+    settings = {"private": given.private or None, "revision": given.revision, "create_pr": given.create_pr, "token": given.token}
+    return settings | ({} if given.message is None else {"commit_message": given.message})
+
+
 def load_atlas_editor(name: str) -> Any:
     """Load a trained editor of Atlas, ``ibke`` or ``mend``."""
     from ..atlas import ASSETS, load_editor

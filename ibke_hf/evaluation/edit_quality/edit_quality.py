@@ -122,7 +122,8 @@ def _case(index: int, predictions: Any, references: Any, role: Any, criterion: A
         raise ValueError(f"case {index}: predictions for {len(best)} target tokens but {len(wanted)} reference ids; give as many")
     for token, ids in enumerate(best):
         if len(ids) < top_k:
-            raise ValueError(f"case {index}, target token {token}: {len(ids)} predicted ids make no top {top_k}; give at least {top_k}")
+            few = f"{len(ids)} predicted ids make no top {top_k}; give at least {top_k}, or a smaller top_k"
+            raise ValueError(f"case {index}, target token {token}: {few}")
     criteria = criterion if isinstance(criterion, str) else ", ".join(criterion or ())
     return {"predictions": best, "references": wanted, "role": role, "criterion": criteria, "top_k": top_k}
 
