@@ -150,7 +150,7 @@ class Page:
         self.rows = gr.JSON(visible=False, label="rows")
         with gr.Column(visible=False) as self.more:
             self.compare_button = gr.Button("Compare with fine-tuning", size="sm", elem_id="compare")
-            self.comparison = gr.HTML(label="comparison", elem_id="comparison")
+            self.comparison = gr.HTML(label="comparison", elem_id="comparison", min_height=60)
 
     def _side(self) -> None:
         with gr.Column(elem_classes="ibke-side"):
