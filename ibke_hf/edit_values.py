@@ -47,7 +47,7 @@ class EditInfo:
 
 
 class EditValue(ABC):
-    """n independent edits as rows of tensors: what edits of weights and edits that add modules or memories share.
+    """n independent edits as rows of tensors, whatever they do to a model.
 
     Subclasses are frozen dataclasses that hold the tensors; every one of them has n rows.
     """

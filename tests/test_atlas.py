@@ -11,7 +11,7 @@ import torch
 
 from ibke_hf.atlas import ASSETS, FACTS, load_backbone, load_editor, load_records, load_split
 from ibke_hf.atlas.near import near_records
-from ibke_hf.atlas.report import NAMES, SCORES, SPLITS, atlas_editors, compare_editors, markdown_table
+from ibke_hf.atlas.report import NAMES, SCORES, SPLITS, atlas_editors, compare_editors, keep_near, markdown_table
 from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
 from ibke_hf.atlas.training import IBKE_OPTIONS, LAYERS, LOCALITY_FLOOR, STEP_FACTORS, TRAINING, shrink_step_size, train_atlas_editor
 from ibke_hf.cli import main
@@ -173,6 +173,9 @@ def test_committed_results_come_from_the_committed_weights() -> None:
         for split, scores in splits.items():
             for score in SCORES:
                 assert scores[score] == pytest.approx(committed["editors"][name][split][score], abs=0.5), (name, split, score)
+    near = keep_near({"ibke": editors["ibke"]}, model, tokenizer, sets["test"])
+    assert {what: near[what] for what in ("records", "cases")} == {what: committed["near"][what] for what in ("records", "cases")}
+    assert near["editors"]["ibke"] == pytest.approx(committed["near"]["editors"]["ibke"], abs=0.5)
 
 
 @pytest.mark.slow
