@@ -12,6 +12,7 @@ compiled models run eagerly as long as any block is open; merge an edit to run i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -23,26 +24,47 @@ from torch import Tensor, nn
 
 SidePath = Callable[[Tensor], Tensor]
 LayerHook = Callable[[Tensor, Tensor], Tensor]
+CallHook = Callable[[Mapping[str, Any], Any], Any]
 _running: ContextVar[tuple[object, ...]] = ContextVar("ibke_hf_attached", default=())
 _attached: dict[int, list[object]] = {}
 _registry = Lock()  # torch hands out hook ids without one
 _eager: list[Any] = []  # the compiler's stance, set by the first open block and put back by the last one
 
 
-@contextmanager
-def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, LayerHook]) -> Iterator[None]:
+def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, LayerHook]) -> AbstractContextManager[None]:
     """Replace the output y of ``modules[name]`` by ``hooks[name](x, y)``, x its input, while the block runs.
 
     Blocks nest: the inner hook gets what the outer one returned. Hooks are removed when the block ends, also by an
     exception; no weight is touched, and other threads that run the same model are left alone.
     """
+
+    def run(hook: LayerHook) -> Callable[..., Any]:
+        return lambda args, output: hook(args[0], output)
+
+    return _open(modules, {name: run(hook) for name, hook in hooks.items()})
+
+
+def call_hooked(model: nn.Module, hook: CallHook) -> AbstractContextManager[None]:
+    """Replace what a whole model returns by ``hook(arguments, output)``, arguments by name, while the block runs; see :func:`hooked`."""
+    called = getattr(model, "_orig_mod", model)  # what torch.compile wraps, and calls while a block is open
+    signature = inspect.signature(called.forward)
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        return hook({**arguments, **arguments.get("kwargs", {})}, output)
+
+    return _open({"": called}, {"": run}, with_kwargs=True)
+
+
+@contextmanager
+def _open(modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]], *, with_kwargs: bool = False) -> Iterator[None]:
     block = object()
     handles = []
     with _registry:
         if not _attached:
             _eager.append(torch.compiler.set_stance("force_eager"))
         for name, hook in hooks.items():
-            handles.append(modules[name].register_forward_hook(_hook(block, hook)))
+            handles.append(modules[name].register_forward_hook(_hook(block, hook), with_kwargs=with_kwargs))
             _attached.setdefault(id(modules[name]), []).append(block)
     token = _running.set((*_running.get(), block))
     try:
@@ -69,9 +91,9 @@ def _adding(side_path: SidePath) -> LayerHook:
     return add
 
 
-def _hook(block: object, hook: LayerHook) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    def run(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return hook(args[0], output) if _applies(block, module) else None
+def _hook(block: object, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def run(module: nn.Module, *call: Any) -> Any:  # a thread in the midst of its registration may call it without the keywords
+        return hook(*call) if _applies(block, module) else None
 
     return run
 

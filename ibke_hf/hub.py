@@ -23,7 +23,7 @@ from .data.rows import records_dataset
 from .data.sources import SPLITS
 from .publishing import CARD, RESULTS, push_editor, upload
 
-EDITORS = ("ibke", "mend")  # model types
+EDITORS = ("ibke", "mend", "serac")  # model types
 ROWS = "data"  # folder of the rows as Parquet, for `datasets`
 SPLIT = re.compile(r"\w+")
 
@@ -62,9 +62,12 @@ def folder_kind(folder: str | Path) -> str:
     if (path / ADAPTER_CONFIG).exists():
         return "edit"
     if (path / EDIT_INFO).exists():
+        kind = _field(path / EDIT_INFO, "kind", "edit") or "dense"
+        if kind != "dense":
+            raise ValueError(f"{folder}: holds a {kind} edit, which is no LoRA; upload the folder as it is, which its class loads")
         raise ValueError(f"{folder}: holds a dense edit, which is as large as the weights that it changes and no LoRA; merge it instead")
     if (path / "config.json").exists():
-        kind = _model_type(path / "config.json")
+        kind = _field(path / "config.json", "model_type", "editor")
         if kind not in EDITORS:
             raise ValueError(f"{folder}: holds a model of type {kind!r}, not an editor ({', '.join(EDITORS)}); push it with transformers")
         return "editor"
@@ -74,12 +77,13 @@ def folder_kind(folder: str | Path) -> str:
     raise ValueError(f"{folder}: neither an editor, an edit nor records; found {found}")
 
 
-def _model_type(file: Path) -> Any:
+def _field(file: Path, name: str, what: str) -> Any:
+    """Return a field of a JSON file, None where it is absent."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); save the editor again") from error
-    return content.get("model_type") if isinstance(content, Mapping) else None
+        raise ValueError(f"{file}: not valid JSON ({error}); save the {what} again") from error
+    return content.get(name) if isinstance(content, Mapping) else None
 
 
 def push_editor_folder(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
@@ -96,7 +100,7 @@ def push_editor_folder(folder: str | Path, repo_id: str, **options: Any) -> Comm
     """
     from transformers import AutoModel
 
-    from .editors import mend  # noqa: F401  registers both model types with AutoModel
+    from .editors import mend, serac  # noqa: F401  register every model type with AutoModel
 
     path = Path(folder)
     editor = AutoModel.from_pretrained(path, use_safetensors=True)

@@ -214,7 +214,8 @@ def editor_card(
     own = f"from ibke_hf import EditRequest, {kind.__name__}"
     imports = f"from ibke_hf import EditRequest\nfrom {kind.__module__} import {kind.__name__}" if ".editors." in kind.__module__ else own
     backbone, layers = public_name(editor.config.backbone), ", ".join(editor.config.module_names())
-    summary = f"`{kind.__name__}`: turns edit requests into low-rank edits of {f'{backbone}: ' if backbone else ''}{layers}."
+    summary = getattr(kind, "card_summary", "") or f"turns edit requests into low-rank edits of {layers}."
+    summary = f"`{kind.__name__}`{f' for {backbone}' if backbone else ''}: {summary}"
     use = [fenced(INSTALLED.format(imports=imports, name=kind.__name__, id=repo_id) + USE)]
     if remote:
         use += ["Where `ibke_hf` is not installed, with torch and transformers alone:", fenced(REMOTE.format(id=repo_id) + USE)]

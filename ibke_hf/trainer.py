@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, set_seed
 from transformers.utils import logging
 
-from .batches import EditCollator, RecordDataset, case_scores, run_batch
+from .batches import EditCollator, JudgedBatch, RecordDataset, case_scores, run_batch
 from .capture import NonFiniteError
 from .modeling_ibke import GradientEditor
-from .publishing import push_editor
 from .tokens import IGNORED, context_length, encode_requests
 
 __all__ = ["EditCollator", "IBKETrainer", "IBKETrainingArguments", "RecordDataset", "last_complete_checkpoint"]
@@ -104,6 +104,7 @@ class IBKETrainer(Trainer):
     """
 
     args: IBKETrainingArguments
+    terms: tuple[str, ...] = TERMS  # of the loss, in the order of a batch; an editor without a latent lacks the last
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -113,7 +114,7 @@ class IBKETrainer(Trainer):
         self.backbone = backbone.requires_grad_(False)
         hops = args.train_supporting_hops != "none"
         kwargs.setdefault("data_collator", EditCollator(processing_class, args.edits_per_group, hops, context_length(backbone)))
-        kwargs.setdefault("compute_metrics", mean_scores)
+        kwargs.setdefault("compute_metrics", partial(mean_scores, terms=self.terms))
         super().__init__(model, args, **kwargs)  # without the tokenizer, whose special tokens it would write to the editor's config
         self.tokenizer = self.callback_handler.processing_class = processing_class
         self.model_accepts_loss_kwargs = False
@@ -195,10 +196,7 @@ class IBKETrainer(Trainer):
             num_items_in_batch: Requests, generality and locality cases in all micro-batches of the step on all ranks; a term of
                 this one is weighted by its share, so that a step is a mean over cases however its batch is split.
         """
-        batch = run_batch(
-            model, self.editor, self.backbone, inputs,
-            hops=self.args.train_supporting_hops, sg_includes_edit=self.args.sg_includes_edit,
-        )  # fmt: skip
+        batch = self.run(model, inputs)
         shares = self._shares(inputs["counts"], num_items_in_batch)
         terms = {name: term.to(self.args.device) * share for (name, term), share in zip(batch.terms.items(), shares, strict=False)}
         values = torch.stack(list(terms.values())).detach().cpu()
@@ -211,10 +209,15 @@ class IBKETrainer(Trainer):
         total = sum(self.args.beta * term if name == "loss_itm" else term for name, term in terms.items())
         return (total, batch) if return_outputs else total
 
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> JudgedBatch:
+        """Edit and judge one batch; the terms of its loss are some of `terms`, by name."""
+        hops, sg_includes_edit = self.args.train_supporting_hops, self.args.sg_includes_edit
+        return run_batch(model, self.editor, self.backbone, inputs, hops=hops, sg_includes_edit=sg_includes_edit)
+
     def _shares(self, counts: Sequence[int], totals: Sequence[int] | None) -> list[float]:
-        """Return the weight of this micro-batch in each of `TERMS`, 1 where it is all of the step."""
+        """Return the weight of this micro-batch in each of `terms`, 1 where it is all of the step."""
         if totals is None:
-            return [1.0] * len(TERMS)
+            return [1.0] * len(self.terms)
         parts = self.current_gradient_accumulation_steps * self.args.world_size
         extra = int(self.args.sg_includes_edit)
         pairs = [(generality + extra * edits, locality, edits) for edits, generality, locality in (counts, totals)]
@@ -227,22 +230,29 @@ class IBKETrainer(Trainer):
         scaled = self.accelerator.scaler is not None  # the fp16 scaler overflows by design and skips such a step
         if not scaled and not torch.isfinite(nn.utils.get_total_norm(list(gradients.values()))):
             name = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "all parameters")
-            layers = self.editor.config.module_names()
-            index = next((int(part) for part in name.split(".") if part.isdigit()), None)
             raise NonFiniteError(
-                f"the gradient of {name} is not finite at step {self.state.global_step}: layer "
-                f"{', '.join(layers) if index is None else layers[index]}, records {', '.join(inputs['records'])}; {CURE}"
+                f"the gradient of {name} is not finite at step {self.state.global_step}: "
+                f"{self.place_of(name)}records {', '.join(inputs['records'])}; {CURE}"
             )
         return loss
+
+    def place_of(self, parameter: str) -> str:
+        """Return the layer of the backbone that a parameter of the editor belongs to, as errors say it."""
+        layers = self.editor.config.module_names()
+        index = next((int(part) for part in parameter.split(".") if part.isdigit()), None)
+        return f"layer {', '.join(layers) if index is None else layers[index]}, "
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each loss term over ranks and steps since the last log, and η."""
         if "loss" in logs and self._logged:
             means = self.accelerator.reduce((self._terms / self._logged).to(self.args.device), "mean")
-            logs |= dict(zip(TERMS, means.tolist(), strict=False))
-            logs["step_size"] = float(self.editor.step_sizes.detach().mean())
+            logs |= dict(zip(self.terms, means.tolist(), strict=False)) | self.editor_logs()
             self._terms, self._logged = torch.zeros(()), 0
         super().log(logs, *args, **kwargs)
+
+    def editor_logs(self) -> dict[str, float]:
+        """Return what is logged of the editor itself: η."""
+        return {"step_size": float(self.editor.step_sizes.detach().mean())}
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -313,8 +323,8 @@ class IBKETrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         scores = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
-        return push_editor(
-            self.editor, str(self.hub_model_id), results=results, scores=scores, metadata=card, private=private, create_pr=create_pr,
+        return self.editor.push_to_hub(
+            str(self.hub_model_id), results=results, scores=scores, metadata=card, private=private, create_pr=create_pr,
             token=token or self.args.hub_token, revision=revision or self.args.hub_revision,
             commit_message=commit_message or "Add the editor",
         )  # fmt: skip
@@ -333,10 +343,10 @@ class _OwnNoise(TrainerCallback):
             torch.manual_seed(args.seed + args.process_index)
 
 
-def mean_scores(prediction: EvalPrediction) -> dict[str, float]:
+def mean_scores(prediction: EvalPrediction, terms: Sequence[str] = TERMS) -> dict[str, float]:
     """Mean score of each role over its cases, in percent, and mean of each loss term."""
     sums, numbers = (torch.as_tensor(array).double().sum(0).tolist() for array in (prediction.predictions, prediction.label_ids))
-    scales = dict.fromkeys(ROLES, 100.0) | dict.fromkeys(TERMS, 1.0)
+    scales = dict.fromkeys(ROLES, 100.0) | dict.fromkeys(terms, 1.0)
     return {name: scale * total / number for (name, scale), total, number in zip(scales.items(), sums, numbers, strict=False) if number}
 
 

@@ -18,13 +18,14 @@ from huggingface_hub import ModelCard, model_info
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_TOKEN, LoopbackHub
 from test_modeling import REQUESTS, make_editor
-from training_runs import new_editor, record
+from training_runs import assert_equal_weights, new_editor, record, weights
 from transformers import AutoModel
 from transformers.dynamic_module_utils import get_imports
 
 from ibke_hf import IBKEEditor, LowRankEdit
 from ibke_hf.cli import main
 from ibke_hf.editors.mend import MENDEditor
+from ibke_hf.editors.serac import SERACEditor
 from ibke_hf.publishing import PICKLES, PickleError, UploadError, upload
 
 ID = "org/ibke-tiny"
@@ -228,6 +229,19 @@ def test_mend_is_pushed_without_code(hub: LoopbackHub, tiny_model: Any, tiny_tok
     assert isinstance(AutoModel.from_pretrained(ID), MENDEditor)
 
 
+def test_an_untrained_serac_comes_back_with_equal_weights(hub: LoopbackHub, tiny_model: Any, tmp_path: Path) -> None:
+    editor = SERACEditor.for_backbone(tiny_model(num_hidden_layers=1), embedding_dim=8)
+    editor.save_pretrained(tmp_path)
+    assert main(["push", str(tmp_path), ID]) == 0
+    assert set(hub[ID].files()) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    card = hub[ID].files()["README.md"].decode()
+    assert "from ibke_hf.editors.serac import SERACEditor" in card
+    assert f"`SERACEditor`: {SERACEditor.card_summary}" in card and "low-rank" not in card  # it edits no layer
+    loaded = AutoModel.from_pretrained(ID)
+    assert isinstance(loaded, SERACEditor)
+    assert_equal_weights(weights(editor), weights(loaded))
+
+
 def test_the_command_says_that_an_upload_was_cut(hub: LoopbackHub, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world[2].save_pretrained(tmp_path / "out")
     hub.cut = "commit"
@@ -239,7 +253,8 @@ def test_the_command_says_that_an_upload_was_cut(hub: LoopbackHub, world: Any, t
     ("files", "message"),
     [({}, "neither an editor, an edit nor records; found nothing"), ({"a.txt": "x"}, "found a.txt"),
      ({"config.json": '{"model_type": "gpt2"}'}, "a model of type 'gpt2', not an editor"), ({"config.json": "{"}, "config.json: not valid"),
-     ({"edit.json": "{}"}, "a dense edit"), ({"config.json": '{"model_type": "ibke"}'}, "no file named model.safetensors")],
+     ({"edit.json": "{}"}, "a dense edit"), ({"edit.json": '{"kind": "grace"}'}, "a grace edit, which is no LoRA"),
+     ({"config.json": '{"model_type": "ibke"}'}, "no file named model.safetensors")],
 )  # fmt: skip
 def test_what_cannot_be_pushed_is_named(
     files: dict[str, str], message: str, hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -291,6 +306,19 @@ def run_python(code: str, *arguments: str, **environment: str) -> None:
     command, surroundings = [sys.executable, "-c", code, *arguments], {**os.environ, **environment}
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_has_imported_no_editor_pushes_every_type(hub: LoopbackHub, tiny_model: Any, tmp_path: Path) -> None:
+    backbone = tiny_model(num_hidden_layers=3)
+    editors = {"mend": new_editor(backbone, kind=MENDEditor), "serac": SERACEditor.for_backbone(backbone, embedding_dim=8)}
+    push = "import sys\nfrom ibke_hf.hub import push_folder\n"
+    for name, editor in editors.items():
+        editor.save_pretrained(tmp_path / name)
+        push += f"push_folder(sys.argv[1] + '/{name}', 'org/{name}')\n"
+    run_python(push, str(tmp_path), HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"))
+    for name, editor in editors.items():
+        assert_equal_weights(weights(editor), weights(type(editor).from_pretrained(f"org/{name}")))
 
 
 @pytest.mark.slow

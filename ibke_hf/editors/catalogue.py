@@ -1,0 +1,102 @@
+"""The editors by their ids: IBKE and what the paper compares it with (Table II)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What kind of editor an id stands for.
+
+    Attributes:
+        title: As the paper writes it.
+        module: Where its class is, relative to this package; empty for the unedited model.
+        class_name: Its class.
+        trained: Whether it has weights, which are trained on edit records (the paper's ET; the others are its DE).
+        several_layers: Whether it edits any number of layers; the others have one, or none.
+        needs_statistics: Whether it is built with the :class:`~ibke_hf.editors.key_statistics.KeyStatistics` of a corpus.
+    """
+
+    title: str
+    module: str = ""
+    class_name: str = ""
+    trained: bool = False
+    several_layers: bool = False
+    needs_statistics: bool = False
+
+
+KINDS = {
+    "none": Kind("W/O"),
+    "ft": Kind("FT", ".ft", "FineTuningEditor", several_layers=True),
+    "rome": Kind("ROME", ".rome", "ROMEEditor", needs_statistics=True),
+    "t_patcher": Kind("T-Patcher", ".t_patcher", "TPatcherEditor"),
+    "lemoe": Kind("LEMoE", ".lemoe", "LEMoEEditor"),
+    "grace": Kind("GRACE", ".grace", "GRACEEditor"),
+    "alphaedit": Kind("AlphaEdit", ".alphaedit", "AlphaEditEditor", several_layers=True, needs_statistics=True),
+    "serac": Kind("SERAC", ".serac", "SERACEditor", trained=True),
+    "mend": Kind("MEND", ".mend", "MENDEditor", trained=True, several_layers=True),
+    "ibke": Kind("IBKE", "..modeling_ibke", "IBKEEditor", trained=True, several_layers=True),
+}
+TRAINED = tuple(name for name, kind in KINDS.items() if kind.trained)
+
+
+def kind_of(name: str) -> Kind:
+    """Return what an id stands for.
+
+    Raises:
+        ValueError: If there is no such id.
+    """
+    if name not in KINDS:
+        raise ValueError(f"there is no editor {name!r}; editors are {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def editor_class(name: str) -> Any:
+    """Return the class of an editor.
+
+    Raises:
+        ValueError: If there is no such id, or it is that of the unedited model.
+    """
+    kind = kind_of(name)
+    if not kind.module:
+        raise ValueError(f"{name!r} stands for the unedited model, which has no editor")
+    return getattr(import_module(kind.module, __package__), kind.class_name)
+
+
+def register_trained() -> None:
+    """Have `AutoModel` know every editor with weights."""
+    for name in TRAINED:
+        editor_class(name)
+
+
+def build_editor(name: str, model: Any, layers: Sequence[int] | None = None, *, statistics: Any = None, **settings: Any) -> Any:
+    """Return an editor that fits a model, untrained if it has weights; None for ``"none"``.
+
+    Args:
+        name: Its id.
+        model: Any decoder of the transformers library.
+        layers: Edited layers; by default the editor's own choice.
+        statistics: The model's key statistics, which some editors need and the others take no notice of.
+        settings: Fields of the editor's config.
+
+    Raises:
+        ValueError: If there is no such editor or field, a value is out of range, or the statistics are missing.
+        BackboneError: If the editor does not fit the model.
+    """
+    kind = kind_of(name)
+    if not kind.module:
+        return None
+    if kind.needs_statistics and statistics is None:
+        raise ValueError(f"{kind.title} needs statistics of the model's keys over a corpus; pass statistics=KeyStatistics.of(model, "
+                         "tokenizer, texts), on the command line --corpus")  # fmt: skip
+    given = {"statistics": statistics} if kind.needs_statistics else {}
+    try:
+        return editor_class(name).for_backbone(model, layers, **given, **settings)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):  # of a dataclass that lacks the field
+            raise
+        raise ValueError(f"{kind.title}: {error}; the fields are those of its config, see {editor_class(name).__module__}") from error

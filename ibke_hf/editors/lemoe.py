@@ -1,0 +1,387 @@
+"""The LEMoE baseline: a mixture of experts beside one FFN, of which each batch of edits inserts one.
+
+Wang & Li 2024, "LEMoE: Advanced Mixture of Experts Adaptor for Lifelong Model Editing of Large Language Models", EMNLP.
+
+Beside one FFN lies a mixture of small FFNs. Each batch of edits inserts an expert of its own and freezes those before it
+(module insertion); an expert is found by its keys, which the batch leaves behind as anchors (KV anchor routing); and the requests
+of one call are clustered, so that an expert gets like ones (order planning).
+
+Where the paper leaves room, or promises less, this is ours: a key is the value that a request was trained on, not a learned vector, so
+that routing in use is routing in training by construction; an input that is near to no key is routed nowhere and stays as it is, bit
+for bit; experts read values of unit length and start at zero, which makes the learning rate a property of no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..attachment import LayerHook, hooked
+from ..capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
+from ..configuration_ibke import Mode, require_mode, require_range
+from ..edit_values import EditInfo, describe
+from ..layers import BackboneError, dimensions, layers_to_edit, modules_to_edit, number_of_layers
+from ..records import EditRequest
+from ..tokens import IGNORED, TokenBatch, context_length, encode_requests
+from .memory import MemoryEdit
+
+EXPERT = ("down", "down_bias", "up", "up_bias")  # the weights of an expert
+TIE = 1e4  # scores that are equal to 1/TIE tie, and the newest expert wins: whoever edits a fact again means the last answer
+LLOYD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class LEMoEConfig:
+    """Hyper-parameters of :class:`LEMoEEditor`.
+
+    Args:
+        edited_module: Full name of the FFN output projection that the experts lie beside.
+        expert_width: Hidden width of an expert.
+        edits_per_expert: Requests that an expert is made for in joint mode, on average; more of them are clustered.
+        top_k: Most experts that a token is routed to.
+        routing_threshold: Least cosine similarity of a value to a key of an expert that it is routed to [ours].
+        temperature: Divides the similarities in the softmax over the routed experts.
+        learning_rate: Adam's learning rate.
+        steps: Adam steps for each expert.
+        loss_floor: Loss of a request that is low enough; its gradient ends there, so that no answer is louder than it must be [ours].
+        seed: Seed of the first layer of the experts.
+        loss_scale: Multiplies the loss before backward and divides the gradient in fp32 after it, for fp16 backbones.
+    """
+
+    edited_module: str
+    expert_width: int
+    edits_per_expert: int = 10
+    top_k: int = 1
+    routing_threshold: float = 0.25
+    temperature: float = 0.1
+    learning_rate: float = 1e-2
+    steps: int = 100
+    loss_floor: float = 0.05
+    seed: int = 0
+    loss_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the fields; a bad value names the field and what is allowed."""
+        if not self.edited_module:
+            raise ValueError("edited_module must name a layer, such as 'model.layers.4.mlp.down_proj'; or use LEMoEEditor.for_backbone")
+        for name in ("expert_width", "edits_per_expert", "top_k", "steps"):
+            require_range(self, name, 1, 1_000_000)
+        require_range(self, "routing_threshold", 1e-3, 1.0 - 1e-3)
+        require_range(self, "temperature", 1e-4, 1e4)
+        require_range(self, "learning_rate", 0.0, 10.0)
+        require_range(self, "loss_floor", 0.0, 10.0)
+        require_range(self, "loss_scale", 1e-8, 1e8)
+
+
+@dataclass(frozen=True, eq=False)
+class LEMoEEdit(MemoryEdit):
+    """n independent mixtures of e experts beside one FFN.
+
+    Attributes:
+        memory: ``keys`` (n, e, a, d_in): the anchors of each expert, of unit length, zero where one has fewer than a. ``down``
+            (n, e, d_in, w), ``down_bias`` (n, e, w), ``up`` (n, e, w, d_out), ``up_bias`` (n, e, d_out): E(v) = gelu(v down + b) up + c.
+        settings: ``layer``, the hooked projection, ``top_k``, ``threshold`` and ``temperature``.
+    """
+
+    kind = "lemoe"
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not belong together."""
+        super().__post_init__()
+        if set(self.memory) != {"keys", *EXPERT} or len({tensor.shape[1] for tensor in self.memory.values()}) > 1:
+            found = {name: tuple(tensor.shape) for name, tensor in self.memory.items()}
+            raise ValueError(f"a mixture needs keys, {', '.join(EXPERT)} of the same number of experts, found {found}")
+
+    @property
+    def experts(self) -> int:
+        """Number of experts of each edit."""
+        return self.memory["keys"].shape[1]
+
+    def hooks(self, model: Any) -> Mapping[str, tuple[nn.Module, LayerHook]]:
+        """Return the hook of the FFN output projection.
+
+        Raises:
+            BackboneError: If the layer is missing or has other widths.
+        """
+        name = self.settings["layer"]
+        module = modules_to_edit(model, [name])[name]
+        wanted = (self.memory["down"].shape[2], self.memory["up"].shape[3])
+        if dimensions(module) != wanted:
+            raise BackboneError(f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps {dimensions(module)[0]} to "
+                                f"{dimensions(module)[1]}; it was made for another backbone")  # fmt: skip
+        return {name: (module, self._replace)}
+
+    def _replace(self, layer_inputs: Tensor, output: Tensor) -> Tensor:
+        """Add what the routed experts make of x (b, l, d_in) to y (b, l, d_out); tokens that are routed nowhere stay bit-identical."""
+        if len(self) > 1 and (layer_inputs.ndim != 3 or len(layer_inputs) != len(self)):
+            raise ValueError(
+                f"{len(self)} independent edits were attached to a batch of {len(layer_inputs)} rows (input {tuple(layer_inputs.shape)}); "
+                "pass one row per edit, or rows= to say which edit each row carries (beam search repeats rows)"
+            )
+        x = layer_inputs if layer_inputs.ndim == 3 else layer_inputs.unsqueeze(0)
+        values = unit(x)
+        gates = self.gates(values)
+        return add_where_routed(output, self.answer(values, gates).view_as(output), gates.view(*output.shape[:-1], -1))
+
+    def gates(self, values: Tensor) -> Tensor:
+        """Weight of each expert at each token: values (b, l, d_in) -> (b, l, e), all zero where a token is routed nowhere.
+
+        An expert's score is the cosine similarity of the value to the nearest of its keys. The `top_k` best experts that reach the
+        threshold share the token by a softmax over score / temperature.
+        """
+        keys = self._at("keys", values)
+        scores = (values @ keys.flatten(1, 2).mT).unflatten(-1, keys.shape[1:3]).amax(-1)
+        scores = (scores * TIE).round() / TIE
+        order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : self.settings["top_k"]]
+        chosen = scores.shape[-1] - 1 - order
+        best = scores.gather(-1, chosen)
+        routed = best >= self.settings["threshold"]
+        weights = (best / self.settings["temperature"]).masked_fill(~routed, -math.inf).softmax(-1).masked_fill(~routed, 0.0)
+        return torch.zeros_like(scores).scatter(-1, chosen, weights)
+
+    def answer(self, values: Tensor, gates: Tensor) -> Tensor:
+        """Return the sum over the routed experts of gate times E(v): (b, l, d_in), (b, l, e) -> (b, l, d_out)."""
+        total = values.new_zeros(*values.shape[:2], self.memory["up"].shape[3])
+        for expert in gates.flatten(0, 1).any(0).nonzero().flatten().tolist():
+            down, down_bias, up, up_bias = (self._at(name, values)[:, expert] for name in EXPERT)
+            total = total + gates[..., expert, None] * run_expert(values, down, down_bias, up, up_bias)
+        return total
+
+    def _at(self, name: str, values: Tensor) -> Tensor:
+        """Return a tensor of the memory in fp32 where the values are; usable by autograd also if it was made in inference mode."""
+        tensor = self.memory[name].to(values.device).float()
+        return tensor.clone() if tensor.is_inference() and torch.is_grad_enabled() else tensor
+
+    def joined(self, other: LEMoEEdit) -> LEMoEEdit:
+        """Return the mixture of the experts of both, those of `other` being the newer ones; one edit joins each of n.
+
+        Raises:
+            ValueError: If they belong to different layers or have experts of different widths.
+        """
+        mine, others = (edit.memory["down"].shape[2:] for edit in (self, other))
+        if self.settings != other.settings or mine != others:
+            raise ValueError(
+                f"cannot add experts of {dict(other.settings)}, width {others[1]}, to {dict(self.settings)}, width {mine[1]}; "
+                "use the same editor for all edits of a model"
+            )
+        number, anchors = max(len(self), len(other)), max(edit.memory["keys"].shape[2] for edit in (self, other))
+        parts = []
+        for edit in (self, other):
+            padded = functional.pad(edit.memory["keys"], (0, 0, 0, anchors - edit.memory["keys"].shape[2]))
+            memory = {**edit.memory, "keys": padded}
+            parts.append({name: memory[name].expand(number, *memory[name].shape[1:]) for name in self.memory})
+        device = self.memory["keys"].device
+        return replace(self, memory={name: torch.cat([part[name].to(device) for part in parts], 1) for name in self.memory})
+
+
+def unit(x: Tensor) -> Tensor:
+    """Values that route and that experts read: x of unit length in fp32."""
+    return functional.normalize(x.float(), dim=-1, eps=1e-12)
+
+
+def run_expert(values: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+    """E(v) = gelu(v down + b) up + c: (b, l, d_in) with weights of n experts, one for each row or one for all -> (b, l, d_out)."""
+    return functional.gelu(values @ down + down_bias.unsqueeze(1)) @ up + up_bias.unsqueeze(1)
+
+
+def add_where_routed(output: Tensor, answer: Tensor, gates: Tensor) -> Tensor:
+    """Add in fp32 where a token has a gate above zero; elsewhere the output is the very same bits."""
+    routed = (gates > 0).any(-1, keepdim=True)
+    return torch.where(routed, (output.float() + answer.to(output.device)).to(output.dtype), output)
+
+
+class LEMoEEditor:
+    """Inserts an expert for each batch of edits into a mixture beside one FFN; the backbone's weights are not touched.
+
+    Only layers from the edited one on are differentiated. In independent mode the n experts are trained in one batch.
+    """
+
+    supports_independent = True
+
+    def __init__(self, config: LEMoEConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def for_backbone(
+        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, **config: Any
+    ) -> LEMoEEditor:  # fmt: skip
+        """Build an editor that fits a model.
+
+        Args:
+            model: Any decoder of the transformers library.
+            layers: The one layer that the experts lie beside; by default the one in the middle.
+            edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
+            config: Further fields of :class:`LEMoEConfig`; `expert_width` is a sixth of the layer's output width by default, at least 16.
+
+        Raises:
+            BackboneError: If the layer doesn't exist, there is more than one, or the projection is ambiguous.
+        """
+        depth = number_of_layers(model)
+        template, chosen = layers_to_edit(model, [depth // 2] if layers is None else layers, edited_modules)
+        if len(chosen) != 1:
+            raise BackboneError(f"LEMoE lies beside one layer, found {chosen}; give one, such as layers=[{chosen[0]}]")
+        name = template.format(i=chosen[0])
+        width = dimensions(modules_to_edit(model, [name])[name])[1]
+        return cls(LEMoEConfig(name, **{"expert_width": max(width // 6, 16), **config}))
+
+    def edit(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: LEMoEEdit | None = None
+    ) -> LEMoEEdit:
+        """Return the mixture that makes the model answer the requests; the model is not changed.
+
+        Args:
+            model: The backbone.
+            tokenizer: Its tokenizer.
+            requests: One or more edit requests.
+            mode: ``"joint"``: the requests are clustered and each cluster gets an expert; ``"sequential"``: every request gets an
+                expert, one after another; ``"independent"``: request k has a mixture of its own, row k of the result.
+            previous: A mixture that the model carries already. Its experts are frozen, and the result contains them.
+
+        Raises:
+            RequestError: If a request is unusable, naming it by its index; nothing is done then.
+            BackboneError: If the model lacks the edited layer.
+            ValueError: If `previous` is another kind of edit, or has another number of rows than the mode needs.
+            NonFiniteError: If a value, loss or expert is not finite.
+        """
+        require_mode(mode)
+        batch = encode_requests(tokenizer, requests, max_length=context_length(model))
+        module = modules_to_edit(model, [self.config.edited_module])
+        number = len(batch) if mode == "independent" else 1
+        self._require_fit(previous, number, mode)
+        edit = previous
+        with torch.inference_mode(False), evaluating(model):
+            for rows in self._batches(model, module, batch, mode):
+                expert = self._fit(model, module, batch[rows], edit, number=number, names=[f"request {k}" for k in rows])
+                edit = expert if edit is None else edit.joined(expert)
+        assert edit is not None
+        return replace(edit, info=describe(model, module, requests, editor=type(self).__name__))
+
+    def _require_fit(self, previous: Any, number: int, mode: str) -> None:
+        if previous is None:
+            return
+        if not isinstance(previous, LEMoEEdit):
+            raise ValueError(f"previous must be an edit of LEMoE, which inserts experts into it, found a {type(previous).__name__}; "
+                             "attach the other edit around the call instead")  # fmt: skip
+        if len(previous) not in (1, number):
+            raise ValueError(f"previous holds {len(previous)} independent edits, mode={mode!r} of these requests needs 1 or {number}; "
+                             "choose one, such as previous[0]")  # fmt: skip
+
+    def _batches(self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, mode: str) -> list[list[int]]:
+        """Return the requests of each expert, in the order of insertion."""
+        everything = list(range(len(batch)))
+        clusters = math.ceil(len(batch) / self.config.edits_per_expert)
+        if mode == "independent" or (mode == "joint" and clusters == 1):
+            return [everything]
+        if mode == "sequential":
+            return [[k] for k in everything]
+        names = [f"request {k}" for k in everything]
+        keys = anchors(self._values(model, module, batch, names)[0], batch.labels)
+        return clustered(unit(keys.sum(1)), clusters)
+
+    def _values(
+        self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return the values (b, l, d_in) of a batch at the edited layer, which no expert changes, and the root mean square of y there."""
+        found: list[Tensor] = []
+
+        def record(layer_inputs: Tensor, output: Tensor) -> Tensor:
+            found.extend(tensor.detach().float().reshape(*batch.labels.shape, -1) for tensor in (layer_inputs, output))
+            return output
+
+        with torch.no_grad(), hooked(module, dict.fromkeys(module, record)):
+            target_logits(model, batch)
+        judged = (batch.labels != IGNORED).to(found[0].device)
+        for tensor in found:
+            require_finite((tensor * judged.unsqueeze(-1)).flatten(1).sum(-1), f"the layer {self.config.edited_module}", names)
+        scale = (found[1].square().mean(-1) * judged).sum(-1) / judged.sum(-1)
+        return unit(found[0]), scale.sqrt().clamp(min=1e-6)
+
+    def _fit(
+        self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, previous: LEMoEEdit | None, *, number: int,
+        names: Sequence[str],
+    ) -> LEMoEEdit:  # fmt: skip
+        """Train an expert on the requests of a batch, or one on each of them where `number` is more than 1."""
+        values, scales = self._values(model, module, batch, names)
+        keys = anchors(values, batch.labels)
+        keys = keys.unsqueeze(1) if number > 1 else keys.flatten(0, 1)[None, None]
+        scale = scales if number > 1 else scales.mean(0, keepdim=True)
+        fresh = self._new_expert(keys, dimensions(next(iter(module.values()))))
+        full = fresh if previous is None else previous.joined(fresh)
+        gates = full.gates(values)
+        frozen = full.answer(values, functional.pad(gates[..., :-1], (0, 1)))
+        weights = [fresh.memory[name][:, 0].clone().requires_grad_(True) for name in EXPERT]
+        optimizer = torch.optim.Adam(weights, lr=self.config.learning_rate)
+        rows = {"frozen": frozen, "gates": gates, "values": values, "scale": scale[:, None, None]}
+        for _ in range(self.config.steps):
+            for weight, gradient in zip(weights, self._gradients(model, module, batch, weights, rows, names), strict=True):
+                weight.grad = gradient / self.config.loss_scale
+            optimizer.step()
+        owners = names if number > 1 else [", ".join(names)]
+        down, down_bias, up, up_bias = (weight.detach() for weight in weights)
+        trained = dict(zip(EXPERT, (down, down_bias, up * scale[:, None, None], up_bias * scale[:, None]), strict=True))
+        for weight in trained.values():
+            require_finite(weight.flatten(1).sum(-1), "the new expert", owners)
+        return replace(fresh, memory={"keys": keys, **{name: weight.unsqueeze(1) for name, weight in trained.items()}})
+
+    def _new_expert(self, keys: Tensor, dims: tuple[int, int]) -> LEMoEEdit:
+        """Return an expert that answers zero: keys (n, 1, a, d_in); each of the n starts from the same weights."""
+        config, (d_in, d_out) = self.config, dims
+        shape = (len(keys), 1, config.expert_width)
+        down = torch.randn(d_in, config.expert_width, generator=torch.Generator().manual_seed(config.seed)).to(keys.device)
+        memory = {"keys": keys, "down": down.expand(len(keys), 1, -1, -1).clone(), "down_bias": keys.new_zeros(shape),
+                  "up": keys.new_zeros(*shape, d_out), "up_bias": keys.new_zeros(*shape[:2], d_out)}  # fmt: skip
+        settings = {"layer": config.edited_module, "top_k": config.top_k, "threshold": config.routing_threshold,
+                    "temperature": config.temperature}  # fmt: skip
+        return LEMoEEdit(memory, settings, EditInfo())
+
+    def _gradients(
+        self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, weights: Sequence[Tensor], rows: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Gradient of the SUM over requests of each one's mean cross-entropy over its target tokens, by weight of the new expert."""
+
+        def edited(_: Tensor, output: Tensor) -> Tensor:
+            new = rows["gates"][..., -1:] * rows["scale"] * run_expert(rows["values"], *weights)
+            answer, gates = (tensor.view(*output.shape[:-1], -1) for tensor in (rows["frozen"] + new, rows["gates"]))
+            return add_where_routed(output, answer, gates)
+
+        with torch.no_grad(), graph_starting_at(module), hooked(module, dict.fromkeys(module, edited)):
+            losses = case_losses(*target_logits(model, batch))
+            require_finite(losses, "the loss of the edit request", names)
+            return torch.autograd.grad(losses.clamp(min=self.config.loss_floor).sum() * self.config.loss_scale, list(weights))
+
+
+def anchors(values: Tensor, labels: Tensor) -> Tensor:
+    """Return the values at the positions that predict a target: (b, l, d), (b, l) -> (b, a, d), zero beyond a row's own number."""
+    judged = (labels != IGNORED).to(values.device)
+    most = int(judged.sum(-1).max())
+    first = judged.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    kept = judged.gather(-1, first).unsqueeze(-1)
+    return values.gather(1, first.unsqueeze(-1).expand(-1, -1, values.shape[-1])) * kept
+
+
+def clustered(points: Tensor, number: int) -> list[list[int]]:
+    """Cluster unit vectors (m, d) by k-means on the sphere, from centres as far apart as can be; nothing in it is random.
+
+    Returns:
+        The points of each cluster in their order, clusters in the order of their first points; none is empty.
+    """
+    centres = points[:1]
+    for _ in range(min(number, len(points)) - 1):
+        farthest = (points @ centres.T).amax(-1).argmin()
+        centres = torch.cat((centres, points[farthest : farthest + 1]))
+    owners = (points @ centres.T).argmax(-1)
+    for _ in range(LLOYD_STEPS):
+        sums = torch.zeros_like(centres).index_add(0, owners, points)
+        centres = torch.where(sums.norm(dim=-1, keepdim=True) > 0, unit(sums), centres)
+        owners = (points @ centres.T).argmax(-1)
+    found: dict[int, list[int]] = {}
+    for point, owner in enumerate(owners.tolist()):
+        found.setdefault(owner, []).append(point)
+    return list(found.values())

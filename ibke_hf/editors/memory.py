@@ -1,0 +1,101 @@
+"""Edits that add modules or memories beside a model's own weights: what T-Patcher, GRACE, LEMoE and SERAC return."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..adapter_files import AdapterError, read_info, read_weights, save_tensors
+from ..attachment import LayerHook, hooked
+from ..edit_values import EditInfo, EditValue
+
+WEIGHTS = "memory_edit.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryEdit(EditValue):
+    """n independent edits, each a memory that hooks read while the edit is attached.
+
+    A subclass says in `kind` what it is and in :meth:`hooks` what it does to which modules.
+
+    Attributes:
+        memory: Tensors by name, each (n, …).
+        settings: Plain values that the hooks need, such as the name of the hooked layer; saved with the edit.
+        info: Requests, editor and backbone.
+    """
+
+    kind: ClassVar[str]
+
+    memory: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    info: EditInfo = field(default_factory=EditInfo)
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not belong together."""
+        lengths = {name: len(tensor) for name, tensor in self.memory.items()}
+        if not lengths or len(set(lengths.values())) > 1:
+            raise ValueError(f"every tensor of an edit must hold the same number of independent edits, found {lengths}")
+
+    @abstractmethod
+    def hooks(self, model: Any) -> Mapping[str, tuple[nn.Module, LayerHook]]:
+        """Return, by name, the modules to hook and what replaces their output y given their input x.
+
+        A batch of several rows carries edit i in row i if n > 1, and the one edit in every row if n = 1.
+
+        Raises:
+            BackboneError: If the model does not fit; says what was expected and found.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the memory."""
+        return dict(self.memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> MemoryEdit:
+        return replace(self, memory={name: change(tensor) for name, tensor in self.memory.items()})
+
+    @contextmanager
+    def attached(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[nn.Module]:
+        """Edit the model for the code inside the block; nothing of the model is touched, so undo is exact.
+
+        Args:
+            model: The backbone.
+            rows: (batch,) which edit each row of the batch carries; see :meth:`ibke_hf.edits.WeightEdit.attached`.
+
+        Raises:
+            BackboneError: If the model does not fit.
+            IndexError: If `rows` names an edit that does not exist.
+        """
+        edit = self if rows is None or len(self) == 1 else self.select(rows)
+        found = edit.hooks(model)
+        with hooked({name: module for name, (module, _) in found.items()}, {name: hook for name, (_, hook) in found.items()}):
+            yield model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save all n edits as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""
+        save_tensors(self.memory, folder, WEIGHTS, self.info, kind=self.kind, settings=dict(self.settings))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub_arguments: Any) -> MemoryEdit:
+        """Load a saved edit of this kind from a folder or the Hub.
+
+        Args:
+            name_or_path: Folder or Hub id.
+            hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
+
+        Raises:
+            AdapterError: If a file is missing or damaged, or the edit is of another kind.
+        """
+        info, content = read_info(name_or_path, hub_arguments)
+        if content.get("kind") != cls.kind:
+            raise AdapterError(f"{name_or_path}: holds an edit of kind {content.get('kind')!r}, {cls.__name__} reads {cls.kind!r}")
+        weights = read_weights(name_or_path, WEIGHTS, hub_arguments)
+        try:
+            return cls(weights, content["settings"], info)
+        except (KeyError, ValueError) as error:
+            raise AdapterError(f"{name_or_path}/{WEIGHTS}: not a {cls.kind} edit ({error}); save the edit again") from error

@@ -1,0 +1,170 @@
+"""The ROME baseline: a rank-one edit of one layer.
+
+Meng et al. 2022, "Locating and Editing Factual Associations in GPT", NeurIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import evaluating, require_finite
+from ..configuration_ibke import Mode, require_range
+from ..edit_values import Edit, EditInfo, describe
+from ..edits import LowRankEdit
+from ..layers import device_of, layers_to_edit, modules_to_edit
+from ..records import EditRequest
+from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, check_call, last_block, precise, question_requests, read_states
+from .key_statistics import KeyStatistics, default_layers
+
+SAME_KEY = 1e-4  # relative size below which the Gram matrix of joint keys counts as singular: keys of one subject, for example
+
+
+@dataclass(frozen=True)
+class ROMEConfig(LocateConfig):
+    """Hyper-parameters of :class:`ROMEEditor`; those of the search for the value are :class:`LocateConfig`'s.
+
+    Args:
+        ridge: Added to C's diagonal, relative to its mean: what a corpus that does not span all keys needs.
+    """
+
+    ridge: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Check the fields; a bad value names the field and what is allowed."""
+        super().__post_init__()
+        require_range(self, "ridge", 0.0, 1e6)
+        if len(self.edited_layers) != 1:
+            raise ValueError(f"edited_layers must be one layer, which is what ROME edits, found {self.edited_layers}")
+
+
+class ROMEEditor:
+    """Rank-One Model Editing: one layer is made to map the subject's key k* to the value v* that says the target.
+
+    With the key averaged over random prefixes (Eq. 3) and v* = v + δ optimised (Eq. 4), the update is
+    ΔW = δ (C⁻¹k*)ᵀ / (C⁻¹k*)ᵀk* (Eq. 2), C being the second moment of the keys over a corpus. The value v = W k* is averaged
+    over the same prefixes as the key, as Eq. 2 has it (Gupta et al. 2024, "Rebuilding ROME", show that mixing averaged with
+    bare keys breaks models).
+    """
+
+    supports_independent = True
+
+    def __init__(self, config: ROMEConfig, statistics: KeyStatistics) -> None:
+        self.config, self.statistics = config, statistics
+        self._factor: Tensor | None = None
+
+    @classmethod
+    def for_backbone(
+        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, *, statistics: KeyStatistics,
+        **config: Any,
+    ) -> ROMEEditor:  # fmt: skip
+        """Build an editor that fits a model.
+
+        Args:
+            model: Any decoder of the transformers library.
+            layers: The edited layer; by default the one at the relative depth of the paper's, 17 of 48.
+            edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
+            statistics: Those of the model's keys, see :meth:`KeyStatistics.of`.
+            config: Further fields of :class:`ROMEConfig`.
+
+        Raises:
+            BackboneError: If the layer doesn't exist, the projection is ambiguous, or the statistics are another backbone's.
+            ValueError: If a field is out of range, or the statistics lack the layer.
+        """
+        template, chosen = layers_to_edit(model, default_layers(model, 1) if layers is None else layers, edited_modules)
+        editor = cls(ROMEConfig(template, tuple(chosen), **config), statistics)
+        statistics.require(modules_to_edit(model, editor.config.module_names()))
+        return editor
+
+    def edit(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: Edit | None = None
+    ) -> LowRankEdit:
+        """Return the edit that makes the model answer the requests, of rank one for each; the model is not changed.
+
+        Args:
+            model: The backbone.
+            tokenizer: Its tokenizer.
+            requests: One or more edit requests, each with its subject.
+            mode: ``"joint"``: every key and value is found on the unedited model, and the smallest update (weighed by C) maps
+                all keys to their values, Eq. 2 for several; keys of one subject share the mean of their values.
+                ``"sequential"``: request after request, each on the model that carries the edits before it;
+                ``"independent"``: request k is row k of the result.
+            previous: An edit that the model carries already, low-rank. The result contains it.
+
+        Raises:
+            RequestError: If a request is unusable or has no subject, naming it by its index; nothing is done then.
+            BackboneError: If the model lacks the edited layer, or the statistics are another backbone's.
+            NonFiniteError: If an objective or update is not finite.
+            ValueError: If the covariance is singular, or `previous` does not fit the mode.
+        """
+        check_call(mode, len(requests), previous)
+        modules = modules_to_edit(model, self.config.module_names())
+        self.statistics.require(modules)
+        info = describe(model, modules, requests, editor=type(self).__name__)
+        with torch.inference_mode(False), evaluating(model):
+            questions = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
+            names = [f"request {k}" for k in range(len(requests))]
+            if mode != "sequential":
+                edit = self._edit(model, modules, questions, previous, names, joint=mode == "joint")
+            else:
+                carried: Any = previous
+                for k, name in enumerate(names):
+                    carried = self._edit(model, modules, questions.only(k), carried, [name], joint=True)
+                edit = carried
+        return replace(edit, info=info)
+
+    def _edit(
+        self, model: Any, modules: dict[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
+    ) -> LowRankEdit:  # fmt: skip
+        """Edit all requests on the model that carries `previous`: into one update, or one each."""
+        ((name, module),) = modules.items()
+        carried = [] if previous is None else [previous]
+        read = {**modules, HIDDEN: last_block(model, self.config)}
+        states = read_states(model, read, questions.requests, carried, self.config.texts_at_once)
+        search = ValueSearch(model, module, questions, self.config, carried, names)
+        change = search.run(states[HIDDEN].norms.to(states[name].outputs.device), states[name].outputs.shape[1])
+        place = 0 if joint else 1
+        factor = self._factor_of(name, module)
+        inputs, outputs = rank_one_update(states[name].inputs.unsqueeze(place), change.unsqueeze(place), factor)
+        finite = outputs.flatten(1).sum(-1) + inputs.flatten(1).sum(-1)
+        require_finite(finite, f"the update of {name}", [", ".join(names)] if joint else names)
+        edit = LowRankEdit({name: inputs}, {name: outputs}, EditInfo())
+        return edit if previous is None else previous.compose(edit)
+
+    def _factor_of(self, name: str, module: nn.Module) -> Tensor:
+        """Cholesky factor (d_in, d_in) of C with its ridge, fp32, made once."""
+        if self._factor is None:
+            moment = precise(self.statistics.moments[name].to(device_of(module)))
+            moment.diagonal().add_(self.config.ridge * moment.diagonal().mean())
+            factor, failed = torch.linalg.cholesky_ex(moment)
+            if int(failed):
+                raise ValueError(f"the covariance of the keys of {name} is singular: {self.statistics.tokens} tokens for {len(moment)} "
+                                 "dimensions; measure the keys on more texts, or raise ridge")  # fmt: skip
+            self._factor = factor.float()
+        return self._factor.to(device_of(module))
+
+
+def rank_one_update(keys: Tensor, change: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of the smallest update, weighed by C = L Lᵀ, that adds δ to what the layer maps the keys to.
+
+    ΔW = (C⁻¹K)ᵀ (K C⁻¹Kᵀ)⁻¹ δ for keys K as rows, Meng et al. 2022, Eq. 2, for one key; keys alike get the mean of their δ.
+
+    Args:
+        keys: (n, m, d_in) for n independent updates of m keys each.
+        change: δ (n, m, d_out).
+        factor: L (d_in, d_in), lower triangular.
+
+    Returns:
+        ĥ (n, m, d_in) and û (n, m, d_out), with K ĥᵀ û = δ.
+    """
+    flat = keys.reshape(-1, keys.shape[-1])
+    weighed = torch.cholesky_solve(flat.T, factor).T.reshape(keys.shape)
+    weighed = weighed / weighed.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    if keys.shape[1] == 1:
+        return weighed, change / (weighed * keys).sum(-1, keepdim=True)
+    gram = precise(keys @ weighed.mT)
+    return weighed, (torch.linalg.pinv(gram, rtol=SAME_KEY) @ precise(change)).to(change)

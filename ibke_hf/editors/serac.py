@@ -1,0 +1,366 @@
+"""The SERAC baseline: a memory of requests beside the model.
+
+Mitchell et al. 2022, "Memory-Based Model Editing at Scale", ICML.
+
+A scope classifier g compares what the model is asked with every request in the memory; in scope of the best one, a small
+counterfactual model h that reads this request before the prompt answers in place of the model; out of scope, the model's own
+answer stands, bit for bit. g and h are trained once, on edit records, without the model:
+:class:`ibke_hf.serac_training.SERACTrainer`. Editing is nothing but writing requests into the memory.
+
+Where the paper leaves room this is ours: g and h are causal decoders on the backbone's own tokens, so that a decision at a token
+never sees what comes after it; the embedding form scores by sigmoid(b - s·‖φ(z) - φ(x)‖²), which unlike exp(-‖·‖²) can be trained
+from any start.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..capture import evaluating, target_logits
+from ..configuration_ibke import Mode, require_mode, require_range
+from ..edit_values import describe
+from ..layers import BackboneError
+from ..publishing import push_editor
+from ..records import EditRequest
+from ..tokens import IGNORED, RequestError, TokenBatch, context_length, encode
+from .serac_memory import Entry, SERACEdit, memory_of
+
+logger = logging.get_logger(__name__)
+FORMS = ("embedding", "cross")
+
+
+@strict
+class SERACConfig(PreTrainedConfig):
+    """Configuration of :class:`SERACEditor`.
+
+    Args:
+        backbone: Name or path of the model that the editor belongs to.
+        scope_model: Config of the decoder that the scope classifier reads with, as a dict with its ``model_type``.
+        counterfactual_model: Config of the counterfactual model, likewise.
+        scope_form: ``"embedding"``: requests and prompts are embedded apart, so that a memory costs one pass over the prompt; or
+            ``"cross"``: the classifier reads request and prompt together, once for each request in the memory.
+        embedding_dim: Width of the embeddings.
+        threshold: Least probability of being in scope [paper: 0.5].
+        separator: Id of the token between request and prompt.
+    """
+
+    model_type = "serac"
+
+    backbone: str = ""
+    scope_model: dict[str, Any] | None = None
+    counterfactual_model: dict[str, Any] | None = None
+    scope_form: str = "embedding"
+    embedding_dim: int = 128
+    threshold: float = 0.5
+    separator: int = 0
+
+    def validate_fields(self) -> None:
+        """Check the fields; a bad value names the field and what is allowed."""
+        if self.scope_form not in FORMS:
+            raise ValueError(f"scope_form must be one of {', '.join(FORMS)}, found {self.scope_form!r}")
+        require_range(self, "embedding_dim", 1, 65536)
+        require_range(self, "threshold", 0.0, 1.0)
+        require_range(self, "separator", 0, 10_000_000)
+
+    def module_names(self) -> list[str]:
+        """Return the names of the edited layers: none."""
+        return []
+
+
+@dataclass(frozen=True)
+class ScopesAndAnswers:
+    """What :meth:`SERACEditor.forward` returns.
+
+    Attributes:
+        scopes: (p, m) logit of being in scope of each of m requests, at the p judged positions, case after case.
+        answers: (q, vocabulary) logits of the counterfactual model at the judged positions of the pairs, pair after pair.
+    """
+
+    scopes: Tensor
+    answers: Tensor
+
+
+class SERACEditor(PreTrainedModel):
+    """Semi-parametric editing with a retrieval-augmented counterfactual model."""
+
+    config_class = SERACConfig
+    config: SERACConfig
+    base_model_prefix = "editor"
+    main_input_name = "cases"
+    supports_independent = True
+    is_calibrated = True  # nothing is measured before training
+    card_summary = "a memory of edit requests, a classifier of what they bear on, and a small model that answers it in its place."
+
+    def __init__(self, config: SERACConfig) -> None:
+        super().__init__(config)
+        if not config.scope_model or not config.counterfactual_model:
+            raise ValueError("the config names no scope_model and counterfactual_model; use SERACEditor.for_backbone(model)")
+        scope = AutoConfig.for_model(**config.scope_model)
+        width = int(scope.get_text_config().hidden_size)
+        self.scope = AutoModel.from_config(scope)
+        self.project = nn.Linear(2 * width, config.embedding_dim if config.scope_form == "embedding" else 1)
+        if config.scope_form == "embedding":
+            self.bias, self.log_scale = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        self.counterfactual = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.counterfactual_model))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.project:
+            nn.init.normal_(self.project.weight, std=self.project.in_features**-0.5)
+            nn.init.zeros_(self.project.bias)
+        elif module is self and self.config.scope_form == "embedding":
+            nn.init.constant_(self.bias, 2.0)
+            nn.init.constant_(self.log_scale, 1.0)
+
+    # --- making one ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_backbone(
+        cls, model: Any, layers: Sequence[int] | None = None, *, scope: Any = None, counterfactual: Any = None, **config: Any
+    ) -> SERACEditor:  # fmt: skip
+        """Build an untrained editor for a model.
+
+        Args:
+            model: Any decoder of the transformers library.
+            layers: None, SERAC edits no layer.
+            scope: A causal decoder with the backbone's tokens whose body the scope classifier starts from (it is copied); by default
+                a small one with random weights.
+            counterfactual: A causal decoder with the backbone's tokens that the counterfactual model starts from, likewise. A small
+                backbone may serve for both.
+            config: Further fields of :class:`SERACConfig`.
+
+        Raises:
+            ValueError: If layers are given.
+            BackboneError: If a given decoder has another vocabulary.
+        """
+        if layers is not None:
+            raise ValueError(f"SERAC edits no layer, found layers={list(layers)}; leave layers out")
+        starts = {"scope_model": scope, "counterfactual_model": counterfactual}
+        for name, start in starts.items():
+            if start is not None and _vocabulary(start) != _vocabulary(model):
+                raise BackboneError(f"{name} predicts {_vocabulary(start)} tokens, the backbone {_vocabulary(model)}; they must share one "
+                                    "tokenizer")  # fmt: skip
+        models = {name: _small_config(model) if start is None else _plain_config(start) for name, start in starts.items()}
+        end = model.config.get_text_config().eos_token_id
+        fields = {"backbone": model.config.name_or_path, "separator": int((end[0] if isinstance(end, list) else end) or 0), **models}
+        editor = cls(SERACConfig(**{**fields, **config}))
+        if scope is not None:
+            editor.scope.load_state_dict(_body(scope).state_dict())
+        if counterfactual is not None:
+            editor.counterfactual.load_state_dict(counterfactual.state_dict())
+        return editor
+
+    def modules_of(self, model: Any) -> dict[str, nn.Module]:
+        """Return the edited layers of a backbone, of which there are none.
+
+        Raises:
+            BackboneError: If the backbone has another vocabulary than the counterfactual model.
+        """
+        if _vocabulary(model) != _vocabulary(self.counterfactual):
+            raise BackboneError(f"this editor was built for {self.config.backbone or 'a backbone'} with {_vocabulary(self.counterfactual)} "
+                                f"tokens; the given model has {_vocabulary(model)}")  # fmt: skip
+        given = getattr(model.config, "name_or_path", "")
+        if self.config.backbone and given and given != self.config.backbone:
+            logger.warning_once(f"the editor was trained for {self.config.backbone!r} and is used on {given!r}")
+        return {}
+
+    # --- pure ---------------------------------------------------------------------------------------------------
+
+    def forward(self, requests: Sequence[Sequence[int]], cases: TokenBatch, pairs: Sequence[tuple[int, int]]) -> ScopesAndAnswers:
+        """Score every case against every request, and answer some cases by a request each.
+
+        Args:
+            requests: Token ids of m requests, prompt and target.
+            cases: Left-padded cases; their labels say which positions are judged.
+            pairs: Case and request, by index, of what the counterfactual model answers.
+        """
+        answers = self.answers([requests[request] for _, request in pairs], cases[[case for case, _ in pairs]])
+        return ScopesAndAnswers(self.scopes(self.embed_requests(requests), requests, cases), answers)
+
+    def embed_requests(self, requests: Sequence[Sequence[int]]) -> Tensor | None:
+        """Return φ of the requests (m, embedding_dim), None where the classifier reads pairs."""
+        if self.config.scope_form != "embedding":
+            return None
+        return self._features(_left_padded(requests))[:, -1]
+
+    def scopes(self, embedded: Tensor | None, requests: Sequence[Sequence[int]], cases: TokenBatch) -> Tensor:
+        """Logit of being in scope of each request at each judged position, case after case: (p, m).
+
+        The position sees what is before it and itself, nothing after.
+        """
+        if embedded is not None:
+            own = self._features(cases)[(cases.labels != IGNORED).to(embedded.device)]
+            distances = torch.cdist(own, embedded, compute_mode="donot_use_mm_for_euclid_dist").square() / own.shape[-1]
+            return self.bias - self.log_scale.exp() * distances
+        every = [(case, request) for case in range(len(cases)) for request in range(len(requests))]
+        read = self._reading([requests[request] for _, request in every], cases[[case for case, _ in every]])
+        scores = self._features(read).squeeze(-1)[:, -cases.labels.shape[1] :].unflatten(0, (len(cases), len(requests)))
+        return scores.transpose(1, 2)[(cases.labels != IGNORED).to(scores.device)]
+
+    def answers(self, requests: Sequence[Sequence[int]], cases: TokenBatch) -> Tensor:
+        """Logits (q, vocabulary) at the judged positions of cases, each read after a request of its own."""
+        if not requests:
+            return torch.zeros(0, _vocabulary(self.counterfactual), device=self.device)
+        logits, labels = target_logits(self.counterfactual, self._reading(requests, cases))
+        return logits[labels != IGNORED]
+
+    def _reading(self, requests: Sequence[Sequence[int]], cases: TokenBatch) -> TokenBatch:
+        """Put request and separator before each left-padded case, which stays in the last columns.
+
+        What is longer than the readers' context loses the beginning of the request, never of the case.
+        """
+        separator = self.config.separator
+        width, limits = cases.input_ids.shape[1], [context_length(model) for model in (self.scope, self.counterfactual)]
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        rows, marks = [], []
+        for request, ids, mask, labels in zip(requests, cases.input_ids, cases.attention_mask.bool(), cases.labels, strict=True):
+            own = ids[mask].tolist()
+            room = len(request) + 1 if limit is None else max(limit - len(own), 0)
+            rows.append([*request, separator][-room:] * (room > 0) + own)
+            marks.append(labels)
+        read = _left_padded(rows, at_least=width)
+        read.labels[:, -width:] = torch.stack(marks).to(read.labels.device)
+        return read
+
+    def _features(self, batch: TokenBatch) -> Tensor:
+        """Project the state of each token beside the mean state so far: left-padded (b, l) -> (b, l, embedding_dim or 1), fp32."""
+        batch = batch.to(self.device)
+        mask = batch.attention_mask.unsqueeze(-1)
+        accepted = inspect.signature(self.scope.forward).parameters
+        extra = {"position_ids": batch.position_ids} if "position_ids" in accepted else {}
+        states = self.scope(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra).last_hidden_state
+        means = (states * mask).float().cumsum(1) / mask.cumsum(1).clamp(min=1)
+        return self.project(torch.cat((states, means.to(states.dtype)), -1)).float()
+
+    # --- with a backbone ----------------------------------------------------------------------------------------
+
+    def edit(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: SERACEdit | None = None
+    ) -> SERACEdit:
+        """Return the memory that makes the model answer the requests; the model is not run.
+
+        Args:
+            model: The backbone.
+            tokenizer: Its tokenizer.
+            requests: One or more edit requests.
+            mode: ``"joint"`` and ``"sequential"``: one memory of all requests, of which the newest of one prompt counts;
+                ``"independent"``: request k has a memory of its own, row k of the result.
+            previous: A memory that the model carries already. The result contains it.
+
+        Raises:
+            RequestError: If a request is unusable, naming it by its index.
+            BackboneError: If the model has another vocabulary than the editor.
+            ValueError: If `previous` is another kind of edit, or has another number of rows than the mode needs.
+        """
+        require_mode(mode)
+        if not requests:
+            raise RequestError("no edit request was given; pass at least one EditRequest(prompt, target)")
+        limit = context_length(model)
+        entries: list[Entry] = [
+            encode(tokenizer, r.prompt, r.target, name=f"request {i}", max_length=limit) for i, r in enumerate(requests)
+        ]
+        rows = [[entry] for entry in entries] if mode == "independent" else [entries]
+        if previous is not None and not isinstance(previous, SERACEdit):
+            raise ValueError(f"previous must be a memory of SERAC, found a {type(previous).__name__}; attach the other edit outside of it")
+        if previous is not None and len(previous) not in (1, len(rows)):
+            raise ValueError(f"previous holds {len(previous)} independent edits, mode={mode!r} of these requests needs 1 or {len(rows)}; "
+                             "choose one, such as previous[0]")  # fmt: skip
+        carried = [[]] * len(rows) if previous is None else previous.entries()
+        carried = carried * len(rows) if len(carried) == 1 else carried
+        info = describe(model, self.modules_of(model), requests, editor=self.config.name_or_path or type(self).__name__,
+                        backbone=self.config.backbone)  # fmt: skip
+        return SERACEdit(memory_of([old + new for old, new in zip(carried, rows, strict=True)]), {}, info, self)
+
+    @torch.no_grad()
+    def remember(self, entries: Sequence[Entry]) -> Tensor | None:
+        """Return the embedded requests of memories, for :meth:`decide`."""
+        with evaluating(self):
+            return self.embed_requests([ids for ids, _ in entries])
+
+    @torch.no_grad()
+    def decide(self, embedded: Tensor | None, entries: Sequence[Entry], owners: Tensor, cases: TokenBatch, rows: Tensor) -> Tensor:
+        """Return the entry that each judged position is in scope of, -1 for none: (p,).
+
+        The entry of the highest probability counts, if this reaches the threshold; the newer of two equal ones.
+
+        Args:
+            embedded: What :meth:`remember` returns.
+            entries: Entries of all memories.
+            owners: (entries,) memory that each belongs to.
+            cases: Left-padded cases.
+            rows: (b,) memory that each case looks into.
+        """
+        requests = [ids for ids, _ in entries]
+        judged = (cases.labels != IGNORED).nonzero()[:, 0]
+        foreign = owners.unsqueeze(0) != rows[judged].unsqueeze(1)
+        with evaluating(self):
+            if embedded is not None or not foreign.any():
+                scores = self.scopes(embedded, requests, cases)
+            else:  # pairs are dear: read no case with what is not in its memory
+                scores = torch.zeros(len(judged), len(entries), device=self.device)
+                for case, memory in enumerate(rows.tolist()):
+                    own = (owners == memory).nonzero().flatten()
+                    here = (judged == case).nonzero()
+                    scores[here, own] = self.scopes(None, [requests[k] for k in own.tolist()], cases[case : case + 1])
+        scores = scores.sigmoid().masked_fill(foreign.to(scores.device), -1.0)
+        entry = scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
+        reached = scores.gather(-1, entry.unsqueeze(-1)).squeeze(-1) >= self.config.threshold
+        return torch.where(reached, entry, -1)
+
+    @torch.no_grad()
+    def answer(self, entries: Sequence[Entry], cases: TokenBatch) -> Tensor:
+        """Return the counterfactual model's logits at the judged positions of cases, each read after an entry of its own."""
+        with evaluating(self):
+            return self.answers([ids for ids, _ in entries], cases)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
+        """Publish weights, config, card and results in one commit; options: :func:`ibke_hf.publishing.push_editor`."""
+        return push_editor(self, repo_id, **options)
+
+
+def _left_padded(rows: Sequence[Sequence[int]], at_least: int = 0) -> TokenBatch:
+    """Pad token ids on the left; nothing is judged."""
+    width = max(at_least, *map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, own in enumerate(rows):
+        ids[row, width - len(own) :] = torch.tensor(own)
+        mask[row, width - len(own) :] = 1
+    return TokenBatch(ids, mask, torch.full_like(ids, IGNORED))
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _body(model: Any) -> Any:
+    """Return a decoder without its vocabulary projection."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def _plain_config(model: Any) -> dict[str, Any]:
+    """Return a config as a dict that JSON and `AutoConfig.for_model` take."""
+    content: dict[str, Any] = model.config.to_dict()
+    left_out = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    return {name: value for name, value in content.items() if name not in left_out}
+
+
+def _small_config(model: Any) -> dict[str, Any]:
+    """Return the config of a small decoder with the backbone's tokens: at most 512 wide and six layers deep."""
+    config = model.config.get_text_config()
+    heads = max(1, min(int(config.hidden_size), 512) // 64)
+    return {"model_type": "llama", "vocab_size": int(config.vocab_size), "hidden_size": 64 * heads, "intermediate_size": 192 * heads,
+            "num_hidden_layers": min(int(config.num_hidden_layers), 6), "num_attention_heads": heads, "num_key_value_heads": heads,
+            "max_position_embeddings": 2 * (context_length(model) or 1024), "tie_word_embeddings": True}  # fmt: skip
+
+
+AutoConfig.register("serac", SERACConfig, exist_ok=True)
+AutoModel.register(SERACConfig, SERACEditor, exist_ok=True)
