@@ -279,18 +279,18 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
         ValueError: If a backbone is given without an editor for it, what was loaded is no editor, or the two do not fit.
         OSError: If one cannot be loaded.
     """
-    from .atlas import load_backbone, load_editor, load_ft
+    from .atlas import load_backbone, load_editor, load_rival
 
     if editor is None:
         if backbone is not None:
             raise ValueError(f"a backbone ({backbone}) needs an editor that was trained for it; give both")
         model, tokenizer = load_backbone()
-        return _placed(model, tokenizer, load_editor("ibke"), load_ft(), "Atlas")
+        return _placed(model, tokenizer, load_editor("ibke"), load_rival("ft", model), "Atlas")
     made = _load_editor(editor)
     name = backbone or made.config.backbone
     if name == ATLAS:
         model, tokenizer = load_backbone()
-        return _placed(model, tokenizer, made, load_ft(), "Atlas")
+        return _placed(model, tokenizer, made, load_rival("ft", model), "Atlas")
     if not name:
         raise ValueError(f"{editor}: does not say which backbone it was trained for; give the backbone too")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -306,11 +306,14 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
 def _load_editor(name: str) -> Any:
     from transformers import AutoModel
 
-    from .editors import mend  # noqa: F401  registers both model types with AutoModel
+    from .editors.catalogue import register_trained
+    from .modeling_ibke import GradientEditor
 
+    register_trained()
     editor = AutoModel.from_pretrained(name, dtype="float32").eval()
-    if not hasattr(editor, "modules_of"):
-        raise ValueError(f"{name}: holds a {type(editor).__name__}, not an editor; `ibke train` makes one")
+    if not isinstance(editor, GradientEditor):
+        what = "whose edits are no LoRA" if hasattr(editor, "edit") else "not an editor"
+        raise ValueError(f"{name}: holds a {type(editor).__name__}, {what}; the page takes IBKE and MEND, which `ibke train` makes")
     return editor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -14,8 +15,9 @@ import yaml
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .configuration_ibke import PRESETS, IBKEConfig
+from .configuration_ibke import PRESETS
 from .data.augmentation import RECORDS_OF_EACH, draw_records
+from .editors.catalogue import TRAINED, editor_class
 from .records import EditRecord
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from .trainer import IBKETrainingArguments
 
 logger = logging.get_logger(__name__)
-TOP_LEVEL = ("backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype", "editor", "training")
+TOP_LEVEL = ("backbone", "records", "validation", "augment", "augment_records", "out", "kind", "layers", "dtype", "editor", "training")
+SERAC_STARTS = ("scope", "counterfactual")  # decoders that its two parts start from
 REQUIRED = ("backbone", "records", "out")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAPER_DTYPES = {  # SPEC §6
@@ -42,17 +45,20 @@ def training_settings(
     Args:
         config: The file, with settings of `TOP_LEVEL`.
         flags: Settings of `TOP_LEVEL`.
-        editor: Fields of :class:`IBKEConfig`.
+        editor: Fields of :class:`IBKEConfig`, or of the config of another ``kind``.
         training: Fields of :class:`IBKETrainingArguments`.
 
     Raises:
         ValueError: For an unknown or missing setting, naming it.
     """
-    settings = _read(config) if config is not None else {}
+    settings = read_settings(config) if config is not None else {}
     settings |= _given(flags)
+    if (kind := settings.get("kind", "ibke")) not in TRAINED:
+        raise ValueError(f"kind must be one of {', '.join(TRAINED)}, found {kind!r}")
     for name, given in (("editor", editor), ("training", training)):
         settings[name] = {**(settings.get(name) or {}), **_given(given)}
-        known, unknown = _known(name), sorted(set(settings[name]) - set(_known(name)))
+        known = _known_fields(name, kind)
+        unknown = sorted(set(settings[name]) - set(known))
         if unknown:
             raise ValueError(f"unknown setting {unknown[0]!r} under {name}:; settings are {', '.join(known)}")
     missing = [name for name in REQUIRED if not settings.get(name)]
@@ -69,33 +75,45 @@ def training_settings(
     return settings
 
 
-def _read(config: str | Path) -> dict[str, Any]:
+def read_settings(config: str | Path, known: Sequence[str] = TOP_LEVEL) -> dict[str, Any]:
+    """Read a YAML file of settings by name.
+
+    Args:
+        config: The file.
+        known: Names of the settings that it may hold.
+
+    Raises:
+        ValueError: If it is no such file, or holds another setting; names it.
+    """
     try:
         settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{config}: not a YAML file: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{config}: expected settings by name, found {settings!r}; settings are {', '.join(TOP_LEVEL)}")
-    unknown = [name for name in settings if name not in TOP_LEVEL]
+        raise ValueError(f"{config}: expected settings by name, found {settings!r}; settings are {', '.join(known)}")
+    unknown = [name for name in settings if name not in known]
     if unknown:
-        raise ValueError(f"{config}: unknown setting {unknown[0]!r}; settings are {', '.join(TOP_LEVEL)}")
-    for name in ("editor", "training"):
-        nested = settings.get(name) or {}
-        if not isinstance(nested, dict):
-            raise ValueError(f"{config}: {name}: must hold settings by name, found {nested!r}")
-        settings[name] = {key: _number(value) for key, value in nested.items()}
-    return settings
+        raise ValueError(f"{config}: unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
+    for name in ("editor", "editors", "training"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise ValueError(f"{config}: {name}: must hold settings by name, found {settings[name]!r}")
+    return {name: _numbers(value) for name, value in settings.items()}
 
 
-def _number(value: Any) -> Any:
-    """Read 1e-4 as the number that it is; YAML takes a number without a point in it for text."""
+def _numbers(value: Any) -> Any:
+    """Read 1e-4 as the number that it is, wherever it stands; YAML takes a number without a point in it for text."""
+    if isinstance(value, dict):
+        return {name: _numbers(inner) for name, inner in value.items()}
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
-def _known(group: str) -> list[str]:
+def _known_fields(group: str, kind: str) -> list[str]:
     if group == "editor":
-        found = {"backbone", "edited_layers", "input_dims", "output_dims"} | {field.name for field in fields(PreTrainedConfig)}
-        return [field.name for field in fields(IBKEConfig) if field.name not in found]
+        found = {"backbone", "edited_layers", "input_dims", "output_dims", "scope_model", "counterfactual_model", "separator"}
+        found |= {field.name for field in fields(PreTrainedConfig)}
+        return [field.name for field in fields(editor_class(kind).config_class) if field.name not in found] + (
+            list(SERAC_STARTS) if kind == "serac" else []
+        )
     from .trainer import IBKETrainingArguments
 
     return [field.name for field in fields(IBKETrainingArguments) if field.init and field.name != "output_dir"]
@@ -106,7 +124,7 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[str, Any]:
-    """Train an IBKE editor and save it under ``settings["out"]``.
+    """Train an editor, of kind IBKE unless ``settings["kind"]`` says otherwise, and save it under ``settings["out"]``.
 
     With validation records, the checkpoint of the lowest validation loss is kept, and training stops once that has not
     fallen for `PATIENCE` steps.
@@ -128,6 +146,7 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
         raise ImportError('training needs the extra "train": pip install "ibke-hf[train]"') from error
     from transformers import EarlyStoppingCallback, set_seed
 
+    from .serac_training import SERACTrainer
     from .trainer import IBKETrainer, last_complete_checkpoint
 
     arguments = _arguments(settings)
@@ -139,7 +158,7 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
     set_seed(arguments.seed)
     editor, backbone, tokenizer = _editor(settings, arguments)
     stopping = [EarlyStoppingCallback(_patience(arguments))] if arguments.load_best_model_at_end else []
-    trainer = IBKETrainer(
+    trainer = (SERACTrainer if settings.get("kind") == "serac" else IBKETrainer)(
         editor, backbone, arguments, tokenizer, train_dataset=train, eval_dataset=validation, callbacks=stopping
     )  # fmt: skip
     result = trainer.train(resume_from_checkpoint=resume)
@@ -198,14 +217,25 @@ def _editor(settings: Mapping[str, Any], arguments: IBKETrainingArguments) -> tu
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .modeling_ibke import IBKEEditor
-
-    name = settings["backbone"]
+    name, kind = settings["backbone"], settings.get("kind", "ibke")
     dtype = settings.get("dtype") or PAPER_DTYPES.get(name, "auto")
     backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(arguments.device)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if kind == "serac":
+        starts = {part: _start(settings["editor"][part], backbone) for part in SERAC_STARTS if settings["editor"].get(part)}
+        return editor_class(kind).for_backbone(backbone, settings.get("layers"), **{**settings["editor"], **starts}), backbone, tokenizer
     preset = PRESETS.get(name, {})
     fields_of_editor = {"edited_modules": preset.get("edited_modules"), **settings["editor"]}
     if backbone.dtype == torch.float16:
         fields_of_editor.setdefault("capture_loss_scale", 1024.0)  # or small gradients vanish
-    editor = IBKEEditor.for_backbone(backbone, settings.get("layers") or preset.get("edited_layers"), **fields_of_editor)
-    return editor, backbone, AutoTokenizer.from_pretrained(name)
+    editor = editor_class(kind).for_backbone(backbone, settings.get("layers") or preset.get("edited_layers"), **fields_of_editor)
+    return editor, backbone, tokenizer
+
+
+def _start(name: str, backbone: Any) -> Any:
+    """Load the decoder that a part of SERAC starts from, ``"backbone"`` for a copy of the backbone itself, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    if name == "backbone":
+        return copy.deepcopy(backbone).float()
+    return AutoModelForCausalLM.from_pretrained(name, dtype="float32")

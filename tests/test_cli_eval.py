@@ -43,7 +43,7 @@ def evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
     return run
 
 
-@pytest.mark.parametrize("editor", ["none", "ft", "ibke", "mend", None])
+@pytest.mark.parametrize("editor", ["none", "ft", "grace", "ibke", "mend", None])
 def test_atlas(evaluated: Any, editor: str | None) -> None:
     results, printed, rows = evaluated("--dataset", "atlas", "--limit", 5, *(["--editor", editor] if editor else []))
     assert set(results) >= {"overall", "by_criterion", "by_hops", "by_domain", "records", "skipped"}
@@ -114,11 +114,12 @@ def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Ru
 
 @pytest.mark.parametrize(("arguments", "what"), [
     (["--dataset", "uniedit"], "ibke eval: qizhou/UniEdit: no file or folder"),
-    (["--dataset", "zsre"], "--dataset zsre: no Hub dataset is known for it; give the path of a file or folder"),
+    (["--dataset", "zsre"], "dataset zsre: no Hub dataset is known for it; give the path of a file or folder"),
     (["--dataset", "atlas", "--split", "train"], "no records; the splits are test, held_out and validation"),
     (["--dataset", "atlas", "--format", "zsre"], "--format zsre: the records of atlas have one format"),
     (["--dataset", "atlas", "--domains", "cooking"], "no record is selected"),
-    (["--dataset", "atlas", "--model", "gpt2"], "--editor ibke edits the embedded Atlas model only; for gpt2 give none, ft, or"),
+    (["--dataset", "atlas", "--model", "gpt2"],
+     "--editor ibke edits the embedded Atlas model only; for gpt2 give none, ft, rome, t_patcher, lemoe, grace, alphaedit, or"),
     (["--dataset", "atlas", "--model", "gpt2", "--editor", "mend"], "--editor mend edits the embedded Atlas model only"),
     (["--dataset", "atlas", "--editor", "./nowhere", "--limit", "1"], "./nowhere: no such folder"),
     (["--dataset", "atlas", "--chat", "--limit", "1"], "the tokenizer has no chat template; leave the chat option off"),

@@ -13,7 +13,9 @@ import torch
 
 from ibke_hf import EditRequest, IBKEEditor
 from ibke_hf.cli import build_parser, main
+from ibke_hf.commands.options import load_saved_editor
 from ibke_hf.data.augmentation import draw_records
+from ibke_hf.editors.catalogue import editor_class
 from ibke_hf.trainer import IBKETrainingArguments
 from ibke_hf.training import PAPER_DTYPES, PRESETS, _patience, train_editor, training_settings
 
@@ -105,6 +107,8 @@ def test_flags_alone_and_empty_groups_suffice(tmp_path: Path) -> None:
      ("training: 3", r"settings\.yaml: training: must hold settings by name, found 3"),
      ("- backbone", r"settings\.yaml: expected settings by name, found \['backbone'\]"),
      ("backbone: [", r"settings\.yaml: not a YAML file"),
+     ("kind: rome", "kind must be one of serac, mend, ibke, found 'rome'"),
+     ("kind: mend\neditor: {latent_dim: 3}", "unknown setting 'latent_dim' under editor:; settings are .*hidden_dim"),
      ("dtype: int8", "dtype must be one of auto, float32, bfloat16, float16, found 'int8'")],
 )  # fmt: skip
 def test_a_bad_setting_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -145,6 +149,27 @@ def test_an_editor_is_trained_saved_and_usable(settings: Json, tiny_model: Any, 
         pass
     state = json.loads((out / "checkpoints/checkpoint-4/trainer_state.json").read_text())
     assert result["eval_loss"] == pytest.approx(state["best_metric"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("mend", {"hidden_dim": 4}), ("serac", {"embedding_dim": 8, "counterfactual": "backbone"}), ("serac", {"scope_form": "cross"})],
+)  # fmt: skip
+def test_other_kinds_of_editors_are_trained_alike(kind: str, fields: Json, settings: Json, tiny_model: Any, tiny_tokenizer: Any) -> None:
+    settings |= {"kind": kind, "editor": fields, "layers": None if kind == "serac" else [1, 2]}
+    assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= train_editor(settings).keys()
+    editor, backbone = load_saved_editor(settings["out"]), tiny_model()
+    assert type(editor) is editor_class(kind)
+    with editor.edit(backbone, tiny_tokenizer, [EditRequest("The Oslo tower is in", "Rome")]).attached(backbone):
+        pass
+
+
+def test_the_counterfactual_model_starts_as_what_is_named(settings: Json, tiny_model: Any) -> None:
+    settings |= {"kind": "serac", "layers": None, "editor": {"counterfactual": settings["backbone"], "scope": "backbone"}}
+    settings["training"] |= {"max_steps": 1, "learning_rate": 0.0}
+    train_editor(settings)
+    started = load_saved_editor(settings["out"]).counterfactual.state_dict()
+    assert all(torch.equal(started[name], value) for name, value in tiny_model().state_dict().items())
 
 
 def test_the_seed_gives_the_same_editor_and_resume_goes_on_from_it(settings: Json, tmp_path: Path) -> None:

@@ -9,12 +9,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, load_atlas_editor, load_model, load_saved_editor, model_options, positive
+from ..editors.catalogue import KINDS, build_editor
+from .options import (
+    add_command,
+    load_atlas_editor,
+    load_model,
+    load_saved_editor,
+    model_options,
+    positive,
+    read_dataset,
+    statistics_of,
+)
 
-HUB_DATASETS = {"uniedit": "qizhou/UniEdit"}
-WITHOUT_HUB = ("zsre", "counterfact", "mquake")  # PROTOCOL names files for these, and no dataset of the Hub
 SELECTION = ("dataset", "format", "split", "domains", "criteria", "hops", "limit", "seed", "chat")
 ATLAS, ATLAS_EDITORS = "atlas", ("ibke", "mend")
+WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if not kind.trained)
 
 
 def add(commands: Any) -> None:
@@ -24,8 +33,10 @@ def add(commands: Any) -> None:
     what.add_argument("--dataset", required=True, metavar="NAME|PATH", help="atlas, uniedit, a file, a folder or a Hub dataset id")
     what.add_argument("--format", help="native format of the dataset (default: told from its content)")
     model_options(command)
-    what.add_argument("--editor", metavar="none|ft|ibke|mend|PATH|ID",
-                      help="none: the unedited model; ibke and mend: Atlas's; else a trained editor (default: ibke)")  # fmt: skip
+    what.add_argument("--editor", metavar="NAME|PATH|ID",
+                      help=f"{', '.join(WITHOUT_WEIGHTS)} (none: the unedited model); Atlas's ibke or mend; else a trained "
+                           "editor (default: ibke)")  # fmt: skip
+    what.add_argument("--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on")
     chosen = command.add_argument_group("which records")
     chosen.add_argument("--split", help="split of the dataset (atlas: test, held_out or validation; default test)")
     chosen.add_argument("--domains", nargs="+", metavar="NAME", help="records of these domains only")
@@ -54,7 +65,7 @@ def _run(given: argparse.Namespace) -> None:
     unread: Counter[str] = Counter()
     records = list(_records(given, unread))
     model, tokenizer = load_model(given)
-    editor = _editor(given, model)
+    editor = _editor(given, model, tokenizer)
     if given.chat:
         records = [chat_record(tokenizer, record) for record in records]
     settings = {name: getattr(given, name) for name in SELECTION}
@@ -62,7 +73,7 @@ def _run(given: argparse.Namespace) -> None:
         given.out, editor, model, tokenizer, records, unread=unread, sequential=given.sequential, mode=given.mode,
         batch_size=given.batch_size, collision_scope=given.collision_scope, locality_match=given.locality_match, span=given.span,
         generate=not given.no_generate, progress=sys.stderr.isatty(),
-        settings={**settings, "model": given.model or "ibke-atlas", "editor": given.editor or "ibke"},
+        settings={**settings, "model": given.model or "ibke-atlas", "editor": given.editor or "ibke", "corpus": given.corpus},
     )  # fmt: skip
     print(score_table(results))
     print("\nwritten: " + ", ".join(str(Path(given.out) / name) for name in (RESULTS, ROWS, PAGE)))
@@ -72,7 +83,7 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _records(given: argparse.Namespace, unread: Counter[str]) -> Iterator[Any]:
-    from ..data.sources import read_records, select
+    from ..data.sources import select
 
     filters = {"domains": given.domains, "criteria": given.criteria, "hops": given.hops, "limit": given.limit, "seed": given.seed}
     if given.dataset == ATLAS:
@@ -81,34 +92,32 @@ def _records(given: argparse.Namespace, unread: Counter[str]) -> Iterator[Any]:
         if given.format:
             raise ValueError(f"--format {given.format}: the records of atlas have one format; leave it out")
         return select(load_records(given.split or "test"), skipped=unread, **filters)
-    name = given.dataset
-    if not Path(name).exists():
-        if name.lower() in WITHOUT_HUB:
-            raise ValueError(f"--dataset {name}: no Hub dataset is known for it; give the path of a file or folder in its native format")
-        name = HUB_DATASETS.get(name.lower(), name)
-    return read_records(name, format=given.format, split=given.split, skipped=unread, **filters)
+    return read_dataset(given.dataset, format=given.format, split=given.split, skipped=unread, **filters)
 
 
 def _require_editor_for_model(given: argparse.Namespace) -> None:
-    if given.model is not None and (given.editor or "ibke") in ATLAS_EDITORS:
-        raise ValueError(
-            f"--editor {given.editor or 'ibke'} edits the embedded Atlas model only; for {given.model} give none, ft, "
-            f"or the folder or Hub id of an editor trained for it (a folder of that name: ./{given.editor or 'ibke'})"
-        )
-
-
-def _editor(given: argparse.Namespace, model: Any) -> Any:
     name = given.editor or "ibke"
-    if name == "none":
-        return None
+    if given.model is not None and name in ATLAS_EDITORS:
+        raise ValueError(
+            f"--editor {name} edits the embedded Atlas model only; for {given.model} give {', '.join(WITHOUT_WEIGHTS)}, "
+            f"or the folder or Hub id of an editor trained for it (a folder of that name: ./{name})"
+        )
+    if given.corpus and (given.model is None or name not in KINDS or not KINDS[name].needs_statistics):
+        raise ValueError(f"--corpus: {name} on {given.model or 'atlas'} reads none; leave it out")
+
+
+def _editor(given: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    name = given.editor or "ibke"
     if name in ATLAS_EDITORS:
         return load_atlas_editor(name)
-    if name != "ft":
+    if name not in WITHOUT_WEIGHTS:
         return load_saved_editor(name)
-    from ..atlas import load_ft
-    from ..editors.ft import FineTuningEditor
+    if given.model is None and name != "none":
+        from ..atlas import load_rival
 
-    return load_ft() if given.model is None else FineTuningEditor.for_backbone(model)
+        return load_rival(name, model)
+    statistics = statistics_of(model, tokenizer, given.corpus) if given.corpus else None
+    return build_editor(name, model, statistics=statistics)
 
 
 # --- the table in the terminal ------------------------------------------------------------------------------------

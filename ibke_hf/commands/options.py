@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+HUB_DATASETS = {"uniedit": "qizhou/UniEdit"}
+WITHOUT_HUB = ("zsre", "counterfact", "mquake")  # PROTOCOL names files for these, and no dataset of the Hub
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -83,13 +85,51 @@ def load_saved_editor(name: str) -> Any:
     """
     from transformers import AutoModel
 
-    from ..editors import mend  # noqa: F401  registers both model types with AutoModel
+    from ..editors.catalogue import register_trained
 
+    register_trained()
     with _loading(name):
         editor = AutoModel.from_pretrained(name, dtype="float32").eval()
     if not hasattr(editor, "edit"):
         raise ValueError(f"{name}: holds a {type(editor).__name__}, not an editor; `ibke train` makes one")
     return editor
+
+
+def read_dataset(name: str, **filters: Any) -> Iterator[Any]:
+    """Read the records of a dataset by its short name, path or Hub id.
+
+    Args:
+        name: Such as ``uniedit``, a file or a folder.
+        filters: Of :func:`~ibke_hf.data.sources.read_records`.
+
+    Raises:
+        ValueError: If no Hub dataset is known by the short name.
+    """
+    from ..data.sources import read_records
+
+    if not Path(name).exists():
+        if name.lower() in WITHOUT_HUB:
+            raise ValueError(f"dataset {name}: no Hub dataset is known for it; give the path of a file or folder in its native format")
+        name = HUB_DATASETS.get(name.lower(), name)
+    return read_records(name, **filters)
+
+
+def statistics_of(model: Any, tokenizer: Any, corpus: str, layers: Sequence[Sequence[int] | None] = (None,)) -> Any:
+    """Measure a model's keys on a corpus, or read them from the cache; see :class:`~ibke_hf.editors.key_statistics.KeyStatistics`.
+
+    Args:
+        model: The backbone.
+        tokenizer: Its tokenizer.
+        corpus: See :func:`~ibke_hf.data.texts.read_texts`.
+        layers: Those of each editor that needs them; None for its own choice.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    from ..data.texts import read_texts
+    from ..editors.key_statistics import KeyStatistics, default_layers
+
+    needed = sorted({i for own in layers for i in (default_layers(model) if own is None else own)})
+    return KeyStatistics.of(model, tokenizer, read_texts(corpus), needed, cache=Path(HF_HOME) / "ibke_hf", progress=sys.stderr.isatty())
 
 
 @contextmanager

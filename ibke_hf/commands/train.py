@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ..editors.catalogue import TRAINED
 from .options import PRECISIONS, add_command, positive
 
 
@@ -13,6 +14,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     command = add_command(commands, "train", "train an editor for any backbone on record files", _run)
     command.add_argument("--config", metavar="YAML", help="file of settings, overridden by flags; nested: editor, training")
+    command.add_argument("--kind", choices=TRAINED, help="kind of editor (default: ibke)")
     command.add_argument("--backbone", help="folder or Hub id of the backbone")
     command.add_argument("--records", nargs="+", metavar="FILE", help="training records: files or folders of any format, or Hub ids")
     command.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records for early stopping")
@@ -32,7 +34,7 @@ def add(commands: Any) -> None:
 def _run(given: argparse.Namespace) -> None:
     from ..training import train_editor, training_settings
 
-    names = ("backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
+    names = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
     flags = {name: getattr(given, name) for name in names}
     training = {"max_steps": given.max_steps, "learning_rate": given.learning_rate, "seed": given.seed,
                 "per_device_train_batch_size": given.batch_size}  # fmt: skip

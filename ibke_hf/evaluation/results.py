@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,9 +59,9 @@ class ResultsFolder:
         found = self._found_settings()
         self.rows: tuple[Row, ...] = tuple(_read_rows(self.folder / ROWS))
         if found is None or not (self.rows or (self.folder / RESULTS).exists()):  # nothing that other settings would spoil
-            _write_json(self.folder / SETTINGS, self.settings)
+            write_json(self.folder / SETTINGS, self.settings)
         else:
-            self._require_same(found)
+            require_same(self.folder, found, self.settings)
         self._rows: TextIO | None = None
         self._skipped: TextIO | None = None
 
@@ -91,29 +92,20 @@ class ResultsFolder:
         """
         results = results_of(evaluation, unread, self.settings)
         if results["edit_seconds"] is None and (self.folder / RESULTS).exists():  # nothing was left to be edited
-            results["edit_seconds"] = _read_json(self.folder / RESULTS).get("edit_seconds")
-        _write_json(self.folder / RESULTS, results)
-        with _whole(self.folder / PAGE) as temporary:
+            results["edit_seconds"] = read_json(self.folder / RESULTS).get("edit_seconds")
+        write_json(self.folder / RESULTS, results)
+        with whole(self.folder / PAGE) as temporary:
             write_page(evaluation.rows, results, temporary)
         return results
 
     def _found_settings(self) -> dict[str, Any] | None:
         """Return the settings of an earlier run; None in a new folder."""
         if (self.folder / SETTINGS).exists():
-            return _read_json(self.folder / SETTINGS)
+            return read_json(self.folder / SETTINGS)
         others = [name for name in (ROWS, SKIPPED, RESULTS, PAGE) if (self.folder / name).exists()]
         if others:
             raise ResultsError(f"{self.folder}: holds {others[0]} but no {SETTINGS}, so it is not of this command; choose another folder")
         return None
-
-    def _require_same(self, found: Mapping[str, Any]) -> None:
-        names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
-        if names:
-            changes = "; ".join(f"{name} was {json.dumps(found.get(name))}, now {json.dumps(self.settings.get(name))}" for name in names)
-            raise ResultsError(
-                f"{self.folder}: holds an evaluation of other settings ({changes}); "
-                "repeat those settings, choose another folder or remove this one"
-            )
 
 
 def evaluate_to_folder(
@@ -180,8 +172,11 @@ def fingerprint_of(thing: Any) -> str | None:
     if thing is None:
         return None
     if not isinstance(thing, nn.Module):
-        return _digest([repr(getattr(thing, "config", type(thing).__name__))])
-    return _digest(f"{name} {tuple(tensor.shape)} {_integer_sum(tensor)}" for name, tensor in thing.state_dict().items())
+        corpus = getattr(getattr(thing, "statistics", None), "corpus", "")
+        return _digest([repr(getattr(thing, "config", type(thing).__name__)), corpus])
+    threshold = getattr(getattr(thing, "config", None), "threshold", None)  # SERAC's, which is set after training
+    chosen = [] if threshold is None else [str(threshold)]
+    return _digest([*chosen, *(f"{name} {tuple(tensor.shape)} {_integer_sum(tensor)}" for name, tensor in thing.state_dict().items())])
 
 
 def fingerprint_of_records(records: Sequence[EditRecord]) -> str:
@@ -232,7 +227,26 @@ def _read_rows(file: Path) -> Iterator[Row]:
         yield row
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a folder whose results were made with other settings.
+
+    Raises:
+        ResultsError: Names each difference.
+    """
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        changes = "; ".join(f"{name} was {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}" for name in names)
+        raise ResultsError(
+            f"{folder}: holds an evaluation of other settings ({changes}); repeat those settings, choose another folder or remove this one"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ResultsError: If the file holds something else.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -242,14 +256,15 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    with _whole(file) as temporary:
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON value to a temporary name that is then renamed."""
+    with whole(file) as temporary:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[Path]:
+def whole(file: Path) -> Iterator[Path]:
     """Write a file under a temporary name that becomes its own at the end, so that no reader finds half of it."""
-    temporary = file.with_name(f"{file.name}.part")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
     yield temporary
     temporary.replace(file)
