@@ -10,6 +10,8 @@ from typing import Any
 FACTS = Path(__file__).parent / "facts"
 ASSETS = Path(__file__).parent / "assets"
 EDITORS = ("ibke", "mend")
+RIVALS = ("ft", "rome", "alphaedit", "t_patcher", "lemoe", "grace")
+HYPER_PARAMETERS = "hyper_parameters.json"
 
 
 def load_backbone(folder: str | Path | None = None) -> tuple[Any, Any]:
@@ -38,13 +40,50 @@ def load_editor(name: str = "ibke") -> Any:
     return editor.eval()
 
 
-def load_ft() -> Any:
-    """Return the fine-tuning baseline for the Atlas backbone, its learning rate as chosen on the validation records."""
+def load_rival(name: str, model: Any = None, statistics: Any = None) -> Any:
+    """Return an editor without weights for the Atlas backbone, its hyper-parameters as chosen on the validation records.
+
+    Args:
+        name: One of :data:`RIVALS`.
+        model: The backbone; loaded if it is not given.
+        statistics: Its key statistics, where the editor needs them; :func:`atlas_statistics` if they are not given.
+
+    Raises:
+        ValueError: If there is no such editor.
+    """
     import json
 
-    from ..editors.ft import FineTuningEditor, FTConfig
+    from ..editors.catalogue import build_editor, kind_of
 
-    return FineTuningEditor(FTConfig(**json.loads((ASSETS / "ft.json").read_text(encoding="utf-8"))))
+    if name not in RIVALS:
+        raise ValueError(f"Atlas has hyper-parameters for {', '.join(RIVALS)}, found {name!r}")
+    settings = json.loads((ASSETS / HYPER_PARAMETERS).read_text(encoding="utf-8"))[name]
+    model = load_backbone()[0] if model is None else model
+    if statistics is None and kind_of(name).needs_statistics:
+        statistics = atlas_statistics(model)
+    return build_editor(name, model, statistics=statistics, **settings)
+
+
+def atlas_statistics(model: Any = None, tokenizer: Any = None, cache: str | Path | None = None) -> Any:
+    """Return the statistics of the keys of all layers over one epoch of what the backbone was pretrained on.
+
+    Args:
+        model: The backbone; loaded if it is not given.
+        tokenizer: Its tokenizer; loaded if it is not given.
+        cache: Folder of the cache; by default ``ibke_hf`` in the Hugging Face cache. The first call measures for a minute.
+    """
+    from huggingface_hub import constants
+
+    from ..editors.key_statistics import KeyStatistics
+    from ..layers import number_of_layers
+    from .corpus import epoch_sentences
+
+    if model is None or tokenizer is None:
+        loaded = load_backbone()
+        model, tokenizer = loaded[0] if model is None else model, loaded[1] if tokenizer is None else tokenizer
+    texts = [f"{prompt} {answer}" for prompt, answer in epoch_sentences(load_split().taught, 0)]
+    folder = Path(constants.HF_HOME) / "ibke_hf" if cache is None else cache
+    return KeyStatistics.of(model, tokenizer, texts, range(number_of_layers(model)), cache=folder, batch_tokens=4096)
 
 
 def load_records(split: str) -> list[Any]:

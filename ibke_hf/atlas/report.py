@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.protocol import evaluate_records
 from ..records import EditRecord
-from . import load_backbone, load_editor, load_ft, load_records, load_split
+from . import load_backbone, load_editor, load_records, load_rival, load_split
 from .near import near_records
 
 SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
@@ -18,7 +18,7 @@ NAMES = ("none", "ft", "mend", "ibke")
 
 def atlas_editors() -> dict[str, Any]:
     """Return the editors that Atlas is compared with, by name; None is the unedited model."""
-    return {"none": None, "ft": load_ft(), "mend": load_editor("mend"), "ibke": load_editor("ibke")}
+    return {"none": None, "ft": load_rival("ft"), "mend": load_editor("mend"), "ibke": load_editor("ibke")}
 
 
 def compare_editors(editors: dict[str, Any], model: Any, tokenizer: Any, records: dict[str, list[Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
+from ..atlas import RIVALS
 from .options import add_command, positive
 
 NOT_TO_SET = ("output_dir", "seed", "max_steps", "use_cpu", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
@@ -23,7 +24,9 @@ def add(commands: Any) -> None:
     command.add_argument("--epochs", type=positive, help="passes over the taught facts")
     command.add_argument("--max-steps", type=positive, help="stop after so many steps, for trials")
     command.add_argument("--seed", type=int, default=0)
-    command = add_command(actions, "tune-ft", "choose the learning rate of the fine-tuning baseline on validation records", _run_tune_ft)
+    command = add_command(actions, "tune", "choose the hyper-parameters of the editors without weights on validation records", _run_tune)
+    command.add_argument("--editors", nargs="+", choices=RIVALS, default=RIVALS, metavar="NAME",
+                         help=f"default: all, {', '.join(RIVALS)}; the results of the others stay as they are")  # fmt: skip
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
     command = add_command(actions, "report", "score the embedded editors on all test and held-out records", _run_report)
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
@@ -57,11 +60,11 @@ def _run_build_backbone(given: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2))
 
 
-def _run_tune_ft(given: argparse.Namespace) -> None:
+def _run_tune(given: argparse.Namespace) -> None:
     from ..atlas import ASSETS
-    from ..atlas.tuning import tune_ft
+    from ..atlas.tuning import tune
 
-    print(json.dumps(tune_ft(given.out or ASSETS), indent=2))
+    print(json.dumps(tune(given.out or ASSETS, given.editors), indent=2))
 
 
 def _run_report(given: argparse.Namespace) -> None:
