@@ -1,0 +1,222 @@
+"""Making cells in a folder, going on there, and joining folders.
+
+The folder of a cell, under ``cells``, holds what `ibke eval` writes, and ``cell.json``, its line of the table, once it is done. Trained
+editors lie under ``editors``, named by id and seed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .. import __version__
+from ..editors.catalogue import KINDS, TRAINED
+from ..evaluation.results import evaluate_to_folder, read_json, require_same, write_json
+from ..records import EditRecord
+from .benches import Bench
+from .cells import EDITS, BenchmarkError, Cell, Plan
+
+CELLS, EDITORS, CELL, SETTINGS, PLAN = "cells", "editors", "cell.json", "settings.json", "plan.json"
+SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
+FAILURES = (ValueError, ArithmeticError, OSError, ImportError, RuntimeError)  # the last for memory that runs out
+logger = logging.get_logger(__name__)
+
+
+def run_cells(
+    bench: Bench, plan: Plan, out: str | Path, *, shard: tuple[int, int] = (1, 1), trained: str | Path | None = None,
+    batch_size: int = 64, progress: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Make the cells that are missing, and return all that the folder holds.
+
+    What fails takes no other cell with it; failures are raised at the end.
+
+    Args:
+        bench: Backbone, records and editors.
+        plan: The cells.
+        out: Folder of the cells, :func:`open_folder` is called on it.
+        shard: Which part of the plan is made here.
+        trained: Folder of the trained editors; by default ``editors`` in `out`. Runs may share it.
+        batch_size: Prompts of a forward pass.
+        progress: Show progress bars.
+
+    Raises:
+        BenchmarkError: If another run is writing to the folder, or cells failed.
+        ResultsError: If the folder holds cells of other settings, or a cell that another editor made.
+    """
+    target = Path(out)
+    open_folder(bench, plan, target)
+    home = Path(trained) if trained is not None else target / EDITORS
+    with _only_run(target):
+        missing = [cell for cell in plan.cells(shard) if not _is_done(cell, target / CELLS / cell.name)]
+        failed: dict[Cell, Exception] = {}
+        for cell in missing:
+            with _noting(failed, [cell]):
+                _require_enough(cell, bench.records(cell, plan.records))  # before anything is trained for it
+        _train_missing(bench, [cell for cell in missing if cell not in failed], home, failed, progress=progress)
+        editors: dict[tuple[str, int], Any] = {}
+        for cell in tqdm(missing, unit="cell", disable=not progress):
+            unit = (cell.editor, cell.seed)
+            if cell in failed:
+                continue
+            with _noting(failed, [cell]):
+                if unit not in editors:
+                    editors = {unit: bench.editor(cell.editor, home / f"{cell.editor}-{cell.seed}")}  # one at a time
+                _make(bench, cell, editors[unit], target / CELLS / cell.name, plan.records, batch_size)
+    if failed:
+        reasons = "; ".join(dict.fromkeys(f"{cell.editor} on {cell.split}, seed {cell.seed}: {error}" for cell, error in failed.items()))
+        raise BenchmarkError(f"{len(failed)} of {len(missing)} cells failed: {reasons}")
+    return found_cells(target)
+
+
+def _train_missing(bench: Bench, missing: Sequence[Cell], home: Path, failed: dict[Cell, Exception], *, progress: bool) -> None:
+    """Train the editors of the missing cells before any of these is made: one backbone is loaded at a time."""
+    units = list(dict.fromkeys((cell.editor, cell.seed) for cell in missing if cell.editor in TRAINED))
+    for name, seed in tqdm(units, desc="editors to train", unit="editor", disable=not (progress and units)):
+        home.mkdir(parents=True, exist_ok=True)
+        waiting = FileLock(home / f".{name}-{seed}.lock")  # another run that shares the folder may be training it
+        with _noting(failed, [cell for cell in missing if (cell.editor, cell.seed) == (name, seed)]), waiting:
+            bench.prepare(name, seed, home / f"{name}-{seed}")
+
+
+def _require_enough(cell: Cell, records: Sequence[EditRecord]) -> None:
+    requests = sum(len(record.requests) for record in records)
+    if requests < cell.sequential:
+        raise BenchmarkError(f"{requests} requests are fewer than {cell.sequential} edits at once; ask for more records (--limit)")
+
+
+def _is_done(cell: Cell, folder: Path) -> bool:
+    if not (folder / CELL).exists():
+        return False
+    line = read_json(folder / CELL)
+    require_same(folder, {name: line.get(name) for name in asdict(cell)}, asdict(cell))
+    return True
+
+
+def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batch_size: int) -> None:
+    """Evaluate one cell and write its line of the table."""
+    (model, tokenizer), records = bench.loaded, bench.records(cell, number)
+    results = evaluate_to_folder(
+        folder, editor, model, tokenizer, records, settings={**bench.settings, **asdict(cell)}, sequential=cell.sequential,
+        batch_size=batch_size, progress=False,
+    )  # fmt: skip
+    size = None if editor is None else editor.edit(model, tokenizer, records[0].requests[:1]).nbytes
+    line = {**asdict(cell), "records": results["records"], **{score: results["overall"][score] for score in SCORES},
+            "edit_seconds": results["edit_seconds"], "edit_bytes": size}  # fmt: skip
+    write_json(folder / CELL, line)
+
+
+def found_cells(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of all cells that are done, in the order of dataset, kind of edits, number of edits, editor and seed."""
+    lines = [read_json(file) for file in (Path(folder) / CELLS).glob(f"*/{CELL}")]
+    order = list(KINDS)
+    return sorted(lines, key=lambda c: (c["split"], EDITS.index(c["edits"]), c["sequential"], order.index(c["editor"]), c["seed"]))
+
+
+def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
+    """Copy the cells of several folders, such as those of shards, into one; return all that it holds then.
+
+    Raises:
+        BenchmarkError: If a folder holds no cells, another run is writing to `out`, or two folders hold different results of one cell.
+        ResultsError: If a folder holds cells of other settings, or an editor of another origin.
+    """
+    target = Path(out)
+    for folder in map(Path, folders):
+        if not (folder / SETTINGS).exists():
+            raise BenchmarkError(f"{folder}: holds no {SETTINGS}, so it is no folder of `ibke table`")
+        _require_settings(target, read_json(folder / SETTINGS))
+        _add_to_plan(target, *planned(folder))
+        with _only_run(target):
+            for file in sorted((folder / CELLS).glob(f"*/{CELL}")):
+                _copy_cell(file, target / CELLS / file.parent.name)
+    return found_cells(target)
+
+
+def _copy_cell(file: Path, there: Path) -> None:
+    """Copy the folder of a cell, the line of the table last: a copy that was cut is made again."""
+    if not (there / CELL).exists():
+        shutil.copytree(file.parent, there, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CELL))
+        write_json(there / CELL, read_json(file))
+    elif _scores(read_json(there / CELL)) != _scores(read_json(file)):
+        raise BenchmarkError(f"{file.parent} and {there} hold different results of one cell; remove the folder of the wrong one")
+
+
+def _scores(line: Mapping[str, Any]) -> list[Any]:
+    return [line[name] for name in SCORES]
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def open_folder(bench: Bench, plan: Plan, out: str | Path) -> None:
+    """Make a folder for the cells of a plan, or check that it holds cells of the same settings; add to its plan.
+
+    Raises:
+        ResultsError: If it holds cells of other settings; names each difference.
+    """
+    given = {name: source for name in plan.editors if (source := bench.source(name)) is not None}
+    settings = json.loads(json.dumps({"ibke_hf": __version__, **bench.settings, "records": plan.records, "given": given}))
+    _require_settings(Path(out), settings)
+    groups = dict.fromkeys((cell.split, cell.edits, cell.sequential) for cell in plan.cells())
+    _add_to_plan(Path(out), list(plan.editors), list(groups))
+
+
+def planned(folder: str | Path) -> tuple[list[str], list[tuple[str, str, int]]]:
+    """Return the editors, and the (split, edits, sequential) that a folder's table has in the end, whatever of it is done."""
+    file = Path(folder) / PLAN
+    found = read_json(file) if file.exists() else {"editors": [], "groups": []}
+    return found["editors"], [tuple(group) for group in found["groups"]]
+
+
+def _add_to_plan(folder: Path, editors: Sequence[str], groups: Sequence[tuple[str, str, int]]) -> None:
+    known_editors, known_groups = planned(folder)
+    union = {"editors": [*known_editors, *editors], "groups": [*known_groups, *groups]}
+    write_json(folder / PLAN, {name: list(dict.fromkeys(values)) for name, values in union.items()})  # type: ignore[call-overload]
+
+
+def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a new folder, or compare them with those that its cells were made with.
+
+    Editors that are given may be added, but none of another origin under the same id.
+    """
+    file, given = folder / SETTINGS, dict(settings["given"])
+    if file.exists() and any((folder / CELLS).glob(f"*/{CELL}")):
+        found = read_json(file)
+        both = {name: source for name, source in found["given"].items() if name in given}
+        require_same(folder, {**found, "given": both}, {**settings, "given": {name: given[name] for name in both}})
+        given = {**found["given"], **given}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, {**settings, "given": given})
+
+
+@contextmanager
+def _only_run(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a folder."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BenchmarkError(f"{folder}: another run is writing to it; give each its own --out, and join them by --merge") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _noting(failed: dict[Cell, Exception], cells: Iterable[Cell]) -> Iterator[None]:
+    """Note an error as the reason why cells failed, and go on."""
+    try:
+        yield
+    except FAILURES as error:
+        for cell in cells:
+            logger.warning(f"{cell.name}: {error}")
+            failed[cell] = error
