@@ -13,7 +13,7 @@ from ibke_hf.atlas import ASSETS, FACTS, load_backbone, load_editor, load_record
 from ibke_hf.atlas.near import near_records
 from ibke_hf.atlas.report import NAMES, SCORES, SPLITS, atlas_editors, compare_editors, keep_near, markdown_table
 from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
-from ibke_hf.atlas.training import IBKE_OPTIONS, LAYERS, LOCALITY_FLOOR, STEP_FACTORS, TRAINING, shrink_step_size, train_atlas_editor
+from ibke_hf.atlas.training import IBKE_OPTIONS, LAYERS, LOCALITY_FLOOR, STEP_FACTORS, TRAINING, choose_strength, train_atlas_editor
 from ibke_hf.cli import main
 from ibke_hf.demo import example_records
 
@@ -138,7 +138,7 @@ def test_the_step_size_is_the_largest_that_keeps_locality(locality: Any, chosen:
         return SimpleNamespace(summary=scores)
 
     monkeypatch.setattr("ibke_hf.atlas.training.evaluate_records", evaluated)
-    trials = shrink_step_size(editor, *load_backbone())
+    trials = choose_strength(editor, *load_backbone())
     assert trials[-1]["factor"] == chosen
     torch.testing.assert_close(editor.step_sizes.detach(), chosen * trained)
     assert [trial["factor"] for trial in trials][: len(STEP_FACTORS)] == [factor for factor in STEP_FACTORS if factor >= chosen]

@@ -10,7 +10,7 @@ import pytest
 from browser import DESKTOP, PHONE, chromium, keep, overflow
 from table_cells import GPT2_XL, NASTY, Page, a_cell, many_cells, paper_cells
 
-from ibke_hf.evaluation.table import BEST, METRICS, NEAR, PAPER, STRICTER, CellError, Column, columns_of, mark_of, table_of
+from ibke_hf.evaluation.table import BEST, METRICS, NEAR, PAPER, STRICTER, CellError, Column, mark_of, table_of
 from ibke_hf.evaluation.table_page import as_html
 from ibke_hf.evaluation.table_text import as_csv, as_markdown, as_text, bytes_text, markdown_escape, seconds_text
 from ibke_hf.evaluation.trade_off import trade_off_figure
@@ -80,7 +80,7 @@ def test_means_and_sample_std_over_seeds():
 def test_columns_come_in_order_of_appearance_with_readable_titles():
     cells = [a_cell(edits="counterfactual"), a_cell(split="held_out", edits="unknown"), a_cell(split="a\n b", sequential=10), a_cell("ft"),
              a_cell("ft", edits="counterfactual", sequential=1)]  # fmt: skip
-    columns = columns_of(cells)
+    columns = table_of(cells).columns
     assert [column.title for column in columns] == ["test, counterfactual", "held out, unknown", "a b, 10 sequential edits", "test"]
     assert columns[0] == Column("test", "counterfactual", 1)
     assert table_of(cells).columns == columns

@@ -82,5 +82,16 @@ def _new_hops(record: Field) -> tuple[Hop, ...]:
     for triple in triples.parts():
         if len(triple.texts()) != 3:
             raise triple.error("is not a triple")
-    pairs = zip(hops, triples.value, strict=True)
-    return tuple(Hop(hop.text("cloze").rstrip(), hop.text("answer"), *triple) for hop, triple in pairs)
+    made = []
+    for hop, triple, subject in zip(hops, triples.value, _heads(record, len(hops)), strict=True):
+        prompt = hop.text("cloze").rstrip()
+        made.append(Hop(prompt, hop.text("answer"), *triple, subject=subject if subject and subject in prompt else None))
+    return tuple(made)
+
+
+def _heads(record: Field, number: int) -> list[str | None]:
+    """Return the names of the hops' heads, which editors that edit a hop in may look for in its prompt; None where there are none."""
+    labelled = record["orig"].value.get("new_triples_labeled")
+    if not isinstance(labelled, list) or len(labelled) != number:
+        return [None] * number
+    return [triple[0] if isinstance(triple, list) and triple and isinstance(triple[0], str) else None for triple in labelled]

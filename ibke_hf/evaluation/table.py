@@ -128,11 +128,6 @@ class Table:
 # --- cells -> table -----------------------------------------------------------------------------------------------
 
 
-def columns_of(cells: Iterable[Cell]) -> tuple[Column, ...]:
-    """Return the column groups of cells, in the order in which they first appear."""
-    return tuple(dict.fromkeys(column_of(cell) for cell in cells))
-
-
 def shortened(name: str) -> str:
     """Leave out the folders of a path that is too long for a title."""
     folders, _, last = name.rpartition("/")

@@ -1,0 +1,73 @@
+"""The Atlas table: all editors on the embedded language model, those with weights trained for equally many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..benchmark import Bench, BenchmarkError
+from ..editors.catalogue import TRAINED, editor_class, kind_of
+from ..evaluation.results import read_json
+from ..records import EditRecord
+from ..trainer import last_complete_checkpoint
+from . import ASSETS, HYPER_PARAMETERS, atlas_statistics, load_backbone, load_records, load_rival
+from .training import LOG, TRAINING, train_atlas_editor
+
+STEPS = 700  # of each training run: 10 minutes of one core for IBKE and MEND, 15 for SERAC
+TRIALS = {"ibke": (1.0, 0.9, 0.8, 0.7), "mend": (1.0, 0.9, 0.8, 0.7), "serac": (0.3, 0.5, 0.7, 0.9)}  # as many as the others have
+SPLITS = ("test", "held_out")
+
+
+class AtlasBench(Bench):
+    """The Atlas backbone with its records.
+
+    Args:
+        steps: Training steps of each editor that is trained.
+        cache: Folder of the key statistics.
+    """
+
+    def __init__(self, steps: int = STEPS, cache: str | Path | None = None) -> None:
+        self.steps, self.cache = steps, cache
+        chosen = read_json(ASSETS / HYPER_PARAMETERS)
+        self.settings = {"backbone": "ibke-atlas", "steps": steps, "hyper_parameters": chosen}
+
+    def load(self) -> tuple[Any, Any]:
+        """Load the Atlas backbone and its tokenizer."""
+        return load_backbone()
+
+    def pool(self, split: str) -> Iterable[EditRecord]:
+        """Return the committed records of a split."""
+        records: list[EditRecord] = load_records(split)
+        return records
+
+    def prepare(self, name: str, seed: int, folder: Path) -> None:
+        """Train an editor by the recipe of the shipped ones, with a fresh record for every place of every batch."""
+        if name not in TRAINED:
+            return
+        if (folder / LOG).exists():
+            found = read_json(folder / LOG)["training"]["max_steps"]
+            if found != self.steps:
+                raise BenchmarkError(f"{folder}: was trained for {found} steps, {self.steps} are asked for; choose another folder")
+            return
+        started = last_complete_checkpoint(folder / "checkpoints")
+        if started is not None and (found := read_json(Path(started) / "trainer_state.json")["max_steps"]) != self.steps:
+            raise BenchmarkError(f"{started}: is of a run of {found} steps, {self.steps} are asked for; choose another folder")
+        train_atlas_editor(
+            name, folder, seed=seed, records=self.steps * TRAINING["per_device_train_batch_size"], max_steps=self.steps,
+            trials=TRIALS[name], locality_floor=None, resume=started is not None,
+        )  # fmt: skip
+
+    def editor(self, name: str, folder: Path) -> Any:
+        """Load a trained editor, or build one with the hyper-parameters that were chosen on the validation records."""
+        import torch
+
+        if name in TRAINED:
+            return editor_class(name).from_pretrained(folder, dtype=torch.float32).eval()
+        model, _ = self.loaded
+        return None if name == "none" else load_rival(name, model, self._keys if kind_of(name).needs_statistics else None)
+
+    @cached_property
+    def _keys(self) -> Any:
+        return atlas_statistics(*self.loaded, cache=self.cache)
