@@ -29,7 +29,8 @@ ABSENT, MISSING = "–", "…"
 LONG = 28  # characters of a dataset's name that a title has room for
 MEANINGS = (
     "DE: direct editing. ET: edit training. Rel., Gen., Loc.: reliability, generality, locality in percent, means over seeds. "
-    f"Average: their mean ± its sample standard deviation over seeds ({ABSENT} with one seed). Time and size of an edit: medians."
+    f"Average: their mean ± its sample standard deviation over seeds ({ABSENT} with one seed). Time and size of an edit: medians; requests "
+    "are edited in batches, each in an edit of its own."
 )
 
 
