@@ -238,9 +238,11 @@ def test_mquake_hops_that_are_not_edited_are_supporting(tmp_path: Path) -> None:
 def test_mquake_hops_know_their_subject_where_the_prompt_spells_it(tmp_path: Path, native_data: Find) -> None:
     triples = mquake()["orig"]["new_triples"]
     labelled = [["Oslo", "country", "Norway"], ["the kingdom", "language", "Norwegian"]]
-    (record,) = read(tmp_path, "mquake", mquake(orig={"new_triples": triples, "edit_triples": triples[:1], "new_triples_labeled": labelled}))
+    orig = {"new_triples": triples, "edit_triples": triples[:1], "new_triples_labeled": labelled}
+    (record,) = read(tmp_path, "mquake", mquake(orig=orig))
     assert [hop.subject for hop in record.generality[0].facts] == ["Oslo", None]
-    hops = [hop for record in read_mquake(native_data("mquake/mquake_cf_3k_200.json")) for case in record.generality for hop in case.supporting]
+    records = list(read_mquake(native_data("mquake/mquake_cf_3k_200.json")))
+    hops = [hop for record in records for case in record.generality for hop in case.supporting]
     assert len(hops) > 300
     assert sum(hop.subject is not None and hop.subject in hop.prompt for hop in hops) > 0.95 * len(hops)
 

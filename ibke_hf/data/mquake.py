@@ -83,9 +83,9 @@ def _new_hops(record: Field) -> tuple[Hop, ...]:
         if len(triple.texts()) != 3:
             raise triple.error("is not a triple")
     made = []
-    for hop, triple, subject in zip(hops, triples.value, _heads(record, len(hops)), strict=True):
+    for hop, (head, relation, tail), subject in zip(hops, triples.value, _heads(record, len(hops)), strict=True):
         prompt = hop.text("cloze").rstrip()
-        made.append(Hop(prompt, hop.text("answer"), *triple, subject=subject if subject and subject in prompt else None))
+        made.append(Hop(prompt, hop.text("answer"), head, relation, tail, subject=subject if subject and subject in prompt else None))
     return tuple(made)
 
 
