@@ -6,19 +6,20 @@ Fang et al. 2025, "AlphaEdit: Null-Space Constrained Knowledge Editing for Langu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..capture import evaluating, require_finite
+from ..capture import require_finite
 from ..configuration_ibke import Mode, require_range
-from ..edit_values import Edit, describe
+from ..edit_values import Edit
 from ..edits import LowRankEdit
 from ..layers import device_of, layers_to_edit, modules_to_edit
 from ..records import EditRequest
-from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, check_call, last_block, precise, question_requests, read_states
+from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
+from ._requests import edit_requests
 from .key_statistics import KeyStatistics, default_layers
 
 IN_NULL_SPACE = 1e-3  # relative distance from the null space below which a row of an earlier edit is one of AlphaEdit's keys
@@ -104,21 +105,7 @@ class AlphaEditEditor:
             NonFiniteError: If an objective or update is not finite.
             ValueError: If no direction is in the null space, or `previous` does not fit the mode.
         """
-        check_call(mode, len(requests), previous)
-        modules = modules_to_edit(model, self.config.module_names())
-        self.statistics.require(modules)
-        info = describe(model, modules, requests, editor=type(self).__name__)
-        with torch.inference_mode(False), evaluating(model):
-            questions = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
-            names = [f"request {k}" for k in range(len(requests))]
-            if mode != "sequential":
-                edit = self._edit(model, modules, questions, previous, names, joint=mode == "joint")
-            else:
-                carried: Any = previous
-                for k, name in enumerate(names):
-                    carried = self._edit(model, modules, questions.only(k), carried, [name], joint=True)
-                edit = carried
-        return replace(edit, info=info)
+        return edit_requests(self, self._edit, model, tokenizer, requests, mode, previous)
 
     def _edit(
         self, model: Any, modules: Mapping[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool

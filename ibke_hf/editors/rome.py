@@ -6,19 +6,20 @@ Meng et al. 2022, "Locating and Editing Factual Associations in GPT", NeurIPS.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..capture import evaluating, require_finite
+from ..capture import require_finite
 from ..configuration_ibke import Mode, require_range
-from ..edit_values import Edit, EditInfo, describe
+from ..edit_values import Edit, EditInfo
 from ..edits import LowRankEdit
 from ..layers import device_of, layers_to_edit, modules_to_edit
 from ..records import EditRequest
-from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, check_call, last_block, precise, question_requests, read_states
+from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
+from ._requests import edit_requests
 from .key_statistics import KeyStatistics, default_layers
 
 SAME_KEY = 1e-4  # relative size below which the Gram matrix of joint keys counts as singular: keys of one subject, for example
@@ -101,21 +102,7 @@ class ROMEEditor:
             NonFiniteError: If an objective or update is not finite.
             ValueError: If the covariance is singular, or `previous` does not fit the mode.
         """
-        check_call(mode, len(requests), previous)
-        modules = modules_to_edit(model, self.config.module_names())
-        self.statistics.require(modules)
-        info = describe(model, modules, requests, editor=type(self).__name__)
-        with torch.inference_mode(False), evaluating(model):
-            questions = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
-            names = [f"request {k}" for k in range(len(requests))]
-            if mode != "sequential":
-                edit = self._edit(model, modules, questions, previous, names, joint=mode == "joint")
-            else:
-                carried: Any = previous
-                for k, name in enumerate(names):
-                    carried = self._edit(model, modules, questions.only(k), carried, [name], joint=True)
-                edit = carried
-        return replace(edit, info=info)
+        return edit_requests(self, self._edit, model, tokenizer, requests, mode, previous)
 
     def _edit(
         self, model: Any, modules: dict[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
