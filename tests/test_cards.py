@@ -66,7 +66,10 @@ def test_there_is_a_card_for_atlas_and_each_preset(committed: Path) -> None:
 def test_a_committed_card_is_what_the_command_renders(name: str, committed: Path) -> None:
     paths = [path for path in (committed / name).rglob("*") if path.is_file()]
     found = {path.relative_to(committed / name).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-    assert found == render_card(name), f"run `ibke card {name}`"
+    rendered = render_card(name)
+    assert {file: found.get(file) for file in rendered} == rendered, f"run `ibke card {name}`"
+    others = {file for file in found if file not in rendered and not file.startswith("training/")}
+    assert others == ({"table.json", "sequential.json", "trade_off.svg"} if name == "atlas" else set())  # of `ibke table`
 
 
 @pytest.mark.parametrize("name", CARDS)
