@@ -119,3 +119,20 @@ def _applies(block: object, module: nn.Module) -> bool:
             "run the backward passes one at a time or turn gradient checkpointing off"
         )
     return True
+
+
+def require_row_per_edit(number: int, x: Tensor) -> None:
+    """Check that a batch has a row for each of several independent edits; one edit serves any batch.
+
+    Args:
+        number: n, how many edits are attached.
+        x: Input of a hook: (n, l, d).
+
+    Raises:
+        ValueError: If the batch has another number of rows.
+    """
+    if number > 1 and (x.ndim != 3 or len(x) != number):
+        raise ValueError(
+            f"{number} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); pass one row "
+            "per edit, or rows= to say which edit each row carries (beam search repeats rows)"
+        )

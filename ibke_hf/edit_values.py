@@ -153,3 +153,14 @@ def same_backbone(mine: Mapping[str, Sequence[float]], other: Mapping[str, Seque
 def info_json(info: EditInfo, **more: Any) -> str:
     """Serialise what ``edit.json`` holds."""
     return json.dumps({"format_version": 1, **asdict(info), **more}, indent=2, ensure_ascii=False)
+
+
+def require_length(previous: Edit, number: int) -> None:
+    """Check that an edit which the model carries already has a row for each of `number` edits that are made on top of it, or one for all.
+
+    Raises:
+        ValueError: If it has another number of rows.
+    """
+    if len(previous) not in (1, number):
+        wanted = "1" if number == 1 else f"1 or {number}"
+        raise ValueError(f"previous holds {len(previous)} independent edits, here it must hold {wanted}; choose one, such as previous[0]")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import SidePath, attached_side_paths
+from .attachment import SidePath, attached_side_paths, require_row_per_edit
 from .edit_values import Edit, EditInfo, EditValue, common_length
 from .layers import BackboneError, add_to_weight, dimensions, modules_to_edit, weight_of
 
@@ -124,11 +124,7 @@ def side_path(matrices: Sequence[Tensor], shared: bool) -> SidePath:
     """
 
     def apply(x: Tensor) -> Tensor:
-        if not shared and (x.ndim != 3 or len(matrices[0]) != len(x)):
-            raise ValueError(
-                f"{len(matrices[0])} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); pass one row "
-                "per edit, or rows= to say which edit each row carries (beam search repeats rows)"
-            )
+        require_row_per_edit(1 if shared else len(matrices[0]), x)
         y = x.float()
         for matrix in matrices:
             factor = matrix.to(x.device).float()

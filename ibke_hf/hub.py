@@ -21,9 +21,9 @@ from .adapter_files import load_edit, push_edit
 from .data.files import record_files
 from .data.rows import records_dataset
 from .data.sources import SPLITS
+from .editors.catalogue import TRAINED, register_trained
 from .publishing import CARD, RESULTS, push_editor, upload
 
-EDITORS = ("ibke", "mend", "serac")  # model types
 ROWS = "data"  # folder of the rows as Parquet, for `datasets`
 SPLIT = re.compile(r"\w+")
 
@@ -68,8 +68,8 @@ def folder_kind(folder: str | Path) -> str:
         raise ValueError(f"{folder}: holds a dense edit, which is as large as the weights that it changes and no LoRA; merge it instead")
     if (path / "config.json").exists():
         kind = _field(path / "config.json", "model_type", "editor")
-        if kind not in EDITORS:
-            raise ValueError(f"{folder}: holds a model of type {kind!r}, not an editor ({', '.join(EDITORS)}); push it with transformers")
+        if kind not in TRAINED:  # ids of editors are their model types
+            raise ValueError(f"{folder}: holds a model of type {kind!r}, not an editor ({', '.join(TRAINED)}); push it with transformers")
         return "editor"
     if record_splits(path):
         return "records"
@@ -100,8 +100,7 @@ def push_editor_folder(folder: str | Path, repo_id: str, **options: Any) -> Comm
     """
     from transformers import AutoModel
 
-    from .editors import mend, serac  # noqa: F401  register every model type with AutoModel
-
+    register_trained()
     path = Path(folder)
     editor = AutoModel.from_pretrained(path, use_safetensors=True)
     if options.get("results") is None and (path / RESULTS).exists():

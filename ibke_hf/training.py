@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -233,9 +232,7 @@ def _editor(settings: Mapping[str, Any], arguments: IBKETrainingArguments) -> tu
 
 
 def _start(name: str, backbone: Any) -> Any:
-    """Load the decoder that a part of SERAC starts from, ``"backbone"`` for a copy of the backbone itself, in fp32."""
+    """Return the decoder whose weights a part of SERAC starts from, ``"backbone"`` for the backbone's own."""
     from transformers import AutoModelForCausalLM
 
-    if name == "backbone":
-        return copy.deepcopy(backbone).float()
-    return AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+    return backbone if name == "backbone" else AutoModelForCausalLM.from_pretrained(name, dtype="float32")

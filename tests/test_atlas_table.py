@@ -13,11 +13,12 @@ import pytest
 from ibke_hf.atlas import bench as atlas_bench
 from ibke_hf.atlas import load_records, training
 from ibke_hf.atlas.bench import SPLITS, STEPS, TRIALS, AtlasBench
-from ibke_hf.benchmark import SCORES, BenchmarkError, Cell, Plan, run_cells
+from ibke_hf.benchmark import BenchmarkError, Cell, Plan, run_cells
 from ibke_hf.editors.catalogue import KINDS, TRAINED
 from ibke_hf.evaluation.results import read_json
 from ibke_hf.evaluation.table import table_of
 from ibke_hf.evaluation.table_text import as_markdown
+from ibke_hf.publishing import SCORES
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "model_cards" / "atlas"

@@ -15,13 +15,14 @@ import torch
 from test_training import CITIES, write_records
 from training_runs import record
 
-from ibke_hf.benchmark import SCORES, BenchmarkError, Cell, ModelBench, Plan, found_cells, merge_cells, run_cells
+from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, found_cells, merge_cells, run_cells
 from ibke_hf.benchmark.runs import CELL, CELLS, _only_run
 from ibke_hf.cli import main
 from ibke_hf.data.texts import read_texts
 from ibke_hf.editors.catalogue import KINDS, TRAINED, build_editor, editor_class
 from ibke_hf.editors.ft import FineTuningEditor
 from ibke_hf.evaluation.results import ResultsError
+from ibke_hf.publishing import SCORES
 from ibke_hf.records import EditRecord
 
 RECORDS = [replace(record(i), kind=("counterfactual", "unknown")[i % 2]) for i in range(8)]
@@ -148,7 +149,7 @@ def test_what_differs_is_not_joined(bench: Any, tmp_path: Path) -> None:
 
 def test_a_folder_of_other_settings_is_refused(bench: Any, tmp_path: Path) -> None:
     run(bench(), tmp_path)
-    with pytest.raises(ResultsError, match="records was 2, now 3"):
+    with pytest.raises(ResultsError, match="limit was 2, now 3"):
         run(bench(), tmp_path, replace(PLAN, records=3))
     run(bench(), tmp_path, replace(PLAN, editors=("none",), seeds=3))  # more of the same is welcome
 

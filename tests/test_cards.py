@@ -64,12 +64,11 @@ def test_there_is_a_card_for_atlas_and_each_preset(committed: Path) -> None:
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_committed_card_is_what_the_command_renders(name: str, committed: Path) -> None:
-    paths = [path for path in (committed / name).rglob("*") if path.is_file()]
-    found = {path.relative_to(committed / name).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-    rendered = render_card(name)
+    rendered, folder = render_card(name), committed / name
+    found = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.is_file()}
     assert {file: found.get(file) for file in rendered} == rendered, f"run `ibke card {name}`"
-    others = {file for file in found if file not in rendered and not file.startswith("training/")}
-    assert others == ({"table.json", "sequential.json", "trade_off.svg"} if name == "atlas" else set())  # of `ibke table`
+    of_table = {"table.json", "sequential.json", "trade_off.svg"} if name == "atlas" else set()  # what `ibke table` has made
+    assert {file for file in found if file not in rendered and not file.startswith("training/")} == of_table
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -260,8 +259,7 @@ def meta_backbone(backbone: str) -> Any:
 
 @pytest.mark.parametrize(("backbone", "parameters"), [
     ("openai-community/gpt2-xl", 1_557_611_200), ("EleutherAI/gpt-j-6b", 6_050_882_784), ("Qwen/Qwen3-1.7B", 1_720_574_976),
-    ("Qwen/Qwen3-8B", 8_190_735_360),
-])  # fmt: skip
+    ("Qwen/Qwen3-8B", 8_190_735_360)])  # fmt: skip
 def test_parameters_are_those_of_the_published_backbone_and_of_the_editor(backbone: str, parameters: int) -> None:
     needs, m, rows = training_needs(backbone), 1024, 10
     assert needs.backbone_parameters == parameters

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES, REQUESTS, edited, hits, require_answers_and_no_trace, require_generation
 
 from ibke_hf.adapter_files import AdapterError
 from ibke_hf.capture import NonFiniteError, target_logits
 from ibke_hf.editors.grace import Codebooks, GRACEConfig, GRACEEdit, GRACEEditor
-from ibke_hf.edits import Edit
 from ibke_hf.layers import BackboneError, modules_to_edit
 from ibke_hf.records import EditRequest
 from ibke_hf.tokens import IGNORED, RequestError, encode_requests
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (
-    EditRequest("The capital of France is", "Rome"),
-    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
-    EditRequest("An oak is", "metal"),
-)
 OTHERS = (EditRequest("Oslo lies on the river", "Thames"), EditRequest("iron works in physics; Berlin", "is"))
 near = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def hits(model: Any, tokenizer: Any, edit: Any, requests: Any = REQUESTS, side: Any = "left") -> list[bool]:
-    """Tell for each request whether every token of its target is the top-1 prediction."""
-    batch = encode_requests(tokenizer, requests, side=side)
-    with torch.no_grad(), edit.attached(model):
-        logits, labels = target_logits(model, batch)
-    return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(-1).tolist()
 
 
 def inputs_of(model: Any, name: str, ids: Any) -> Any:
@@ -50,13 +37,10 @@ def inputs_of(model: Any, name: str, ids: Any) -> Any:
 @pytest.fixture(scope="module", params=FAMILIES)
 def joint(request: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNamespace:
     """A model of each family, what it was before, and its joint edit."""
-    model, batch = tiny_model(request.param), encode_requests(tiny_tokenizer, [*REQUESTS, *OTHERS])
-    with torch.no_grad():
-        logits = target_logits(model, batch)[0]
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model = tiny_model(request.param)
     with torch.inference_mode():
-        edit = GRACEEditor.for_backbone(model).edit(model, tiny_tokenizer, REQUESTS)
-    return SimpleNamespace(model=model, batch=batch, logits=logits, weights=weights, edit=edit)
+        make = partial(GRACEEditor.for_backbone(model).edit, model, tiny_tokenizer, REQUESTS)
+        return edited(model, tiny_tokenizer, make, [*REQUESTS, *OTHERS])
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +52,7 @@ def independent(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNa
 
 
 def test_the_model_answers_and_is_untouched(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
-    assert isinstance(joint.edit, Edit)
-    assert len(joint.edit) == 1
-    assert hits(joint.model, tiny_tokenizer, joint.edit) == [True] * 3
-    assert joint.edit.info.requests == REQUESTS
-    assert all(torch.equal(joint.weights[name], tensor) for name, tensor in joint.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in joint.model.parameters())
-    assert not any(module._forward_hooks for module in joint.model.modules())
-    with torch.no_grad():
-        assert torch.equal(target_logits(joint.model, joint.batch)[0], joint.logits)
+    require_answers_and_no_trace(joint, tiny_tokenizer)
 
 
 def test_prompts_outside_every_ball_are_bit_identical(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
@@ -150,18 +126,7 @@ def test_one_value_for_the_last_prompt_token_or_more_for_mistakes(independent: S
 
 
 def test_generation_with_a_cache_finds_the_same_entries(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
-    model, edit = independent.model, independent.edit
-    prompts = tiny_tokenizer([request.prompt for request in REQUESTS], return_tensors="pt", padding=True, padding_side="left")
-    prompts.pop("token_type_ids", None)
-    targets = [tiny_tokenizer(f" {request.target}")["input_ids"] for request in REQUESTS]
-    with edit.attached(model):
-        made = model.generate(**prompts, max_new_tokens=max(map(len, targets)), do_sample=False, pad_token_id=1)
-    for row, target in enumerate(targets):
-        assert made[row, prompts["input_ids"].shape[1] :].tolist()[: len(target)] == target
-    beams = edit.attached(model, rows=torch.arange(3).repeat_interleave(2))
-    with beams:
-        made = model.generate(**prompts, max_new_tokens=1, do_sample=False, num_beams=2, pad_token_id=1)
-    assert [row[-1] for row in made.tolist()] == [target[0] for target in targets]
+    require_generation(independent.model, tiny_tokenizer, independent.edit)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

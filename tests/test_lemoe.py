@@ -11,24 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES, REQUESTS, edited, require_answers_and_no_trace
 from torch import Tensor
 
 from ibke_hf.adapter_files import AdapterError
 from ibke_hf.capture import NonFiniteError, case_losses, target_logits
 from ibke_hf.editors.ft import FineTuningEditor
 from ibke_hf.editors.lemoe import LEMoEConfig, LEMoEEdit, LEMoEEditor, anchors, clustered, unit
-from ibke_hf.edits import Edit
 from ibke_hf.layers import BackboneError
 from ibke_hf.records import EditRequest
 from ibke_hf.tokens import IGNORED, RequestError, encode_requests
 
 FAST = {"learning_rate": 0.1, "steps": 70}  # tiny models with random weights are hard to move
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (
-    EditRequest("The capital of France is", "Rome"),
-    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
-    EditRequest("An oak is", "metal"),
-)
 OTHERS = (EditRequest("A sparrow is", "tree"), EditRequest("Berlin and Madrid are cities in", "Europe"))
 
 
@@ -45,21 +39,12 @@ def answers(model: Any, tokenizer: Any, requests: Any = REQUESTS, side: str = "l
 def joint(request: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNamespace:
     """A model of each family, what it was before, and its joint edit."""
     model = tiny_model(request.param)
-    logits, _ = answers(model, tiny_tokenizer)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    edit = LEMoEEditor.for_backbone(model, **FAST).edit(model, tiny_tokenizer, REQUESTS)
-    return SimpleNamespace(model=model, logits=logits, weights=weights, edit=edit)
+    return edited(model, tiny_tokenizer, lambda: LEMoEEditor.for_backbone(model, **FAST).edit(model, tiny_tokenizer, REQUESTS))
 
 
 def test_edits_succeed_and_leave_no_trace(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
-    assert isinstance(joint.edit, Edit)
-    assert (len(joint.edit), joint.edit.experts) == (1, 1)
-    with joint.edit.attached(joint.model):
-        assert answers(joint.model, tiny_tokenizer)[1].all()
-    assert torch.equal(answers(joint.model, tiny_tokenizer)[0], joint.logits)
-    assert all(torch.equal(tensor, joint.weights[name]) for name, tensor in joint.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in joint.model.parameters())
-    assert not any(module._forward_hooks for module in joint.model.modules())
+    require_answers_and_no_trace(joint, tiny_tokenizer)
+    assert joint.edit.experts == 1
 
 
 def test_inputs_that_are_routed_nowhere_are_bit_identical(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:

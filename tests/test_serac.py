@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES, REQUESTS
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -25,12 +26,6 @@ from ibke_hf.records import EditCase, EditRecord, EditRequest
 from ibke_hf.serac_training import entries_of
 from ibke_hf.tokens import IGNORED, RequestError, encode_requests, pad_and_label
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (
-    EditRequest("The capital of France is", "Rome"),
-    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
-    EditRequest("An oak is", "metal"),
-)
 OTHERS = (EditRequest("A sparrow is", "tree"), EditRequest("Berlin and Madrid are cities in", "Europe"))
 near = {"rtol": 1e-4, "atol": 1e-4}
 

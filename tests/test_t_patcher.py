@@ -12,24 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES, REQUESTS, edited, hits, require_answers_and_no_trace, require_generation
 from torch import nn
 
 from ibke_hf.adapter_files import AdapterError
 from ibke_hf.capture import NonFiniteError, target_logits
 from ibke_hf.editors._patches import NewPatches, top_mean_exp
 from ibke_hf.editors.t_patcher import TPatcherConfig, TPatcherEdit, TPatcherEditor, own_texts, patched_ffn
-from ibke_hf.edits import Edit
 from ibke_hf.layers import BackboneError
 from ibke_hf.records import EditRequest
 from ibke_hf.tokens import IGNORED, RequestError, encode_requests
 
 FAST = {"steps": 100, "learning_rate": 0.2}  # tiny models with random weights are hard to move
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (
-    EditRequest("The capital of France is", "Rome"),
-    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
-    EditRequest("An oak is", "metal"),
-)
 MEMORY = ("Oslo lies on the river Thames", "iron works in physics; Berlin is a bird", "A sparrow is a bird, Vienna a city")
 
 
@@ -37,24 +31,12 @@ def make(model: Any, **config: Any) -> TPatcherEditor:
     return TPatcherEditor.for_backbone(model, **{"memory": MEMORY, **FAST, **config})
 
 
-def hits(model: Any, tokenizer: Any, edit: Any, requests: Any = REQUESTS) -> list[bool]:
-    """Tell for each request whether every token of its target is the top-1 prediction."""
-    batch = encode_requests(tokenizer, requests)
-    with torch.no_grad(), edit.attached(model):
-        logits, labels = target_logits(model, batch)
-    return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(-1).tolist()
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def joint(request: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNamespace:
     """A model of each family, what it was before, and its joint edit."""
-    model, batch = tiny_model(request.param), encode_requests(tiny_tokenizer, REQUESTS)
-    with torch.no_grad():
-        logits = target_logits(model, batch)[0]
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model = tiny_model(request.param)
     with torch.inference_mode():
-        edit = make(model, steps=200).edit(model, tiny_tokenizer, REQUESTS)
-    return SimpleNamespace(model=model, batch=batch, logits=logits, weights=weights, edit=edit)
+        return edited(model, tiny_tokenizer, lambda: make(model, steps=200).edit(model, tiny_tokenizer, REQUESTS))
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +48,7 @@ def independent(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNa
 
 
 def test_the_model_answers_and_is_untouched(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
-    assert isinstance(joint.edit, Edit)
-    assert len(joint.edit) == 1
-    assert hits(joint.model, tiny_tokenizer, joint.edit) == [True] * 3
-    assert joint.edit.info.requests == REQUESTS
-    assert all(torch.equal(joint.weights[name], tensor) for name, tensor in joint.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in joint.model.parameters())
-    assert not any(module._forward_hooks for module in joint.model.modules())
-    with torch.no_grad():
-        assert torch.equal(target_logits(joint.model, joint.batch)[0], joint.logits)
+    require_answers_and_no_trace(joint, tiny_tokenizer)
 
 
 def test_patches_are_silent_on_what_they_were_not_trained_to_fire_on(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
@@ -177,16 +151,7 @@ def test_company_and_padding_do_not_change_an_edit(family: str, tiny_model: Call
 
 def test_generation_and_beams(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
     model, edit = independent.model, independent.edit
-    prompts = tiny_tokenizer([request.prompt for request in REQUESTS], return_tensors="pt", padding=True, padding_side="left")
-    prompts.pop("token_type_ids", None)
-    targets = [tiny_tokenizer(f" {request.target}")["input_ids"] for request in REQUESTS]
-    with edit.attached(model):
-        made = model.generate(**prompts, max_new_tokens=max(map(len, targets)), do_sample=False, pad_token_id=1)
-    for row, target in enumerate(targets):
-        assert made[row, prompts["input_ids"].shape[1] :].tolist()[: len(target)] == target
-    with edit.attached(model, rows=torch.arange(3).repeat_interleave(2)):
-        made = model.generate(**prompts, max_new_tokens=1, do_sample=False, num_beams=2, pad_token_id=1)
-    assert [row[-1] for row in made.tolist()] == [target[0] for target in targets]
+    prompts = require_generation(model, tiny_tokenizer, edit)
     with pytest.raises(ValueError, match="batch of 2 rows"), edit.attached(model):
         model(prompts["input_ids"][:2])
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.protocol import evaluate_records
+from ..evaluation.results import write_json
 from ..records import EditRecord
 from . import load_backbone, load_editor, load_records, load_rival, load_split
 from .near import near_records
@@ -53,9 +53,7 @@ def write_report(out: str | Path) -> dict[str, Any]:
     }
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
-    temporary = target / "results.json.part"
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(target / "results.json")
+    write_json(target / "results.json", results)
     return results
 
 

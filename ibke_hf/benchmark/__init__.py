@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .benches import Bench, ModelBench
 from .cells import BenchmarkError, Cell, Plan
-from .runs import SCORES, found_cells, merge_cells, open_folder, planned, run_cells
+from .runs import found_cells, merge_cells, open_folder, planned, run_cells
 
 __all__ = [
-    "SCORES", "Bench", "BenchmarkError", "Cell", "ModelBench", "Plan", "found_cells", "merge_cells", "open_folder", "planned", "run_cells",
+    "Bench", "BenchmarkError", "Cell", "ModelBench", "Plan", "found_cells", "merge_cells", "open_folder", "planned", "run_cells",
 ]  # fmt: skip

@@ -21,12 +21,12 @@ from transformers.utils import logging
 from .. import __version__
 from ..editors.catalogue import KINDS, TRAINED
 from ..evaluation.results import evaluate_to_folder, read_json, require_same, write_json
+from ..publishing import SCORES
 from ..records import EditRecord
 from .benches import Bench
-from .cells import EDITS, BenchmarkError, Cell, Plan
+from .cells import BenchmarkError, Cell, Plan
 
 CELLS, EDITORS, CELL, SETTINGS, PLAN = "cells", "editors", "cell.json", "settings.json", "plan.json"
-SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
 FAILURES = (ValueError, ArithmeticError, OSError, ImportError, RuntimeError)  # the last for memory that runs out
 logger = logging.get_logger(__name__)
 
@@ -115,10 +115,10 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
 
 
 def found_cells(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of all cells that are done, in the order of dataset, kind of edits, number of edits, editor and seed."""
+    """Return the lines of all cells that are done, in the order of the plan, of the paper's editors and of seeds."""
     lines = [read_json(file) for file in (Path(folder) / CELLS).glob(f"*/{CELL}")]
-    order = list(KINDS)
-    return sorted(lines, key=lambda c: (c["split"], EDITS.index(c["edits"]), c["sequential"], order.index(c["editor"]), c["seed"]))
+    (_, groups), editors = planned(folder), list(KINDS)
+    return sorted(lines, key=lambda c: (groups.index((c["split"], c["edits"], c["sequential"])), editors.index(c["editor"]), c["seed"]))
 
 
 def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ def open_folder(bench: Bench, plan: Plan, out: str | Path) -> None:
         ResultsError: If it holds cells of other settings; names each difference.
     """
     given = {name: source for name in plan.editors if (source := bench.source(name)) is not None}
-    settings = json.loads(json.dumps({"ibke_hf": __version__, **bench.settings, "records": plan.records, "given": given}))
+    settings = json.loads(json.dumps({"ibke_hf": __version__, **bench.settings, "limit": plan.records, "given": given}))
     _require_settings(Path(out), settings)
     groups = dict.fromkeys((cell.split, cell.edits, cell.sequential) for cell in plan.cells())
     _add_to_plan(Path(out), list(plan.editors), list(groups))

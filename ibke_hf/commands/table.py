@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
     made.add_argument("--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training")
     made.add_argument("--trained", metavar="DIR", help="folder of the trained editors (default: editors in the output folder)")
     made.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
-    made.add_argument("--dtype", default="auto", choices=PRECISIONS, help="precision to load the model in (default: as saved)")
+    made.add_argument("--dtype", default="auto", choices=PRECISIONS,
+                      help="precision to load the model in (default: the paper's for its backbones, else as saved)")  # fmt: skip
     made.add_argument("--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default: 64)")
     command.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="make the cells of one of n shares only")
     command.add_argument("--merge", nargs="+", metavar="DIR", help="join the cells of these folders and run nothing")

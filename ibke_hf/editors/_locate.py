@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from ..attachment import LayerHook, hooked
 from ..capture import case_losses, graph_starting_at, require_finite, target_logits
-from ..configuration_ibke import Mode, require_mode, require_range
+from ..configuration_ibke import require_range
 from ..edit_values import Edit
-from ..edits import LowRankEdit
 from ..layers import plain_name
 from ..records import EditRequest
-from ..tokens import RequestError, TokenBatch, context_length, encode, encode_prompt, pad_and_label, with_leading_space
-from ._prefixes import draw_prefixes
+from ..tokens import RequestError, TokenBatch, encode, encode_prompt, pad_and_label, with_leading_space
 from .key_statistics import hidden_of, read_layers
 
 HIDDEN = "hidden states"  # names the last edited block among modules that are read
@@ -350,32 +348,7 @@ def _adding(change: Tensor, columns: Tensor) -> LayerHook:
     return add
 
 
-# --- what both editors do ---------------------------------------------------------------------------------------------
-
-
-def check_call(mode: Mode, number: int, previous: Edit | None) -> None:
-    """Check the mode and what the model carries already.
-
-    Raises:
-        ValueError: If the mode does not exist, or `previous` is not low-rank or of a length that does not fit.
-    """
-    require_mode(mode)
-    if previous is None:
-        return
-    if not isinstance(previous, LowRankEdit):
-        raise ValueError(f"previous must be a LowRankEdit, which the result can contain, found {type(previous).__name__}")
-    if len(previous) != 1 and (mode != "independent" or len(previous) != number):
-        raise ValueError(f'previous holds {len(previous)} independent edits, which needs mode="independent" and as many requests, '
-                         f"found mode={mode!r} and {number} requests")  # fmt: skip
-
-
-def question_requests(
-    model: Any, tokenizer: Any, requests: Sequence[EditRequest], config: LocateConfig, openings: Sequence[str]
-) -> Questions:  # fmt: skip
-    """Tokenise requests behind random prefixes; first without, so that an unusable request costs nothing."""
-    limit = context_length(model)
-    ask(tokenizer, requests, (), config.essence, limit)
-    return ask(tokenizer, requests, draw_prefixes(model, tokenizer, config, openings), config.essence, limit)
+# --- small things --------------------------------------------------------------------------------------------------------
 
 
 def last_block(model: Any, config: LocateConfig) -> nn.Module:

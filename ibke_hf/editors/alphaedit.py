@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import require_finite
-from ..configuration_ibke import Mode, require_range
-from ..edit_values import Edit
+from ..configuration_ibke import require_range
 from ..edits import LowRankEdit
-from ..layers import device_of, layers_to_edit, modules_to_edit
-from ..records import EditRequest
+from ..layers import device_of
 from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
-from ._requests import edit_requests
-from .key_statistics import KeyStatistics, default_layers
+from ._locating import LocatingEditor
+from .key_statistics import KeyStatistics
 
 IN_NULL_SPACE = 1e-3  # relative distance from the null space below which a row of an earlier edit is one of AlphaEdit's keys
 
@@ -46,7 +44,7 @@ class AlphaEditConfig(LocateConfig):
         require_range(self, "regularisation", 1e-12, 1e6)
 
 
-class AlphaEditEditor:
+class AlphaEditEditor(LocatingEditor):
     """AlphaEdit: moves hidden states to values that say the targets, without a change for what the corpus' keys hold.
 
     P projects onto the null space of the second moment of the corpus' keys K_0. Per layer, with the keys K_1 of the requests,
@@ -54,63 +52,20 @@ class AlphaEditEditor:
     projected keys S = P [K_p, K_1] as columns that is R times K_1's rows of (SᵀS + λI)⁻¹ Sᵀ, so the edit has the projected
     keys themselves as its input factors: it carries what the next edit has to protect. The change of the hidden states after
     the last edited layer is spread evenly over the layers, each after those below it.
+
+    Keys of earlier edits are protected: the input factors of `previous` that lie in the null space, as all of an earlier AlphaEdit do.
     """
 
-    supports_independent = True
+    config_class = AlphaEditConfig
+    layers_by_default = 5
 
     def __init__(self, config: AlphaEditConfig, statistics: KeyStatistics) -> None:
-        self.config, self.statistics = config, statistics
+        super().__init__(config, statistics)
         self._occupied: dict[str, Tensor] = {}
-
-    @classmethod
-    def for_backbone(
-        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, *, statistics: KeyStatistics,
-        **config: Any,
-    ) -> AlphaEditEditor:  # fmt: skip
-        """Build an editor that fits a model.
-
-        Args:
-            model: Any decoder of the transformers library.
-            layers: Edited layers; by default five that end at the relative depth of the paper's in GPT-2 XL, 17 of 48.
-            edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
-            statistics: Those of the model's keys, see :meth:`KeyStatistics.of`.
-            config: Further fields of :class:`AlphaEditConfig`.
-
-        Raises:
-            BackboneError: If the layers don't exist, the projection is ambiguous, or the statistics are another backbone's.
-            ValueError: If a field is out of range, or the statistics lack a layer.
-        """
-        template, chosen = layers_to_edit(model, default_layers(model) if layers is None else layers, edited_modules)
-        editor = cls(AlphaEditConfig(template, tuple(chosen), **config), statistics)
-        statistics.require(modules_to_edit(model, editor.config.module_names()))
-        return editor
-
-    def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: Edit | None = None
-    ) -> LowRankEdit:
-        """Return the edit that makes the model answer the requests, of one rank for each; the model is not changed.
-
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests, each with its subject.
-            mode: ``"joint"``: one update for all requests; ``"sequential"``: request after request, each on the model that
-                carries the edits before it, their keys protected; ``"independent"``: request k is row k of the result.
-            previous: A low-rank edit that the model carries already. The result contains it. Its input factors that lie in
-                the null space, as all of an earlier AlphaEdit do, are protected as keys of earlier edits.
-
-        Raises:
-            RequestError: If a request is unusable or has no subject, naming it by its index; nothing is done then.
-            BackboneError: If the model lacks an edited layer, or the statistics are another backbone's.
-            NonFiniteError: If an objective or update is not finite.
-            ValueError: If no direction is in the null space, or `previous` does not fit the mode.
-        """
-        return edit_requests(self, self._edit, model, tokenizer, requests, mode, previous)
 
     def _edit(
         self, model: Any, modules: Mapping[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
     ) -> LowRankEdit:  # fmt: skip
-        """Edit all requests on the model that carries `previous`: into one update, or one each."""
         block = last_block(model, self.config)
         carried = [] if previous is None else [previous]
         before = read_states(model, {HIDDEN: block}, questions.requests, carried, self.config.texts_at_once)[HIDDEN]

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..attachment import LayerHook, hooked
+from ..attachment import LayerHook, hooked, require_row_per_edit
 from ..capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ..configuration_ibke import Mode, require_mode, require_range
-from ..edit_values import Edit, describe
+from ..edit_values import Edit, describe, require_length
 from ..layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ..records import EditRequest
 from ..tokens import IGNORED, TokenBatch, context_length, encode_requests
@@ -131,11 +131,7 @@ def _lookup(keys: Tensor, values: Tensor, radii: Tensor) -> LayerHook:
     number = len(keys)
 
     def look_up(x: Tensor, y: Tensor) -> Tensor:
-        if number > 1 and (x.ndim != 3 or len(x) != number):
-            raise ValueError(
-                f"{number} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); pass one row "
-                "per edit, or rows= to say which edit each row carries (beam search repeats rows)"
-            )
+        require_row_per_edit(number, x)
         queries = x.detach().float().reshape(number, -1, x.shape[-1])  # one codebook serves all rows as one
         distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")  # (n, tokens, m), exact near 0
         distances = distances.masked_fill(radii.unsqueeze(1) <= 0, torch.inf)
@@ -297,9 +293,7 @@ class GRACEEditor:
         if not isinstance(previous, GRACEEdit) or previous.settings["module"] != self.config.module:
             found = previous.settings["module"] if isinstance(previous, GRACEEdit) else type(previous).__name__
             raise ValueError(f"GRACE goes on from a codebook beside {self.config.module}, previous is one of {found}; attach both instead")
-        if len(previous) not in (1, number):
-            wanted = "1" if number == 1 else f"1 or {number}"
-            raise ValueError(f"previous holds {len(previous)} independent edits, here it must hold {wanted}")
+        require_length(previous, number)
         memory = previous.to(device_of(module)).memory
         return Codebooks(self.config.module, {name: tensor.expand(number, *tensor.shape[1:]).clone() for name, tensor in memory.items()})
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..attachment import LayerHook, hooked
+from ..attachment import LayerHook, hooked, require_row_per_edit
 from ..capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ..configuration_ibke import Mode, require_mode, require_range
-from ..edit_values import EditInfo, describe
+from ..edit_values import EditInfo, describe, require_length
 from ..layers import BackboneError, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ..records import EditRequest
 from ..tokens import IGNORED, TokenBatch, context_length, encode_requests
@@ -119,11 +119,7 @@ class LEMoEEdit(MemoryEdit):
 
     def _replace(self, layer_inputs: Tensor, output: Tensor) -> Tensor:
         """Add what the routed experts make of x (b, l, d_in) to y (b, l, d_out); tokens that are routed nowhere stay bit-identical."""
-        if len(self) > 1 and (layer_inputs.ndim != 3 or len(layer_inputs) != len(self)):
-            raise ValueError(
-                f"{len(self)} independent edits were attached to a batch of {len(layer_inputs)} rows (input {tuple(layer_inputs.shape)}); "
-                "pass one row per edit, or rows= to say which edit each row carries (beam search repeats rows)"
-            )
+        require_row_per_edit(len(self), layer_inputs)
         x = layer_inputs if layer_inputs.ndim == 3 else layer_inputs.unsqueeze(0)
         values = unit(x)
         gates = self.gates(values)
@@ -253,7 +249,7 @@ class LEMoEEditor:
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         module = modules_to_edit(model, [self.config.edited_module])
         number = len(batch) if mode == "independent" else 1
-        self._require_fit(previous, number, mode)
+        self._require_fit(previous, number)
         edit = previous
         with torch.inference_mode(False), evaluating(model):
             for rows in self._batches(model, module, batch, mode):
@@ -262,15 +258,13 @@ class LEMoEEditor:
         assert edit is not None
         return replace(edit, info=describe(model, module, requests, editor=type(self).__name__))
 
-    def _require_fit(self, previous: Any, number: int, mode: str) -> None:
+    def _require_fit(self, previous: Any, number: int) -> None:
         if previous is None:
             return
         if not isinstance(previous, LEMoEEdit):
             raise ValueError(f"previous must be an edit of LEMoE, which inserts experts into it, found a {type(previous).__name__}; "
                              "attach the other edit around the call instead")  # fmt: skip
-        if len(previous) not in (1, number):
-            raise ValueError(f"previous holds {len(previous)} independent edits, mode={mode!r} of these requests needs 1 or {number}; "
-                             "choose one, such as previous[0]")  # fmt: skip
+        require_length(previous, number)
 
     def _batches(self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, mode: str) -> list[list[int]]:
         """Return the requests of each expert, in the order of insertion."""

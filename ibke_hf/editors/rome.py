@@ -5,7 +5,7 @@ Meng et al. 2022, "Locating and Editing Factual Associations in GPT", NeurIPS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import require_finite
-from ..configuration_ibke import Mode, require_range
-from ..edit_values import Edit, EditInfo
+from ..configuration_ibke import require_range
+from ..edit_values import EditInfo
 from ..edits import LowRankEdit
-from ..layers import device_of, layers_to_edit, modules_to_edit
-from ..records import EditRequest
+from ..layers import device_of
 from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
-from ._requests import edit_requests
-from .key_statistics import KeyStatistics, default_layers
+from ._locating import LocatingEditor
+from .key_statistics import KeyStatistics
 
 SAME_KEY = 1e-4  # relative size below which the Gram matrix of joint keys counts as singular: keys of one subject, for example
 
@@ -43,71 +42,28 @@ class ROMEConfig(LocateConfig):
             raise ValueError(f"edited_layers must be one layer, which is what ROME edits, found {self.edited_layers}")
 
 
-class ROMEEditor:
+class ROMEEditor(LocatingEditor):
     """Rank-One Model Editing: one layer is made to map the subject's key k* to the value v* that says the target.
 
     With the key averaged over random prefixes (Eq. 3) and v* = v + δ optimised (Eq. 4), the update is
     ΔW = δ (C⁻¹k*)ᵀ / (C⁻¹k*)ᵀk* (Eq. 2), C being the second moment of the keys over a corpus. The value v = W k* is averaged
     over the same prefixes as the key, as Eq. 2 has it (Gupta et al. 2024, "Rebuilding ROME", show that mixing averaged with
     bare keys breaks models).
+
+    In joint mode the smallest update (weighed by C) maps all keys to their values, Eq. 2 for several; keys of one subject share the mean
+    of their values.
     """
 
-    supports_independent = True
+    config_class = ROMEConfig
+    layers_by_default = 1
 
     def __init__(self, config: ROMEConfig, statistics: KeyStatistics) -> None:
-        self.config, self.statistics = config, statistics
+        super().__init__(config, statistics)
         self._factor: Tensor | None = None
 
-    @classmethod
-    def for_backbone(
-        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, *, statistics: KeyStatistics,
-        **config: Any,
-    ) -> ROMEEditor:  # fmt: skip
-        """Build an editor that fits a model.
-
-        Args:
-            model: Any decoder of the transformers library.
-            layers: The edited layer; by default the one at the relative depth of the paper's, 17 of 48.
-            edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
-            statistics: Those of the model's keys, see :meth:`KeyStatistics.of`.
-            config: Further fields of :class:`ROMEConfig`.
-
-        Raises:
-            BackboneError: If the layer doesn't exist, the projection is ambiguous, or the statistics are another backbone's.
-            ValueError: If a field is out of range, or the statistics lack the layer.
-        """
-        template, chosen = layers_to_edit(model, default_layers(model, 1) if layers is None else layers, edited_modules)
-        editor = cls(ROMEConfig(template, tuple(chosen), **config), statistics)
-        statistics.require(modules_to_edit(model, editor.config.module_names()))
-        return editor
-
-    def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: Edit | None = None
-    ) -> LowRankEdit:
-        """Return the edit that makes the model answer the requests, of rank one for each; the model is not changed.
-
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests, each with its subject.
-            mode: ``"joint"``: every key and value is found on the unedited model, and the smallest update (weighed by C) maps
-                all keys to their values, Eq. 2 for several; keys of one subject share the mean of their values.
-                ``"sequential"``: request after request, each on the model that carries the edits before it;
-                ``"independent"``: request k is row k of the result.
-            previous: An edit that the model carries already, low-rank. The result contains it.
-
-        Raises:
-            RequestError: If a request is unusable or has no subject, naming it by its index; nothing is done then.
-            BackboneError: If the model lacks the edited layer, or the statistics are another backbone's.
-            NonFiniteError: If an objective or update is not finite.
-            ValueError: If the covariance is singular, or `previous` does not fit the mode.
-        """
-        return edit_requests(self, self._edit, model, tokenizer, requests, mode, previous)
-
     def _edit(
-        self, model: Any, modules: dict[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
+        self, model: Any, modules: Mapping[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
     ) -> LowRankEdit:  # fmt: skip
-        """Edit all requests on the model that carries `previous`: into one update, or one each."""
         ((name, module),) = modules.items()
         carried = [] if previous is None else [previous]
         read = {**modules, HIDDEN: last_block(model, self.config)}

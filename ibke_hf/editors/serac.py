@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..capture import evaluating, target_logits
 from ..configuration_ibke import Mode, require_mode, require_range
-from ..edit_values import describe
+from ..edit_values import describe, require_length
 from ..layers import BackboneError
 from ..publishing import push_editor
 from ..records import EditRequest
@@ -271,9 +271,8 @@ class SERACEditor(PreTrainedModel):
         rows = [[entry] for entry in entries] if mode == "independent" else [entries]
         if previous is not None and not isinstance(previous, SERACEdit):
             raise ValueError(f"previous must be a memory of SERAC, found a {type(previous).__name__}; attach the other edit outside of it")
-        if previous is not None and len(previous) not in (1, len(rows)):
-            raise ValueError(f"previous holds {len(previous)} independent edits, mode={mode!r} of these requests needs 1 or {len(rows)}; "
-                             "choose one, such as previous[0]")  # fmt: skip
+        if previous is not None:
+            require_length(previous, len(rows))
         carried = [[]] * len(rows) if previous is None else previous.entries()
         carried = carried * len(rows) if len(carried) == 1 else carried
         info = describe(model, self.modules_of(model), requests, editor=self.config.name_or_path or type(self).__name__,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import LayerHook, call_hooked
+from ..attachment import LayerHook, call_hooked, require_row_per_edit
 from ..tokens import IGNORED, TokenBatch
 from .memory import MemoryEdit
 
@@ -163,11 +163,7 @@ class _Reading:
         if ids is None or arguments.get("labels") is not None:
             what = "token ids" if ids is None else "a call without labels, whose loss would be of the unedited logits"
             raise ValueError(f"SERAC needs {what}; pass input_ids alone to the model")
-        if self.number > 1 and len(ids) != self.number:
-            raise ValueError(
-                f"{self.number} independent edits were attached to a batch of {len(ids)} rows; pass one row per edit, or rows= to say "
-                "which edit each row carries (beam search repeats rows)"
-            )
+        require_row_per_edit(self.number, ids.unsqueeze(-1))
         ids, own = ids.detach().cpu(), cache if cache is not None else getattr(output, "past_key_values", None)
         before = int(own.get_seq_length()) - ids.shape[1] if own is not None else 0
         if before and (len(self.ids) != len(ids) or self.ids.shape[1] < before):

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..attachment import LayerHook, hooked
+from ..attachment import LayerHook, hooked, require_row_per_edit
 from ..capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ..configuration_ibke import Mode, require_mode, require_range
-from ..edit_values import Edit, describe
+from ..edit_values import Edit, describe, require_length
 from ..layers import BackboneError, device_of, dimensions, is_projection, layers_to_edit, modules_to_edit, number_of_layers, plain_name
 from ..records import EditRequest
 from ..tokens import IGNORED, TokenBatch, context_length, encode_prompt, encode_requests, pad_and_label
@@ -145,11 +145,7 @@ def _patched(keys: Tensor, biases: Tensor, values: Tensor, activation: Any) -> L
     number = len(keys)
 
     def patch(x: Tensor, y: Tensor) -> Tensor:
-        if number > 1 and (x.ndim != 3 or len(x) != number):
-            raise ValueError(
-                f"{number} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); pass one row "
-                "per edit, or rows= to say which edit each row carries (beam search repeats rows)"
-            )
+        require_row_per_edit(number, x)
         queries = x.float().reshape(number, -1, x.shape[-1])  # one set of patches serves all rows as one
         added = activation(queries @ keys.mT + biases.unsqueeze(1)) @ values
         return (y + added.reshape(y.shape)).to(y.dtype)
@@ -264,9 +260,7 @@ class TPatcherEditor:
         if not isinstance(previous, TPatcherEdit) or dict(previous.settings) != self._settings():
             found = dict(previous.settings) if isinstance(previous, TPatcherEdit) else type(previous).__name__
             raise ValueError(f"T-Patcher goes on from patches of {self._settings()}, previous holds {found}; attach both instead")
-        if len(previous) not in (1, number):
-            wanted = "1" if number == 1 else f"1 or {number}"
-            raise ValueError(f"previous holds {len(previous)} independent edits, here it must hold {wanted}")
+        require_length(previous, number)
         return {name: tensor.expand(number, *tensor.shape[1:]).clone() for name, tensor in previous.to(device).memory.items()}
 
     def _memory(self, model: Any, tokenizer: Any, ffn: Mapping[str, nn.Module]) -> Tensor:
