@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_ibke import IBKEConfig
-    from .edits import Edit, LowRankEdit
-    from .modeling_ibke import IBKEEditor
-    from .records import EditCase, EditRecord, EditRequest
-    from .trainer import IBKETrainer, IBKETrainingArguments
+    from .core.configuration_ibke import IBKEConfig
+    from .core.edits import Edit, LowRankEdit
+    from .core.modeling_ibke import IBKEEditor
+    from .core.records import EditCase, EditRecord, EditRequest
+    from .training.trainer import IBKETrainer, IBKETrainingArguments
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Edit": "edits", "EditCase": "records", "EditRecord": "records", "EditRequest": "records", "IBKEConfig": "configuration_ibke",
-    "IBKEEditor": "modeling_ibke", "IBKETrainer": "trainer", "IBKETrainingArguments": "trainer", "LowRankEdit": "edits",
+    "Edit": "core.edits", "EditCase": "core.records", "EditRecord": "core.records", "EditRequest": "core.records", "IBKEConfig": "core.configuration_ibke",
+    "IBKEEditor": "core.modeling_ibke", "IBKETrainer": "training.trainer", "IBKETrainingArguments": "training.trainer", "LowRankEdit": "core.edits",
 }  # fmt: skip
 __all__ = ["Edit", "EditCase", "EditRecord", "EditRequest", "IBKEConfig", "IBKEEditor", "IBKETrainer", "IBKETrainingArguments",
            "LowRankEdit", "__version__"]  # fmt: skip

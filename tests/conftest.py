@@ -18,6 +18,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # removed at the end: what
 
 import pytest
 import torch
+from paths import SHARED
 from training_runs import trainer_for  # noqa: F401  a fixture
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -53,7 +54,7 @@ def native_data() -> Callable[[str], Path]:
     """Find a sample file of a native format, which lie beside this checkout; skip the test where it is absent."""
 
     def find(name: str) -> Path:
-        file = Path(__file__).parents[2] / "shared" / "data" / name
+        file = SHARED / "data" / name
         if not file.exists():
             pytest.skip(f"the sample of real records is not beside this checkout: {file}")
         return file

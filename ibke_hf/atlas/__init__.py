@@ -29,8 +29,8 @@ def load_editor(name: str = "ibke") -> Any:
     """Return a trained Atlas editor in eval mode and fp32: ``ibke`` or ``mend``."""
     import torch
 
+    from ..core.modeling_ibke import IBKEEditor
     from ..editors.mend import MENDEditor
-    from ..modeling_ibke import IBKEEditor
 
     if name not in EDITORS:
         raise ValueError(f"Atlas has trained editors named {', '.join(EDITORS)}, found {name!r}")
@@ -74,8 +74,8 @@ def atlas_statistics(model: Any = None, tokenizer: Any = None, cache: str | Path
     """
     from huggingface_hub import constants
 
-    from ..editors.key_statistics import KeyStatistics
-    from ..layers import number_of_layers
+    from ..core.layers import number_of_layers
+    from ..editors.locate.key_statistics import KeyStatistics
     from .corpus import epoch_sentences
 
     if model is None or tokenizer is None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmark import Bench, BenchmarkError
+from ..core.records import EditRecord
 from ..editors.catalogue import TRAINED, editor_class, kind_of
-from ..evaluation.results import read_json
-from ..records import EditRecord
-from ..trainer import last_complete_checkpoint
+from ..io import read_json
+from ..training.trainer import last_complete_checkpoint
 from . import ASSETS, HYPER_PARAMETERS, atlas_statistics, load_backbone, load_records, load_rival
-from .training import LOG, TRAINING, train_atlas_editor
+from .editors import LOG, TRAINING, train_atlas_editor
 
 STEPS = 700  # of each training run: 10 minutes of one core for IBKE and MEND, 15 for SERAC
 TRIALS = {"ibke": (1.0, 0.9, 0.8, 0.7), "mend": (1.0, 0.9, 0.8, 0.7), "serac": (0.3, 0.5, 0.7, 0.9)}  # as many as the others have

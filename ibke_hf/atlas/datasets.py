@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..core.records import EditRecord
 from ..data.folders import write_records
 from ..data.uniedit import parse_record
-from ..records import EditRecord
 from .splits import RECORDS, Split, build_records
 
 EVALUATION_CASES = {"generality": 3, "locality": 2}

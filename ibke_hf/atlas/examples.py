@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+from ..core.records import EditCase, EditRecord
 from ..data.build import GENERALITY, LOCALITY, RecordBuilder
 from ..data.facts import Triple
 from ..data.uniedit import YES_NO, parse_record
-from ..records import EditCase, EditRecord
 from . import load_split
 
 RELATIONS = (

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..records import EditCase, EditRecord
+from ..core.records import EditCase, EditRecord
 from .splits import Split
 
 NEAR_CASES = 3  # a record

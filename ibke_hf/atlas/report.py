@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..core.records import EditRecord
 from ..evaluation.protocol import evaluate_records
-from ..evaluation.results import write_json
-from ..records import EditRecord
+from ..evaluation.scores import REPORTED
+from ..io import write_json
 from . import load_backbone, load_editor, load_records, load_rival, load_split
 from .near import near_records
 
-SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match")
 SPLITS = ("test", "held_out")
 NAMES = ("none", "ft", "mend", "ibke")
 
@@ -27,7 +27,7 @@ def compare_editors(editors: dict[str, Any], model: Any, tokenizer: Any, records
     for name, editor in editors.items():
         for split, chosen in records.items():
             summary = evaluate_records(editor, model, tokenizer, chosen, batch_size=100).summary
-            report.setdefault(name, {})[split] = {score: summary[score] for score in (*SCORES, "by_criterion", "by_hops")}
+            report.setdefault(name, {})[split] = {score: summary[score] for score in (*REPORTED, "by_criterion", "by_hops")}
     return report
 
 
@@ -59,9 +59,9 @@ def write_report(out: str | Path) -> dict[str, Any]:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """Return the overall scores of a report as a Markdown table."""
-    head = f"| editor | records | {' | '.join(SCORES)} |\n|---|---|{'---|' * len(SCORES)}"
+    head = f"| editor | records | {' | '.join(REPORTED)} |\n|---|---|{'---|' * len(REPORTED)}"
     lines = [
-        f"| {name} | {split} | " + " | ".join(f"{results['editors'][name][split][score]:.1f}" for score in SCORES) + " |"
+        f"| {name} | {split} | " + " | ".join(f"{results['editors'][name][split][score]:.1f}" for score in REPORTED) + " |"
         for split in SPLITS
         for name in NAMES
     ]

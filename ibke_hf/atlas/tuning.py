@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 from ..editors.catalogue import build_editor, kind_of
 from ..evaluation.protocol import evaluate_records
-from ..evaluation.results import read_json, write_json
+from ..io import read_json, write_json
 from . import HYPER_PARAMETERS, RIVALS, atlas_statistics, load_backbone, load_records
-from .training import LAYERS
+from .editors import LAYERS
 
 TUNING_RECORDS = 100
 TRIALS_FILE = "trials.json"

@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..core.records import EditRecord
 from ..data.sources import select
 from ..editors.catalogue import TRAINED, build_editor, editor_class, kind_of
-from ..evaluation.results import read_json, require_same, write_json
-from ..records import EditRecord
+from ..evaluation.results import require_same
+from ..io import read_json, write_json
 from .cells import ALL, BenchmarkError, Cell
 
 SETTINGS, DONE = "settings.json", "trained.json"  # in the folder of a trained editor

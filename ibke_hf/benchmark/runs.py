@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .. import __version__
+from ..core.records import EditRecord
 from ..editors.catalogue import KINDS, TRAINED
-from ..evaluation.results import evaluate_to_folder, read_json, require_same, write_json
-from ..publishing import SCORES
-from ..records import EditRecord
+from ..evaluation.results import evaluate_to_folder, require_same
+from ..evaluation.scores import REPORTED
+from ..io import read_json, write_json
 from .benches import Bench
 from .cells import BenchmarkError, Cell, Plan
 
@@ -109,7 +110,7 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
         batch_size=batch_size, progress=False,
     )  # fmt: skip
     size = None if editor is None else editor.edit(model, tokenizer, records[0].requests[:1]).nbytes
-    line = {**asdict(cell), "records": results["records"], **{score: results["overall"][score] for score in SCORES},
+    line = {**asdict(cell), "records": results["records"], **{score: results["overall"][score] for score in REPORTED},
             "edit_seconds": results["edit_seconds"], "edit_bytes": size}  # fmt: skip
     write_json(folder / CELL, line)
 
@@ -150,7 +151,7 @@ def _copy_cell(file: Path, there: Path) -> None:
 
 
 def _scores(line: Mapping[str, Any]) -> list[Any]:
-    return [line[name] for name in SCORES]
+    return [line[name] for name in REPORTED]
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,6 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..app import launch
+    from ..app.page import launch
 
     launch(given.editor, given.backbone, server_port=given.port)

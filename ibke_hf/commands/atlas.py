@@ -76,7 +76,7 @@ def _run_report(given: argparse.Namespace) -> None:
 
 def _run_train_atlas(given: argparse.Namespace) -> None:
     from ..atlas import ASSETS
-    from ..atlas.training import train_atlas_editor
+    from ..atlas.editors import train_atlas_editor
 
     _require_fields(given)
     training = {name: value for group, name, value in given.set if group == "training"}
@@ -90,9 +90,9 @@ def _run_train_atlas(given: argparse.Namespace) -> None:
 
 def _require_fields(given: argparse.Namespace) -> None:
     """Refuse a `--set` that names no field, or one that the command decides itself."""
-    from ..configuration_ibke import IBKEConfig
+    from ..core.configuration_ibke import IBKEConfig
     from ..editors.mend import MENDConfig
-    from ..trainer import IBKETrainingArguments
+    from ..training.trainer import IBKETrainingArguments
 
     config = IBKEConfig if given.editor_name == "ibke" else MENDConfig
     known = {

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..cards import CARDS
+    from ..hub.cards import CARDS
 
     names = CARDS if given.name == ALL else (given.name,)
     if names[0] not in CARDS and Path(given.name).is_dir():
@@ -43,14 +43,14 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _write(names: tuple[str, ...], out: str) -> None:
-    from ..cards import write_card
+    from ..hub.cards import write_card
 
     for name in names:
         print("\n".join(f"written: {file}" for file in write_card(name, out)))
 
 
 def _check(names: tuple[str, ...], out: str) -> None:
-    from ..cards import stale_files
+    from ..hub.cards import stale_files
 
     stale = [str(file) for name in names for file in stale_files(name, out)]
     if stale:
@@ -59,8 +59,8 @@ def _check(names: tuple[str, ...], out: str) -> None:
 
 
 def _print_needs(given: argparse.Namespace) -> None:
-    from ..cards import BACKBONES, backbone_of
-    from ..cards.presets import needs_section
+    from ..hub.cards import BACKBONES, backbone_of
+    from ..hub.cards.presets import needs_section
 
     if given.name not in BACKBONES:
         raise ValueError(f"--needs belongs to an editor that is not trained yet: {', '.join(BACKBONES)}; found {given.name!r}")
@@ -69,8 +69,8 @@ def _print_needs(given: argparse.Namespace) -> None:
 
 def _show(given: argparse.Namespace) -> None:
     """Print the card that `ibke push` writes for a trained editor that has none of its own beside it."""
-    from ..hub import folder_kind
-    from ..publishing import RESULTS, code_files, editor_card, read_results
+    from ..hub.publishing import RESULTS, code_files, editor_card, read_results
+    from ..hub.push import folder_kind
 
     folder = Path(given.name)
     kind = folder_kind(folder)

@@ -16,6 +16,6 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..demo import run_demo
+    from ..app.demo import run_demo
 
     run_demo(json_file=given.json, records=given.records)

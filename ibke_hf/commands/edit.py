@@ -26,8 +26,8 @@ def _edit(command: argparse.ArgumentParser) -> None:
 
 
 def _run_edit(given: argparse.Namespace) -> None:
-    from ..inspection import top_predictions
-    from ..records import EditRequest
+    from ..core.records import EditRequest
+    from ..evaluation.inspection import top_predictions
 
     if given.rank and not given.out:
         raise ValueError("--rank says how to save the edit; give --out DIR as well")
@@ -52,7 +52,7 @@ def _merge(command: argparse.ArgumentParser) -> None:
 
 
 def _run_merge(given: argparse.Namespace) -> None:
-    from ..edits import LowRankEdit
+    from ..core.edits import LowRankEdit
 
     edit = LowRankEdit.from_pretrained(given.edit)
     Path(given.out).mkdir(parents=True, exist_ok=True)  # transformers would only log that it is a file

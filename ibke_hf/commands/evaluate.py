@@ -58,8 +58,8 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
+    from ..core.tokens import chat_record
     from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
-    from ..tokens import chat_record
 
     _require_editor_for_model(given)
     unread: Counter[str] = Counter()

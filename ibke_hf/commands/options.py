@@ -63,7 +63,7 @@ def upload_options(command: argparse.ArgumentParser) -> None:
 
 
 def upload_settings(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as keyword arguments of :func:`~ibke_hf.publishing.upload`."""
+    """Return the options as keyword arguments of :func:`~ibke_hf.hub.publishing.upload`."""
     settings = {"private": given.private or None, "revision": given.revision, "create_pr": given.create_pr, "token": given.token}
     return settings | ({} if given.message is None else {"commit_message": given.message})
 
@@ -115,7 +115,7 @@ def read_dataset(name: str, **filters: Any) -> Iterator[Any]:
 
 
 def statistics_of(model: Any, tokenizer: Any, corpus: str, layers: Sequence[Sequence[int] | None] = (None,)) -> Any:
-    """Measure a model's keys on a corpus, or read them from the cache; see :class:`~ibke_hf.editors.key_statistics.KeyStatistics`.
+    """Measure a model's keys on a corpus, or read them from the cache; see :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics`.
 
     Args:
         model: The backbone.
@@ -126,7 +126,7 @@ def statistics_of(model: Any, tokenizer: Any, corpus: str, layers: Sequence[Sequ
     from huggingface_hub.constants import HF_HOME
 
     from ..data.texts import read_texts
-    from ..editors.key_statistics import KeyStatistics, default_layers
+    from ..editors.locate.key_statistics import KeyStatistics, default_layers
 
     needed = sorted({i for own in layers for i in (default_layers(model) if own is None else own)})
     return KeyStatistics.of(model, tokenizer, read_texts(corpus), needed, cache=Path(HF_HOME) / "ibke_hf", progress=sys.stderr.isatty())

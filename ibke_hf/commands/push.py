@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..hub import folder_kind, push_folder
+    from ..hub.push import folder_kind, push_folder
 
     kind, options = folder_kind(given.folder), upload_settings(given)
     for name, value, owner in (("results", given.results, "editor"), ("max_rank", given.max_rank, "edit")):

@@ -22,14 +22,14 @@ def add(commands: Any) -> None:
 
 
 def _run_push(given: argparse.Namespace) -> None:
-    from ..spaces import push_space
+    from ..hub.spaces import push_space
 
     commit = push_space(given.folder, given.repository, **upload_settings(given))
     print(f"space: {commit.pr_url or commit.commit_url}")
 
 
 def _run_build(given: argparse.Namespace) -> None:
-    from ..spaces import assemble
+    from ..hub.spaces import assemble
 
     folder = assemble(given.folder, given.out)
     print(f"{folder}: run it by `python app.py` there, with what requirements.txt lists")

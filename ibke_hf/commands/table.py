@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 def _run(given: argparse.Namespace) -> None:
     from ..benchmark import merge_cells, open_folder, run_cells
-    from ..evaluation.trade_off import require_plots
+    from ..evaluation.report.trade_off import require_plots
 
     require_plots()  # not after hours of work
     if given.merge:
@@ -66,8 +66,8 @@ def _run(given: argparse.Namespace) -> None:
 def _show(out: str) -> None:
     """Write and print the table of all cells that the folder holds; those planned that are missing are said to be."""
     from ..benchmark import found_cells, planned
-    from ..evaluation.table import Column
-    from ..evaluation.table_files import CSV, JSON, MARKDOWN, PAGE, PLOT, write_tables
+    from ..evaluation.report.table import Column
+    from ..evaluation.report.table_files import CSV, JSON, MARKDOWN, PAGE, PLOT, write_tables
 
     editors, groups = planned(out)
     print(write_tables(found_cells(out), out, editors=editors, columns=[Column(*group) for group in groups],
@@ -100,7 +100,7 @@ def _atlas_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
 
 def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..benchmark import ModelBench
-    from ..training import PAPER_DTYPES, read_settings, train_editor, training_settings
+    from ..training.recipe import PAPER_DTYPES, read_settings, train_editor, training_settings
 
     config = read_settings(given.config, SETTINGS) if given.config else {}
     fields = _fields_by_editor(config)

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..training import train_editor, training_settings
+    from ..training.recipe import train_editor, training_settings
 
     names = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
     flags = {name: getattr(given, name) for name in names}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..records import EditRecord
+from ..core.records import EditRecord
 from .sources import read_records
 
 RECORDS_OF_EACH = 512  # [paper]

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..records import EditCase
+from ..core.records import EditCase
 
 T = TypeVar("T")
 

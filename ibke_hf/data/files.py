@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from ..records import EditRecord
+from ..core.records import EditRecord
 from .fields import RecordError
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 from pathlib import Path
 
+from ..io import write_json
 from .build import Json, RecordBuilder
 from .facts import Triple, World, load_world
 from .files import record_files
@@ -71,6 +72,4 @@ def write_records(records: Iterable[tuple[str, Json]], folder: str | Path) -> No
     if others:
         raise ValueError(f"{target}: holds other record files already ({', '.join(others)}); remove them or choose another folder")
     for domain, content in by_domain.items():
-        temporary = target / f".{domain}.json.part"
-        temporary.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-        temporary.replace(target / f"{domain}.json")
+        write_json(target / f"{domain}.json", content, compact=True, ensure_ascii=False)

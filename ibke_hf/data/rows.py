@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..records import EditCase, EditRecord, EditRequest, Hop
+from ..core.records import EditCase, EditRecord, EditRequest, Hop
 from .fields import RecordError
 from .sources import find_source, read_records
 

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ..records import EditCase, EditRecord
+from ..core.records import EditCase, EditRecord
 from .counterfact import read_counterfact
 from .fields import RecordError
 from .files import SUFFIXES, json_items, stem

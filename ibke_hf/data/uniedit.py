@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..records import EditCase, EditRecord, EditRequest, Hop
+from ..core.records import EditCase, EditRecord, EditRequest, Hop
 from .fields import Field, RecordError
 from .files import read_each, stem
 

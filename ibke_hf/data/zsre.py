@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..records import EditCase, EditRecord, EditRequest
+from ..core.records import EditCase, EditRecord, EditRequest
 from .fields import Field, cases
 from .files import read_each, stem
 

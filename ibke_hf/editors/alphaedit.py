@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import require_finite
-from ..configuration_ibke import require_range
-from ..edits import LowRankEdit
-from ..layers import device_of
-from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
-from ._locating import LocatingEditor
-from .key_statistics import KeyStatistics
+from ..core.capture import require_finite
+from ..core.configuration_ibke import require_range
+from ..core.edits import LowRankEdit
+from ..core.layers import device_of
+from .locate.editor import LocatingEditor
+from .locate.key_statistics import KeyStatistics
+from .locate.search import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
 
 IN_NULL_SPACE = 1e-3  # relative distance from the null space below which a row of an earlier edit is one of AlphaEdit's keys
 

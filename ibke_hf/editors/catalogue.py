@@ -18,7 +18,7 @@ class Kind:
         class_name: Its class.
         trained: Whether it has weights, which are trained on edit records (the paper's ET; the others are its DE).
         several_layers: Whether it edits any number of layers; the others have one, or none.
-        needs_statistics: Whether it is built with the :class:`~ibke_hf.editors.key_statistics.KeyStatistics` of a corpus.
+        needs_statistics: Whether it is built with the :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics` of a corpus.
     """
 
     title: str
@@ -39,7 +39,7 @@ KINDS = {
     "alphaedit": Kind("AlphaEdit", ".alphaedit", "AlphaEditEditor", several_layers=True, needs_statistics=True),
     "serac": Kind("SERAC", ".serac", "SERACEditor", trained=True),
     "mend": Kind("MEND", ".mend", "MENDEditor", trained=True, several_layers=True),
-    "ibke": Kind("IBKE", "..modeling_ibke", "IBKEEditor", trained=True, several_layers=True),
+    "ibke": Kind("IBKE", "..core.modeling_ibke", "IBKEEditor", trained=True, several_layers=True),
 }
 TRAINED = tuple(name for name, kind in KINDS.items() if kind.trained)
 

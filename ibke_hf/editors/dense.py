@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter_files import AdapterError, read_info, read_weights, save_tensors
-from ..edit_values import EditInfo, common_length
-from ..edits import WeightEdit
+from ..core.adapter_files import AdapterError, read_info, read_weights, save_tensors
+from ..core.edit_values import EditInfo, common_length
+from ..core.edits import WeightEdit
 
 WEIGHTS = "dense_edit.safetensors"
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ..configuration_ibke import Mode, require_mode, require_range
-from ..edit_values import EditInfo, describe
-from ..edits import WeightEdit
-from ..layers import device_of, dimensions, layers_to_edit, modules_to_edit
-from ..records import EditRequest
-from ..tokens import TokenBatch, context_length, encode_requests
+from ..core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
+from ..core.configuration_ibke import Mode, require_mode, require_range
+from ..core.edit_values import EditInfo, describe
+from ..core.edits import WeightEdit
+from ..core.layers import device_of, dimensions, layers_to_edit, modules_to_edit
+from ..core.records import EditRequest
+from ..core.tokens import TokenBatch, context_length, encode_requests
 from .dense import DenseEdit
 
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..attachment import LayerHook, hooked, require_row_per_edit
-from ..capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ..configuration_ibke import Mode, require_mode, require_range
-from ..edit_values import Edit, describe, require_length
-from ..layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
-from ..records import EditRequest
-from ..tokens import IGNORED, TokenBatch, context_length, encode_requests
+from ..core.attachment import LayerHook, hooked, require_row_per_edit
+from ..core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
+from ..core.configuration_ibke import Mode, require_mode, require_range
+from ..core.edit_values import Edit, describe, require_length
+from ..core.layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
+from ..core.records import EditRequest
+from ..core.tokens import IGNORED, TokenBatch, context_length, encode_requests
 from .memory import MemoryEdit
 
 KeyTokens = Literal["prompt", "mistakes"]

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..adapter_files import AdapterError, read_info, read_weights, save_tensors
-from ..attachment import LayerHook, hooked
-from ..edit_values import EditInfo, EditValue
+from ..core.adapter_files import AdapterError, read_info, read_weights, save_tensors
+from ..core.attachment import LayerHook, hooked
+from ..core.edit_values import EditInfo, EditValue
 
 WEIGHTS = "memory_edit.safetensors"
 
@@ -65,7 +65,7 @@ class MemoryEdit(EditValue):
 
         Args:
             model: The backbone.
-            rows: (batch,) which edit each row of the batch carries; see :meth:`ibke_hf.edits.WeightEdit.attached`.
+            rows: (batch,) which edit each row of the batch carries; see :meth:`ibke_hf.core.edits.WeightEdit.attached`.
 
         Raises:
             BackboneError: If the model does not fit.

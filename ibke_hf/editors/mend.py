@@ -10,9 +10,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from ..capture import GradientFactors
-from ..configuration_ibke import GradientEditorConfig, require_range
-from ..modeling_ibke import AdaptedFactors, GradientEditor
+from ..core.capture import GradientFactors
+from ..core.configuration_ibke import GradientEditorConfig, require_range
+from ..core.modeling_ibke import AdaptedFactors, GradientEditor
 
 
 @strict

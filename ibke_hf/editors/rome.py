@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import require_finite
-from ..configuration_ibke import require_range
-from ..edit_values import EditInfo
-from ..edits import LowRankEdit
-from ..layers import device_of
-from ._locate import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
-from ._locating import LocatingEditor
-from .key_statistics import KeyStatistics
+from ..core.capture import require_finite
+from ..core.configuration_ibke import require_range
+from ..core.edit_values import EditInfo
+from ..core.edits import LowRankEdit
+from ..core.layers import device_of
+from .locate.editor import LocatingEditor
+from .locate.key_statistics import KeyStatistics
+from .locate.search import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
 
 SAME_KEY = 1e-4  # relative size below which the Gram matrix of joint keys counts as singular: keys of one subject, for example
 

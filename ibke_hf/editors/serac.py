@@ -5,7 +5,7 @@ Mitchell et al. 2022, "Memory-Based Model Editing at Scale", ICML.
 A scope classifier g compares what the model is asked with every request in the memory; in scope of the best one, a small
 counterfactual model h that reads this request before the prompt answers in place of the model; out of scope, the model's own
 answer stands, bit for bit. g and h are trained once, on edit records, without the model:
-:class:`ibke_hf.serac_training.SERACTrainer`. Editing is nothing but writing requests into the memory.
+:class:`ibke_hf.training.serac.SERACTrainer`. Editing is nothing but writing requests into the memory.
 
 Where the paper leaves room this is ours: g and h are causal decoders on the backbone's own tokens, so that a decision at a token
 never sees what comes after it; the embedding form scores by sigmoid(b - s·‖φ(z) - φ(x)‖²), which unlike exp(-‖·‖²) can be trained
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..capture import evaluating, target_logits
-from ..configuration_ibke import Mode, require_mode, require_range
-from ..edit_values import describe, require_length
-from ..layers import BackboneError
-from ..publishing import push_editor
-from ..records import EditRequest
-from ..tokens import IGNORED, RequestError, TokenBatch, context_length, encode
+from ..core.adapter_files import publisher
+from ..core.capture import evaluating, target_logits
+from ..core.configuration_ibke import Mode, require_mode, require_range
+from ..core.edit_values import describe, require_length
+from ..core.layers import BackboneError
+from ..core.records import EditRequest
+from ..core.tokens import IGNORED, RequestError, TokenBatch, context_length, encode
 from .serac_memory import Entry, SERACEdit, memory_of
 
 logger = logging.get_logger(__name__)
@@ -322,8 +322,8 @@ class SERACEditor(PreTrainedModel):
             return self.answers([ids for ids, _ in entries], cases)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
-        """Publish weights, config, card and results in one commit; options: :func:`ibke_hf.publishing.push_editor`."""
-        return push_editor(self, repo_id, **options)
+        """Publish weights, config, card and results in one commit; options: :func:`ibke_hf.hub.publishing.push_editor`."""
+        return publisher().push_editor(self, repo_id, **options)
 
 
 def _left_padded(rows: Sequence[Sequence[int]], at_least: int = 0) -> TokenBatch:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment import LayerHook, call_hooked, require_row_per_edit
-from ..tokens import IGNORED, TokenBatch
+from ..core.attachment import LayerHook, call_hooked, require_row_per_edit
+from ..core.tokens import IGNORED, TokenBatch
 from .memory import MemoryEdit
 
 Entry = tuple[list[int], int]  # token ids of prompt and target, and the place of the first target token
@@ -105,7 +105,7 @@ class SERACEdit(MemoryEdit):
 
         Args:
             model: The backbone.
-            rows: (batch,) which edit each row of the batch carries; see :meth:`ibke_hf.edits.WeightEdit.attached`.
+            rows: (batch,) which edit each row of the batch carries; see :meth:`ibke_hf.core.edits.WeightEdit.attached`.
 
         Raises:
             BackboneError: If the model has another vocabulary than the editor.

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..capture import NonFiniteError
-from ..edit_values import Edit
-from ..records import EditRequest
-from ..tokens import RequestError
+from ..core.capture import NonFiniteError
+from ..core.edit_values import Edit
+from ..core.records import EditRequest
+from ..core.tokens import RequestError
 from .judging import Carried, Judge
 from .questions import Group, Question, question_name
 

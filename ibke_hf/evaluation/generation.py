@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..layers import input_device
-from ..tokens import context_length, encode_prompt, pad_and_label
+from ..core.layers import input_device
+from ..core.tokens import context_length, encode_prompt, pad_and_label
 
 MORE_TOKENS = 3  # generated beyond the target's length, so that a longer word is told from the target
 Attach = Callable[[Any, Sequence[int]], AbstractContextManager[Any]]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..capture import target_logits
-from ..edit_values import Edit
-from ..records import EditCase
-from ..tokens import IGNORED, pad_and_label
+from ..core.capture import target_logits
+from ..core.edit_values import Edit
+from ..core.records import EditCase
+from ..core.tokens import IGNORED, pad_and_label
 from . import scores
 from .generation import generate_texts
 from .questions import Question, Tokens

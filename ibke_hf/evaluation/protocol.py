@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..capture import evaluating
-from ..records import EditRecord
-from ..tokens import Span, context_length
+from ..core.capture import evaluating
+from ..core.records import EditRecord
+from ..core.tokens import Span, context_length
 from .editing import Editing, GroupMode
 from .judging import Judge, LocalityMatch, Row
 from .questions import Group, Reader, fact_keys, fill_groups, fill_lots
@@ -76,7 +76,7 @@ def evaluate_records(
     Args:
         editor: Has ``edit(model, tokenizer, requests, *, mode, previous) -> Edit``. Unless it says
             ``supports_independent = False``, up to `batch_size` edits are made and asked at once, for which its edits need
-            ``select(rows)`` (every :class:`~ibke_hf.edits.WeightEdit` has it). None: the unedited model.
+            ``select(rows)`` (every :class:`~ibke_hf.core.edits.WeightEdit` has it). None: the unedited model.
         model: The backbone.
         tokenizer: Its tokenizer.
         records: The selection; for locality collisions it counts as a whole.
@@ -86,7 +86,7 @@ def evaluate_records(
         supporting_hops: Edit in the supporting hops of a generality case that the model does not know.
         collision_scope: Drop locality cases that match an edit of the whole ``"set"`` or of their ``"group"``.
         locality_match: Compare token ids, or decoded strings as UniEdit does.
-        span: Where the target span starts, see :func:`ibke_hf.tokens.encode`.
+        span: Where the target span starts, see :func:`ibke_hf.core.tokens.encode`.
         generate: Generate answers greedily, for exact match.
         progress: Show a progress bar.
         on_row: Called with each row as it is made, in the order of the records within each lot of groups.

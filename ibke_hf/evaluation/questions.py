@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ..records import EditCase, EditRecord, EditRequest, Hop
-from ..tokens import Span, encode
+from ..core.records import EditCase, EditRecord, EditRequest, Hop
+from ..core.tokens import Span, encode
 
 Role = Literal["reliability", "generality", "locality"]
 Tokens = tuple[list[int], int]

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -21,17 +19,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from ..records import EditRecord
+from ..core.records import EditRecord
+from ..io import FileError, read_json, write_json, written_file
 from .judging import Row
-from .page import write_page
 from .protocol import Evaluation, RowKey, evaluate_records, row_key
+from .report.page import write_page
 
 SETTINGS, ROWS, SKIPPED, RESULTS, PAGE = "settings.json", "rows.jsonl", "skipped.jsonl", "results.json", "rows.html"
 NOT_SETTINGS = ("batch_size", "progress")  # they decide how fast rows are made, not which: a resumed run may change them
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class ResultsError(ValueError):
+class ResultsError(FileError):
     """A folder that cannot take the results; the message names it and says what to do."""
 
 
@@ -94,7 +93,7 @@ class ResultsFolder:
         if results["edit_seconds"] is None and (self.folder / RESULTS).exists():  # nothing was left to be edited
             results["edit_seconds"] = read_json(self.folder / RESULTS).get("edit_seconds")
         write_json(self.folder / RESULTS, results)
-        with whole(self.folder / PAGE) as temporary:
+        with written_file(self.folder / PAGE) as temporary:
             write_page(evaluation.rows, results, temporary)
         return results
 
@@ -239,32 +238,3 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         raise ResultsError(
             f"{folder}: holds an evaluation of other settings ({changes}); repeat those settings, choose another folder or remove this one"
         )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ResultsError: If the file holds something else.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResultsError(f"{file}: not valid JSON ({error}); remove the folder and run again") from error
-    if not isinstance(value, dict):
-        raise ResultsError(f"{file}: holds no JSON object; remove the folder and run again")
-    return value
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a JSON value to a temporary name that is then renamed."""
-    with whole(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Write a file under a temporary name that becomes its own at the end, so that no reader finds half of it."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
-    yield temporary
-    temporary.replace(file)

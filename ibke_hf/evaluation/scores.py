@@ -15,6 +15,8 @@ from torch import Tensor
 Row = Mapping[str, Any]
 CASES = ("generality", "locality")
 ROLES = ("reliability", *CASES)
+TEACHER_FORCED = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1")
+REPORTED = (*TEACHER_FORCED, "exact_match")  # what every table, card and report shows; the last of greedy generation
 
 # --- tokens -------------------------------------------------------------------------------------------------------
 

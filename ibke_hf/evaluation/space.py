@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..io import write_text
 from . import edit_quality
 
 METRIC = "edit_quality"
@@ -25,7 +26,5 @@ def write_metric(folder: str | Path) -> list[Path]:
     texts = {METRIC: wrapper.replace(IN_THE_PACKAGE, IN_A_SPACE), FORMULAS: (here / f"{FORMULAS}.py").read_text(encoding="utf-8")}
     target.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        temporary = target / f"{name}.py.part"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target / f"{name}.py")
+        write_text(target / f"{name}.py", text)
     return [target / f"{name}.py" for name in texts]

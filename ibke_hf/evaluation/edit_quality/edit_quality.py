@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from ibke_hf.evaluation.scores import CASES, ROLES, case_scores, ranks_among, summarise
+from ibke_hf.evaluation.scores import CASES, ROLES, TEACHER_FORCED, case_scores, ranks_among, summarise
 
 COLUMNS = ("predictions", "references", "role", "criterion", "top_k")
-SCORES = ("reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "first_token")
+RETURNED = (*TEACHER_FORCED, "first_token")
 CELLS = ("score", "top1", "cases")
 DEFAULT_TOP_K = {"reliability": 1, "generality": 5, "locality": 5}
 
@@ -78,7 +78,7 @@ class EditQuality(evaluate.Metric):
         summary = summarise([_row(str(i), case) for i, case in enumerate(cases)])
         cells = {role: summary["by_criterion"][role].items() for role in CASES}
         by_criterion = {role: {name: {key: cell[key] for key in CELLS} for name, cell in named} for role, named in cells.items()}
-        return {**{name: summary[name] for name in SCORES}, "by_criterion": by_criterion}
+        return {**{name: summary[name] for name in RETURNED}, "by_criterion": by_criterion}
 
 
 def _row(name: str, case: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The page, the demo and the drawings that both show."""

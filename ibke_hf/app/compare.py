@@ -1,0 +1,254 @@
+"""What an edit does, seen from outside: answers before and after, which of them are right, how strongly each token counted.
+
+Pure work for pages and tables: models in, rows of plain values out. An answer is the model's own greedy one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..core.capture import target_logits
+from ..core.edits import Edit
+from ..core.records import EditCase, EditRecord, EditRequest
+from ..core.tokens import (
+    IGNORED,
+    RequestError,
+    context_length,
+    encode_prompt,
+    encode_requests,
+    pad_and_label,
+    with_leading_space,
+)
+from ..evaluation.generation import MORE_TOKENS, generate_texts
+from ..evaluation.scores import exact_match
+
+Role = Literal["request", "rephrase", "consequence", "neighbour", "question"]
+ARROWS = ("->", "→")
+BEST = 5
+BATCH = 32  # prompts of a forward pass
+TOKENS_WITHOUT_ANSWER = 5  # so many are compared where no answer is stated
+MAX_QUESTIONS, MAX_CHARACTERS = 32, 2000  # of one fact and of one text: what a visitor may ask of a shared machine
+Row = dict[str, Any]
+Reading = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt that is asked before and after an edit.
+
+    Attributes:
+        role: ``"request"`` (judges reliability), ``"rephrase"`` and ``"consequence"`` (generality), ``"neighbour"`` (locality),
+            ``"question"`` (judges nothing).
+        prompt: What is asked.
+        answers: Spellings of the right answer; a neighbour's right answer is the one from before, these only say how long it is.
+    """
+
+    role: Role
+    prompt: str
+    answers: tuple[str, ...] = ()
+
+
+# --- which questions ----------------------------------------------------------------------------------------------
+
+
+def questions_of(request: EditRequest, rephrasings: str = "", consequences: str = "", neighbours: str = "") -> tuple[Question, ...]:
+    """Read typed questions, one a line: ``prompt`` or ``prompt -> answer``, other spellings of the answer after a ``|``.
+
+    A rephrasing without an answer is to be answered as the request is; a consequence without one is not judged.
+
+    Raises:
+        RequestError: If a line is an arrow without a prompt, or there are too many.
+    """
+    made = [Question("request", request.prompt, (request.target,))]
+    typed: tuple[tuple[Role, str], ...] = (("rephrase", rephrasings), ("consequence", consequences), ("neighbour", neighbours))
+    for role, text in typed:
+        for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+            made.append(_question(role, line, f"{role} {number}", (request.target,) if role == "rephrase" else ()))
+    if len(made) > MAX_QUESTIONS:
+        raise RequestError(f"{len(made) - 1} questions are more than the {MAX_QUESTIONS - 1} that can be asked at once; leave some out")
+    return tuple(made)
+
+
+def without_answers(text: str) -> str:
+    """Drop the stated answers of typed questions."""
+    return "\n".join(_parts(line)[0] or line.strip() for line in text.splitlines() if line.strip())
+
+
+def _parts(line: str) -> tuple[str, str]:
+    """Split a typed question into prompt and stated answers, both empty if they are not there."""
+    prompt, arrow, stated = line.rpartition(max(ARROWS, key=line.rfind))
+    return (prompt.strip(), stated.strip()) if arrow else (line.strip(), "")
+
+
+def _question(role: Role, line: str, name: str, default: tuple[str, ...]) -> Question:
+    prompt, stated = _parts(line)
+    if not prompt:
+        raise RequestError(f"{name}: nothing is asked before the arrow ({line.strip()!r}); write it as: prompt -> answer")
+    return Question(role, prompt, tuple(name.strip() for name in stated.split("|") if name.strip()) or default)
+
+
+def lines_of(record: EditRecord) -> tuple[str, str, str]:
+    """Write the cases of a record as :func:`questions_of` reads them: rephrasings, consequences, neighbours."""
+    rephrasings = [case for case in record.generality if is_rephrasing(case)]
+    consequences = [case for case in record.generality if not is_rephrasing(case)]
+    groups = (rephrasings, consequences, record.locality)
+    return tuple("\n".join(_line(case) for case in cases) for cases in groups)  # type: ignore[return-value]
+
+
+def _line(case: EditCase) -> str:
+    return f"{case.prompt} -> {' | '.join(dict.fromkeys((case.target, *case.aliases)))}"
+
+
+def is_rephrasing(case: EditCase) -> bool:
+    """Tell whether a case asks for the edited fact itself, in other words."""
+    return case.hops == 1 and "Rephrase" in case.criteria
+
+
+def require_askable(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Iterable[Question]) -> None:
+    """Check that a model can be asked these questions.
+
+    Raises:
+        RequestError: If a text is too long for this page or for the model; names the question.
+    """
+    numbers: dict[str, int] = {}
+    for question in questions:
+        numbers[question.role] = number = numbers.get(question.role, 0) + 1
+        name = "the fact" if question.role == "request" else f"{question.role} {number}"
+        require_text(tokenizer, question.prompt, *question.answers, name=name, room=_room(model, tokenizer, question))
+
+
+def require_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *answers: str, name: str, room: int | None) -> None:
+    """Check the texts of one question; `room` is the number of tokens that its prompt may have.
+
+    Raises:
+        RequestError: If one is too long, or is no Unicode text.
+    """
+    for text in (prompt, *answers):
+        if len(text) > MAX_CHARACTERS:
+            raise RequestError(f"{name}: {len(text)} characters are more than the {MAX_CHARACTERS} allowed here; shorten it")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise RequestError(f"{name}: the text holds half of a character (a lone surrogate); type it again")
+    if room is not None and (found := len(encode_prompt(tokenizer, prompt))) > room:
+        raise RequestError(f"{name}: {found} tokens leave no room for an answer in the model's context, {room} would; shorten it")
+
+
+def _room(model: Any, tokenizer: PreTrainedTokenizerBase, question: Question) -> int | None:
+    limit = context_length(model)
+    return None if limit is None else limit - _answer_tokens(tokenizer, question) - MORE_TOKENS
+
+
+def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
+    if not question.answers:
+        return TOKENS_WITHOUT_ANSWER
+    return max(len(tokenizer(with_leading_space(name), add_special_tokens=False)["input_ids"]) for name in question.answers)
+
+
+# --- before and after ---------------------------------------------------------------------------------------------
+
+
+def compare_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], edit: Edit | None
+) -> list[Row]:  # fmt: skip
+    """Ask questions of a model without and with an edit, within this very call.
+
+    Args:
+        model: The backbone, unchanged by the call.
+        tokenizer: Its tokenizer.
+        questions: What to ask.
+        edit: The edit; None for none.
+
+    Returns:
+        A row for each question: ``role``, ``prompt``, ``answers``, the readings ``before`` and ``after``, and ``right``: whether
+        the answer is one of the answers, or for a neighbour the one from before; None where nothing says what is right.
+    """
+    before = read_answers(model, tokenizer, questions)
+    after = read_answers(model, tokenizer, questions, edit) if edit is not None else before
+    return [
+        {"role": question.role, "prompt": question.prompt, "answers": list(question.answers), "before": old, "after": new,
+         "right": is_right(question, old["answer"], new["answer"])}
+        for question, old, new in zip(questions, before, after, strict=True)
+    ]  # fmt: skip
+
+
+def is_right(question: Question, before: str, after: str) -> bool | None:
+    """Judge an answer; None where nothing says what is right."""
+    if question.role == "neighbour":
+        return after == before
+    return exact_match(after, question.answers) if question.answers else None
+
+
+@torch.no_grad()
+def read_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], edit: Edit | None = None
+) -> list[Reading]:  # fmt: skip
+    """Return for each question the greedy ``answer`` and the ``top`` five next tokens with their probabilities."""
+
+    def attach(model: Any, _: Sequence[int]) -> AbstractContextManager[Any]:
+        return nullcontext() if edit is None else edit.attached(model)
+
+    asked = {i: (question.prompt, _answer_tokens(tokenizer, question)) for i, question in enumerate(questions)}
+    texts = generate_texts(model, tokenizer, asked, BATCH, attach)
+    tops: list[list[tuple[str, float]]] = []
+    for start in range(0, len(questions), BATCH):
+        prompts = [encode_prompt(tokenizer, question.prompt) for question in questions[start : start + BATCH]]
+        batch = pad_and_label([([*ids, 0], len(ids)) for ids in prompts])  # a last token stands for the answer, and is not fed
+        with attach(model, ()):
+            probabilities = target_logits(model, batch)[0][:, -1].float().softmax(-1)
+        values, indices = (t.tolist() for t in probabilities.topk(min(BEST, probabilities.shape[-1])))
+        tops += [[(str(tokenizer.decode([i])), p) for i, p in zip(row, ps, strict=True)] for row, ps in zip(indices, values, strict=True)]
+    return [{"answer": _first_line(texts[i]), "top": top} for i, top in enumerate(tops)]
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+# --- inside of the editor -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def scale_factors(
+    editor: Any, model: Any, tokenizer: PreTrainedTokenizerBase, request: EditRequest, previous: Edit | None = None
+) -> dict[str, Any] | None:  # fmt: skip
+    """Return the scale factor σ(W_s s̃) of each token of a request at each edited layer (Eq. 32), between 0 and 1.
+
+    Args:
+        editor: Any editor; one without a scale factor gives None.
+        model: The backbone.
+        tokenizer: Its tokenizer.
+        request: The fact.
+        previous: The edit that the model carries already.
+
+    Returns:
+        ``tokens``, the l_e texts that were read (the last target token is not); ``judged``, whether the token after each is part
+        of the target; ``layers``, l_e values by module name.
+    """
+    if not hasattr(editor, "capture"):
+        return None
+    batch = encode_requests(tokenizer, [request], max_length=context_length(model))
+    adapted = editor(editor.capture(model, batch, previous))
+    if any(factors.gates is None for factors in adapted):
+        return None
+    values = [torch.sigmoid(factors.gates[0].float()).tolist() for factors in adapted]
+    return {
+        "tokens": token_texts(tokenizer, batch.input_ids[0].tolist()), "judged": (batch.labels[0] != IGNORED).tolist(),
+        "layers": dict(zip(editor.config.module_names(), values, strict=True)),
+    }  # fmt: skip
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Decode each token; a character that several tokens share stands at the last of them, ``·`` at the others."""
+    texts, pending = [], []
+    for i in ids:
+        pending.append(i)
+        text = str(tokenizer.decode(pending))
+        whole = not text.endswith("\ufffd")
+        texts.append(text if whole else "·")
+        pending = [] if whole else pending
+    return texts

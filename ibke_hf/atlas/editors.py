@@ -1,0 +1,169 @@
+"""`ibke atlas train-editor` and `train-mend`: the recipe of the shipped editors and of those of `ibke table`, the same for all."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..core.modeling_ibke import GradientEditor, IBKEEditor
+from ..editors.mend import MENDConfig, MENDEditor
+from ..editors.serac import SERACEditor
+from ..evaluation.protocol import evaluate_records
+from ..io import write_json
+from ..training.serac import SERACTrainer
+from ..training.trainer import IBKETrainer, IBKETrainingArguments, RecordDataset
+from . import load_backbone, load_records, load_split
+from .datasets import training_records
+
+LAYERS = [1, 2, 3, 4]
+IBKE_OPTIONS: dict[str, Any] = {
+    "latent_dim": 176, "latent_length": 10, "second_stage_skip": True, "second_stage_mlp": 352, "second_stage_heads": 4,
+    "initial_edit_ratio": 0.1,
+}  # fmt: skip
+TRAINING: dict[str, Any] = {
+    "max_steps": 6500, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 25, "learning_rate": 5e-4,
+    "step_size_learning_rate": 1e-3, "beta": 0.1, "edits_per_group": 1, "sg_includes_edit": True, "train_supporting_hops": "none",
+    "lr_scheduler_type": "cosine", "warmup_steps": 100, "max_grad_norm": 1.0, "logging_steps": 25, "report_to": [],
+}  # fmt: skip
+TRAINING_OF = {"serac": {"learning_rate": 2e-3}}  # a whole language model has to learn to read a request; 5e-4 takes too long for that
+STEP_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+LOCALITY_FLOOR = 97.0  # percent
+LOG = "log.json"  # written last, once all else of a run is
+
+
+def new_editor(name: str, backbone: Any, **options: Any) -> GradientEditor | SERACEditor:
+    """Return an untrained editor: ``ibke``, ``mend`` with about as many parameters, or ``serac``, whose parts start as the backbone."""
+    if name == "serac":
+        return SERACEditor.for_backbone(backbone, scope=backbone, counterfactual=backbone, **options)
+    layers = options.pop("layers", LAYERS)
+    ibke = IBKEEditor.for_backbone(backbone, layers, **{**IBKE_OPTIONS, **(options if name == "ibke" else {})})
+    if name == "ibke":
+        return ibke
+    budget = sum(p.numel() for p in ibke.parameters())
+    hidden = MENDConfig.hidden_dim_for(budget, ibke.config.input_dims, ibke.config.output_dims)
+    shared = {"hidden_dim": hidden, "initial_edit_ratio": IBKE_OPTIONS["initial_edit_ratio"]}
+    return MENDEditor.for_backbone(backbone, layers, **{**shared, **options})
+
+
+def train_atlas_editor(
+    name: str, out: str | Path, *, seed: int = 0, records: int = 48_000, options: dict[str, Any] | None = None, resume: bool = False,
+    trials: Sequence[float] = STEP_FACTORS, locality_floor: float | None = LOCALITY_FLOOR, **training: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train an editor on Atlas train records and save it in 16 bit (statistics in fp32) with its log.
+
+    Args:
+        name: ``ibke``, ``mend`` or ``serac``.
+        out: Folder of the result; checkpoints lie in its sub-folder ``checkpoints`` until the end.
+        seed: Seeds records, initialisation and order.
+        records: Number of training records.
+        options: Fields of the editor's config that differ from the recipe, and ``layers``.
+        resume: Go on from the last checkpoint.
+        trials: What :func:`choose_strength` tries on the validation records once the editor is trained.
+        locality_floor: See there.
+        training: Fields of :class:`IBKETrainingArguments` that differ from the recipe.
+
+    Returns:
+        The last evaluation on validation records, as trained, with minutes and parameters.
+    """
+    started, target = time.monotonic(), Path(out)
+    backbone, tokenizer = load_backbone()
+    torch.manual_seed(seed)
+    editor = new_editor(name, backbone, **(options or {}))
+    checkpoints = target / "checkpoints"
+    settings = {**TRAINING, **TRAINING_OF.get(name, {}), **training}
+    every = max(settings["max_steps"] // 2, 1)
+    checkpointing = {"eval_strategy": "steps", "eval_steps": every, "save_strategy": "steps", "save_steps": every, "save_total_limit": 1}
+    arguments = IBKETrainingArguments(
+        str(checkpoints), seed=seed, use_cpu=not torch.accelerator.is_available(), **{**checkpointing, **settings}
+    )
+    kind: Any = SERACTrainer if name == "serac" else IBKETrainer
+    trainer = kind(
+        editor, backbone, arguments, tokenizer, train_dataset=RecordDataset(training_records(load_split(), records, seed)),
+        eval_dataset=RecordDataset(load_records("validation")), callbacks=[_Minutes()],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume or None)
+    report = trainer.evaluate()
+    tried = choose_strength(editor, backbone, tokenizer, trials, locality_floor)
+    report |= {"minutes": round((time.monotonic() - started) / 60, 1), "parameters": sum(p.numel() for p in editor.parameters())}
+    save_in_16_bit(editor, target)
+    trials_of = "threshold_trials" if name == "serac" else "step_size_trials"
+    log = {"editor": name, "seed": seed, "records": records, "options": options or {}, "training": settings,
+           trials_of: tried, "report": report, "history": trainer.state.log_history}  # fmt: skip
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    write_json(target / LOG, log)
+    return report
+
+
+def choose_strength(
+    editor: GradientEditor | SERACEditor, backbone: Any, tokenizer: Any, trials: Sequence[float] = STEP_FACTORS,
+    locality_floor: float | None = LOCALITY_FLOOR,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Set how much an editor moves, by trials on the validation records: a factor of η, or SERAC's threshold.
+
+    A smaller step, like a higher threshold, moves less of everything; weights are rounded to 16 bit first, as they are stored.
+
+    Args:
+        editor: Left with the chosen one.
+        backbone: The Atlas backbone.
+        tokenizer: Its tokenizer.
+        trials: Factors or thresholds, tried in turn.
+        locality_floor: Locality in percent that ends the trials; the best Avg of all is chosen where none reaches it. None: no floor.
+
+    Returns:
+        What was tried, with validation scores in percent; the chosen one comes last.
+    """
+    for parameter in stored_in_16_bit(editor).parameters():
+        parameter.data = parameter.data.half().float()
+    editor.eval()
+    name, use = _strength(editor)
+    records, tried = load_records("validation"), []
+    for value in trials:
+        use(value)
+        summary = evaluate_records(editor, backbone, tokenizer, records, batch_size=100, progress=False, generate=False).summary
+        tried.append({name: value, **{score: summary[score] for score in ("reliability", "generality", "locality", "avg")}})
+        if locality_floor is not None and summary["locality"] >= locality_floor:
+            return tried
+    best = max(tried, key=lambda trial: trial["avg"])
+    use(best[name])
+    return [*tried, best]
+
+
+def _strength(editor: GradientEditor | SERACEditor) -> tuple[str, Callable[[float], None]]:
+    """Return the name of the setting that is chosen after training, and what sets it."""
+    if isinstance(editor, SERACEditor):
+        return "threshold", lambda value: setattr(editor.config, "threshold", value)
+    sizes, trained = editor.log_step_sizes, editor.log_step_sizes.data.clone()
+    return "factor", lambda value: setattr(sizes, "data", trained + math.log(value))
+
+
+def stored_in_16_bit(editor: GradientEditor | SERACEditor) -> nn.Module:
+    """Return the part of an editor that is stored in fp16; statistics and η stay in fp32."""
+    return editor if isinstance(editor, SERACEditor) else editor.hypernetworks
+
+
+def save_in_16_bit(editor: GradientEditor | SERACEditor, folder: str | Path) -> None:
+    """Save an editor, most of it in fp16."""
+    halved = stored_in_16_bit(editor)
+    halved.half()
+    try:
+        editor.save_pretrained(folder)
+    finally:
+        halved.float()
+
+
+class _Minutes(TrainerCallback):
+    """Adds the minutes since the start to each log line."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1]["minutes"] = round((time.monotonic() - self.started) / 60, 2)

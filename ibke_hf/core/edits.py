@@ -1,0 +1,271 @@
+"""Edits of weights, low-rank ones above all, and everything that can be done with one.
+
+``ΔW = ĥᵀû`` per layer, with -η folded into û (Eq. 33). ΔW is never formed, except when a user merges on purpose.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_files import AdapterError, publisher, read_edit, save_edit
+from .attachment import SidePath, attached_side_paths, require_row_per_edit
+from .edit_values import Edit, EditInfo, EditValue, common_length
+from .layers import BackboneError, add_to_weight, dimensions, modules_to_edit, weight_of
+
+__all__ = ["Edit", "EditInfo", "LowRankEdit", "MergedEdit", "WeightEdit", "recompress", "side_path"]
+
+
+class WeightEdit(EditValue):
+    """n independent updates ΔW of named layers, each held as a chain of matrices: what low-rank and dense edits share.
+
+    Subclasses are frozen dataclasses that say which layers they change and hold the matrices.
+    """
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[str, ...]:
+        """Names of the edited layers."""
+
+    @abstractmethod
+    def matrices(self, name: str) -> tuple[Tensor, ...]:
+        """Return the matrices (n, a, b) of a layer whose product is ΔW (n, d_in, d_out)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the matrices of every layer."""
+        return {f"{name}.{place}": matrix for name in self.layers for place, matrix in enumerate(self.matrices(name))}
+
+    # --- on a model ---------------------------------------------------------------------------------------------
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers that the edit changes.
+
+        Raises:
+            BackboneError: If a layer is missing or has another width; says what was expected and found.
+        """
+        modules = modules_to_edit(model, self.layers)
+        for name, module in modules.items():
+            matrices = self.matrices(name)
+            wanted = (matrices[0].shape[1], matrices[-1].shape[2])
+            if dimensions(module) != wanted:
+                raise BackboneError(f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
+                                    f"{dimensions(module)[0]} to {dimensions(module)[1]}; it was made for another backbone")  # fmt: skip
+        return modules
+
+    @contextmanager
+    def attached(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[nn.Module]:
+        """Edit the model for the code inside the block: y <- y + x ΔW, accumulated in fp32 ((x ĥᵀ) û for factors).
+
+        Args:
+            model: The backbone; its weights are not touched, so undo is exact.
+            rows: (batch,) which edit each row of the batch carries. By default a single edit applies to every row and
+                n edits need a batch of exactly n rows. Beam search repeats rows, so pass
+                ``torch.arange(n).repeat_interleave(num_beams)`` there.
+
+        Raises:
+            BackboneError: If the model does not fit.
+            IndexError: If `rows` names an edit that does not exist.
+            ValueError: On a forward pass with another number of rows than edits.
+        """
+        edit = self if rows is None or len(self) == 1 else self.select(rows)
+        shared = len(self) == 1
+        with attached_side_paths(self.modules(model), {name: side_path(edit.matrices(name), shared) for name in edit.layers}):
+            yield model
+
+    def merge_into(self, model: nn.Module) -> MergedEdit:
+        """Add ΔW to the weights on purpose; the result undoes it bit-exactly (from saved weights, not by subtraction).
+
+        Raises:
+            ValueError: If this holds several independent edits: merge one of them.
+            BackboneError: If a layer does not fit or is quantised; nothing is merged then.
+        """
+        self._require_one("merge")
+        modules = self.modules(model)
+        merged = MergedEdit(modules, {name: weight_of(module).detach().clone() for name, module in modules.items()})
+        try:
+            for name, module in modules.items():
+                add_to_weight(module, self.weight_update(name))
+        except BaseException:
+            merged.undo()
+            raise
+        return merged
+
+    def weight_update(self, name: str) -> Tensor:
+        """Form ΔW (d_in, d_out) of one layer in fp32: for merging and tests only."""
+        self._require_one("form the dense update of")
+        return self.weight_updates(name)[0]
+
+    def weight_updates(self, name: str) -> Tensor:
+        """Form ΔW (n, d_in, d_out) of one layer in fp32."""
+        first, *rest = self.matrices(name)
+        update = first.float()
+        for matrix in rest:
+            update = update @ matrix.float()
+        return update
+
+    def _require_one(self, what: str) -> None:
+        if len(self) != 1:
+            raise ValueError(f"cannot {what} {len(self)} independent edits at once; choose one, such as edit[0]")
+
+
+def side_path(matrices: Sequence[Tensor], shared: bool) -> SidePath:
+    """Return x (b, l, d_in) -> x times each of the matrices (n, a, b) in turn, in fp32.
+
+    Args:
+        matrices: A chain whose product is ΔW (n, d_in, d_out).
+        shared: One edit (n = 1) for every row; otherwise row i of the batch carries edit i, and a forward pass with
+            another number of rows raises a ValueError.
+    """
+
+    def apply(x: Tensor) -> Tensor:
+        require_row_per_edit(1 if shared else len(matrices[0]), x)
+        y = x.float()
+        for matrix in matrices:
+            factor = matrix.to(x.device).float()
+            if factor.is_inference() and torch.is_grad_enabled():
+                factor = factor.clone()  # an edit made in inference mode, on a model that gradients go through
+            y = y @ (factor[0] if shared else factor)
+        return y
+
+    return apply
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankEdit(WeightEdit):
+    """n independent low-rank edits of the same layers (n = 1 for a joint or sequential edit).
+
+    Attributes:
+        inputs: ĥ by module name, each (n, r, d_in).
+        outputs: û by module name with -η folded in, each (n, r, d_out); r may differ between layers.
+        info: Requests, editor and backbone.
+        relative_error: ‖ΔW - ΔW_truncated‖ / ‖ΔW‖ by module name, after :meth:`truncate`.
+    """
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    info: EditInfo = field(default_factory=EditInfo)
+    relative_error: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse factors that do not belong together."""
+        if not self.inputs or set(self.inputs) != set(self.outputs):
+            raise ValueError(f"an edit needs both factors of at least one layer, found {sorted(self.inputs)} and {sorted(self.outputs)}")
+        for name, layer_inputs in self.inputs.items():
+            if layer_inputs.ndim != 3 or self.outputs[name].ndim != 3 or layer_inputs.shape[:2] != self.outputs[name].shape[:2]:
+                shapes = f"{tuple(layer_inputs.shape)} and {tuple(self.outputs[name].shape)}"
+                raise ValueError(f"factors of {name!r} must be (n, r, d_in) and (n, r, d_out), found {shapes}")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the edited layers."""
+        return tuple(self.inputs)
+
+    def matrices(self, name: str) -> tuple[Tensor, ...]:
+        """Return ĥᵀ (n, d_in, r) and û (n, r, d_out) of a layer."""
+        return self.inputs[name].mT, self.outputs[name]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Stored rank r of each layer."""
+        return {name: tensor.shape[1] for name, tensor in self.inputs.items()}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> LowRankEdit:
+        return replace(self, inputs={k: change(t) for k, t in self.inputs.items()}, outputs={k: change(t) for k, t in self.outputs.items()})
+
+    # --- algebra ------------------------------------------------------------------------------------------------
+
+    def compose(self, *others: LowRankEdit) -> LowRankEdit:
+        """Return the edit that does all of them; recompressed exactly (QR) once the rank passes min(d_in, d_out).
+
+        A single edit composes with n independent ones by joining each of them.
+        """
+        edits = (self, *others)
+        number = common_length(edits)
+        inputs, outputs = {}, {}
+        for name in dict.fromkeys(name for edit in edits for name in edit.inputs):
+            parts = [edit for edit in edits if name in edit.inputs]
+            h = _joined_rows([part.inputs[name] for part in parts], number)
+            u = _joined_rows([part.outputs[name] for part in parts], number)
+            inputs[name], outputs[name] = recompress(h, u) if h.shape[1] > min(h.shape[2], u.shape[2]) else (h, u)
+        requests = tuple(request for edit in edits for request in edit.info.requests)
+        return LowRankEdit(inputs, outputs, replace(self.info, requests=requests, scores={}))
+
+    def truncate(self, rank: int) -> LowRankEdit:
+        """Return the best rank-`rank` edit in Frobenius norm, by QR and SVD of the factors; ΔW is not formed.
+
+        The result's `relative_error` holds ‖ΔW - ΔW_r‖ / ‖ΔW‖ of each layer (the worst over independent edits).
+        """
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, found {rank}")
+        inputs, outputs, errors = {}, {}, {}
+        for name in self.inputs:
+            q_in, r_in = torch.linalg.qr(self.inputs[name].float().mT)
+            q_out, r_out = torch.linalg.qr(self.outputs[name].float().mT)
+            left, singular, right = torch.linalg.svd(r_in @ r_out.mT, full_matrices=False)
+            kept = min(rank, singular.shape[-1])
+            inputs[name] = (q_in @ left[..., :kept]).mT.contiguous()
+            outputs[name] = singular[..., :kept, None] * (right[..., :kept, :] @ q_out.mT)
+            total = singular.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            errors[name] = float((singular[..., kept:].square().sum(-1) / total).sqrt().max())
+        return replace(self, inputs=inputs, outputs=outputs, relative_error=errors)
+
+    def padded(self, rank: int) -> LowRankEdit:
+        """Return the same edit with zero rows up to one uniform rank, as LoRA serving engines want it."""
+        def pad(t: Tensor) -> Tensor:
+            return nn.functional.pad(t, (0, 0, 0, rank - t.shape[1]))
+
+        if rank < max(self.ranks.values()):
+            raise ValueError(f"rank {rank} is below the edit's rank {max(self.ranks.values())}; truncate it first")
+        return self._map(pad)
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Save as a PEFT LoRA adapter, of rank ``max_rank`` at most, plus ``edit.json``; see :func:`ibke_hf.core.adapter_files.save_edit`."""
+        save_edit(self, folder, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> LowRankEdit:
+        """Load a saved edit or any LoRA adapter, from a folder or the Hub; see :func:`ibke_hf.core.adapter_files.read_edit`."""
+        fields = read_edit(name_or_path, **kwargs)
+        try:
+            return cls(*fields)
+        except ValueError as error:
+            raise AdapterError(f"{name_or_path}: {error}; save or download it again") from error
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish as a LoRA adapter with a card, of rank ``max_rank`` at most; see :func:`ibke_hf.hub.publishing.push_edit`."""
+        return publisher().push_edit(self, repo_id, **kwargs)
+
+
+@dataclass(frozen=True)
+class MergedEdit:
+    """An edit that was merged into weights, with the weights from before."""
+
+    modules: Mapping[str, nn.Module]
+    saved: Mapping[str, Tensor]
+
+    def undo(self) -> None:
+        """Put the saved weights back, bit by bit."""
+        with torch.no_grad():
+            for name, module in self.modules.items():
+                weight_of(module).copy_(self.saved[name])
+
+
+def _joined_rows(parts: Sequence[Tensor], number: int) -> Tensor:
+    return torch.cat([part.to(parts[0].device).expand(number, -1, -1) for part in parts], 1)
+
+
+def recompress(layer_inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite (n, r, d_in), (n, r, d_out) at rank min(d_in, d_out) without changing ĥᵀû, by QR of the narrower side."""
+    narrow, wide = (layer_inputs, outputs) if layer_inputs.shape[2] <= outputs.shape[2] else (outputs, layer_inputs)
+    q, r = torch.linalg.qr(narrow.float())
+    merged = q.mT @ wide.float()
+    return (r, merged) if narrow is layer_inputs else (merged, r)

@@ -1,0 +1,1 @@
+"""What ROME and AlphaEdit share: finding keys and values at a request's subject."""

@@ -1,0 +1,124 @@
+"""What ROME and AlphaEdit do alike: they are built with key statistics, and go through requests at once or one after another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...core.capture import evaluating
+from ...core.configuration_ibke import Mode, require_mode
+from ...core.edit_values import Edit, describe
+from ...core.edits import LowRankEdit
+from ...core.layers import layers_to_edit, modules_to_edit
+from ...core.records import EditRequest
+from ...core.tokens import context_length
+from .key_statistics import KeyStatistics, default_layers
+from .prefixes import draw_prefixes
+from .search import LocateConfig, Questions, ask
+
+
+class LocatingEditor(ABC):
+    """Finds a value that says the target at the subject's last token, and a low-rank edit that puts it there.
+
+    A subclass says in `config_class` and `layers_by_default` what it is built with, and in :meth:`_edit` how it edits.
+    """
+
+    supports_independent = True
+    config_class: ClassVar[type[LocateConfig]]
+    layers_by_default: ClassVar[int]  # how many; the last is at the relative depth of ROME's in GPT-2 XL, 17 of 48
+
+    def __init__(self, config: Any, statistics: KeyStatistics) -> None:
+        self.config, self.statistics = config, statistics
+
+    @classmethod
+    def for_backbone(
+        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, *, statistics: KeyStatistics,
+        **config: Any,
+    ) -> Any:  # fmt: skip
+        """Build an editor that fits a model.
+
+        Args:
+            model: Any decoder of the transformers library.
+            layers: Edited layers; by default `layers_by_default` that end at the relative depth of the paper's, 17 of 48.
+            edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
+            statistics: Those of the model's keys, see :meth:`KeyStatistics.of`.
+            config: Further fields of the config.
+
+        Raises:
+            BackboneError: If the layers don't exist, the projection is ambiguous, or the statistics are another backbone's.
+            ValueError: If a field is out of range, or the statistics lack a layer.
+        """
+        template, chosen = layers_to_edit(model, default_layers(model, cls.layers_by_default) if layers is None else layers, edited_modules)
+        editor = cls(cls.config_class(template, tuple(chosen), **config), statistics)
+        statistics.require(modules_to_edit(model, editor.config.module_names()))
+        return editor
+
+    def edit(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: Edit | None = None
+    ) -> LowRankEdit:
+        """Return the edit that makes the model answer the requests, of one rank for each; the model is not changed.
+
+        Args:
+            model: The backbone.
+            tokenizer: Its tokenizer.
+            requests: One or more edit requests, each with its subject.
+            mode: ``"joint"``: one update of all requests, whose keys and values are found on the model as it is; ``"sequential"``:
+                request after request, each on the model that carries the edits before it; ``"independent"``: request k is row k
+                of the result.
+            previous: A low-rank edit that the model carries already. The result contains it.
+
+        Raises:
+            RequestError: If a request is unusable or has no subject, naming it by its index; nothing is done then.
+            BackboneError: If the model lacks an edited layer, or the statistics are another backbone's.
+            NonFiniteError: If an objective or update is not finite.
+            ValueError: If the statistics admit no update, or `previous` does not fit the mode.
+        """
+        check_call(mode, len(requests), previous)
+        modules = modules_to_edit(model, self.config.module_names())
+        self.statistics.require(modules)
+        info = describe(model, modules, requests, editor=type(self).__name__)
+        with torch.inference_mode(False), evaluating(model):
+            questions = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
+            names = [f"request {k}" for k in range(len(requests))]
+            if mode != "sequential":
+                return replace(self._edit(model, modules, questions, previous, names, joint=mode == "joint"), info=info)
+            edit: Any = previous
+            for k, name in enumerate(names):
+                edit = self._edit(model, modules, questions.only(k), edit, [name], joint=True)
+        return replace(edit, info=info)
+
+    @abstractmethod
+    def _edit(
+        self, model: Any, modules: Mapping[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
+    ) -> LowRankEdit:  # fmt: skip
+        """Edit all requests on the model that carries `previous`, which is part of the result: into one update, or one each."""
+
+
+def check_call(mode: Mode, number: int, previous: Edit | None) -> None:
+    """Check the mode and what the model carries already.
+
+    Raises:
+        ValueError: If the mode does not exist, or `previous` is not low-rank or of a length that does not fit.
+    """
+    require_mode(mode)
+    if previous is None:
+        return
+    if not isinstance(previous, LowRankEdit):
+        raise ValueError(f"previous must be a LowRankEdit, which the result can contain, found {type(previous).__name__}")
+    if len(previous) != 1 and (mode != "independent" or len(previous) != number):
+        raise ValueError(f'previous holds {len(previous)} independent edits, which needs mode="independent" and as many requests, '
+                         f"found mode={mode!r} and {number} requests")  # fmt: skip
+
+
+def question_requests(
+    model: Any, tokenizer: Any, requests: Sequence[EditRequest], config: LocateConfig, openings: Sequence[str]
+) -> Questions:  # fmt: skip
+    """Tokenise requests behind random prefixes; first without, so that an unusable request costs nothing."""
+    limit = context_length(model)
+    ask(tokenizer, requests, (), config.essence, limit)
+    return ask(tokenizer, requests, draw_prefixes(model, tokenizer, config, openings), config.essence, limit)

@@ -1,0 +1,1 @@
+"""Tables, pages and plots of scores; reads files, never runs a model."""

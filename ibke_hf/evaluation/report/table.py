@@ -1,0 +1,300 @@
+"""Scores of many editors -> the paper's Table II: rows by editor, column groups by what was edited, the best values marked.
+
+A cell is what one run found: one editor, one seed, one column group. Nothing here runs a model or reads a file. `table_text` writes a
+table for terminals, Markdown and programs, `table_page` for browsers.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...editors.catalogue import KINDS
+
+Cell = Mapping[str, Any]
+EDITORS = {name: ("ET" if kind.trained else "DE", kind.title) for name, kind in KINDS.items()}  # in the paper's order
+UNEDITED = "none"
+METRICS = {
+    "reliability": "Rel.", "generality": "Gen.", "locality": "Loc.", "avg": "Average",
+    "f1": "F1", "generality_top1": "Gen. top-1", "locality_top1": "Loc. top-1", "exact_match": "Exact",
+}  # fmt: skip
+PAPER, STRICTER = ("reliability", "generality", "locality", "avg"), ("f1", "generality_top1", "locality_top1", "exact_match")
+BEST, NEAR = "best", "near"
+NEAR_BEST = 0.97  # of the best value: the paper's 3 %
+ABSENT, MISSING = "–", "…"
+LONG = 28  # characters of a dataset's name that a title has room for
+MEANINGS = (
+    "DE: direct editing. ET: edit training. Rel., Gen., Loc.: reliability, generality, locality in percent, means over seeds. "
+    f"Average: their mean ± its sample standard deviation over seeds ({ABSENT} with one seed). Time and size of an edit: medians; requests "
+    "are edited in batches, each in an edit of its own."
+)
+
+
+class CellError(ValueError):
+    """Cells that make no table; the message names the cell and says what to do."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column group: what was edited, and how many edits the model carried at once."""
+
+    split: str
+    edits: str = "all"
+    sequential: int = 1
+
+    @property
+    def title(self) -> str:
+        """What stands over the group, such as "test, counterfactual"."""
+        split = "held out" if self.split == "held_out" else shortened(" ".join(self.split.split()))
+        edits = "" if self.edits == "all" else " ".join(self.edits.split())
+        several = f"{self.sequential} sequential edits" if self.sequential > 1 else ""
+        return ", ".join(filter(None, (split, edits, several)))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric over seeds, in percent: its mean (None where there is nothing to score), sample std (None below two seeds) and mark."""
+
+    mean: float | None
+    std: float | None
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the runs of one editor found in one column group.
+
+    Attributes:
+        values: By metric of `METRICS`.
+        seeds: Of the runs.
+        records: The numbers of records that the runs were scored on, each once.
+        edit_seconds: Median over runs; None without an edit.
+        edit_bytes: Median over runs; None without an edit.
+    """
+
+    values: Mapping[str, Value]
+    seeds: tuple[int, ...]
+    records: tuple[int, ...]
+    edit_seconds: float | None
+    edit_bytes: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """An editor: its `entries` in the order of the table's columns, None where no run is finished, and what one edit of it takes."""
+
+    editor: str
+    entries: tuple[Entry | None, ...]
+    edit_seconds: float | None
+    edit_bytes: float | None
+
+    @property
+    def name(self) -> str:
+        """The editor as the paper writes it."""
+        return EDITORS[self.editor][1]
+
+    @property
+    def group(self) -> str:
+        """DE for direct editing, ET for edit training."""
+        return EDITORS[self.editor][0]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column groups, rows in the paper's order, and the sentences that belong below."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def entry(self, editor: str, column: Column) -> Entry | None:
+        """Return what an editor's runs found in a column group; None if none is finished.
+
+        Raises:
+            KeyError: If the table has no such editor.
+        """
+        rows = {row.editor: row for row in self.rows}
+        return rows[editor].entries[self.columns.index(column)]
+
+    def metrics(self, number: int, wanted: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the wanted metrics that any editor has in column group `number`: MQuAKE, say, has no locality."""
+        entries = [entry for row in self.rows if (entry := row.entries[number])]
+        return tuple(name for name in wanted if not entries or any(entry.values[name].mean is not None for entry in entries))
+
+
+# --- cells -> table -----------------------------------------------------------------------------------------------
+
+
+def shortened(name: str) -> str:
+    """Leave out the folders of a path that is too long for a title."""
+    folders, _, last = name.rpartition("/")
+    return f"…/{last}" if folders and len(name) > LONG else name
+
+
+def column_of(cell: Cell) -> Column:
+    """Return the column group that a cell belongs to.
+
+    Raises:
+        CellError: If the cell does not say what was edited.
+    """
+    for field in ("split", "edits"):
+        if field not in cell:
+            raise CellError(f"a cell of {cell.get('editor', 'an unnamed editor')} has no {field!r}; it names what was edited")
+    return Column(cell["split"], cell["edits"], cell.get("sequential", 1))
+
+
+def table_of(cells: Iterable[Cell], *, editors: Iterable[str] = (), columns: Iterable[Column] = ()) -> Table:
+    """Arrange cells as the paper's Table II: mean and sample std over seeds, marks for the best and what is near it.
+
+    Args:
+        cells: One for each finished run: ``editor``, ``split``, ``edits``, ``sequential`` (1 if missing), ``seed``, ``records``, the
+            metrics of `METRICS` in percent or None, ``edit_seconds`` and ``edit_bytes``.
+        editors: Those that have a row in any case, finished or not.
+        columns: Those that are there in any case, before the others.
+
+    Raises:
+        CellError: If a cell lacks a field, holds no finite number, names an unknown editor, or comes twice.
+    """
+    runs: dict[tuple[str, Column], list[Cell]] = {}
+    for cell in cells:
+        require_cell(cell)
+        runs.setdefault((cell["editor"], column_of(cell)), []).append(cell)
+    named = [*map(_known, editors), *(editor for editor, _ in runs)]
+    shown = tuple(dict.fromkeys([*columns, *(column for _, column in runs)]))
+    order = [editor for editor in EDITORS if editor in named]
+    entries = {key: _entry(group) for key, group in runs.items()}
+    marked = {key: entry for column in shown for key, entry in _marked(column, order, entries).items()}
+    rows = tuple(_row(editor, tuple(marked.get((editor, column)) for column in shown), shown) for editor in order)
+    return Table(shown, rows, notes_of(rows, shown))
+
+
+def require_cell(cell: Cell) -> None:
+    """Check that a cell is whole.
+
+    Raises:
+        CellError: If it lacks a field, names an unknown editor, or holds what is no finite number.
+    """
+    editor = _known(cell.get("editor"))
+    where = f"the cell of {editor} ({column_of(cell).title}, seed {cell.get('seed')})"
+    if "seed" not in cell:
+        raise CellError(f"{where} has no 'seed'; give each run its number")
+    for name in METRICS:
+        if name not in cell:
+            raise CellError(f"{where} has no {name!r}; write None where there is nothing to score")
+    for name in (*METRICS, "edit_seconds", "edit_bytes"):
+        value = cell.get(name)
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise CellError(f"{where} has {name} = {value!r}; it has to be a finite number or None")
+
+
+def _known(editor: Any) -> str:
+    if editor not in EDITORS:
+        raise CellError(f"the table has no row for the editor {editor!r}; it knows {', '.join(EDITORS)}")
+    return str(editor)
+
+
+def _entry(runs: Sequence[Cell]) -> Entry:
+    seeds = tuple(sorted(run["seed"] for run in runs))
+    for seed, count in Counter(seeds).items():
+        if count > 1:
+            run = runs[0]
+            raise CellError(f"{count} cells of {run['editor']} ({column_of(run).title}) have the seed {seed}; keep one of them")
+    return Entry(
+        {name: _value([run[name] for run in runs if run[name] is not None]) for name in METRICS}, seeds,
+        tuple(sorted({run["records"] for run in runs if run.get("records") is not None})),
+        _median(run.get("edit_seconds") for run in runs), _median(run.get("edit_bytes") for run in runs),
+    )  # fmt: skip
+
+
+def _value(numbers: Sequence[float]) -> Value:
+    mean = statistics.fmean(numbers) if numbers else None
+    return Value(mean, statistics.stdev(numbers) if len(numbers) > 1 else None)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.median(present) if present else None
+
+
+def _marked(column: Column, editors: Iterable[str], entries: Mapping[tuple[str, Column], Entry]) -> dict[tuple[str, Column], Entry]:
+    """Mark the entries of one column group, metric by metric; the unedited model's stay without marks."""
+    found = {editor: entries[editor, column] for editor in editors if (editor, column) in entries}
+    values: dict[str, dict[str, Value]] = {editor: {} for editor in found}
+    for name in METRICS:
+        means = [entry.values[name].mean for editor, entry in found.items() if editor != UNEDITED]
+        best = max((mean for mean in means if mean is not None), default=None)
+        for editor, entry in found.items():
+            value = entry.values[name]
+            values[editor][name] = Value(value.mean, value.std, "" if editor == UNEDITED else mark_of(value.mean, best))
+    return {
+        (editor, column): Entry(values[editor], entry.seeds, entry.records, entry.edit_seconds, entry.edit_bytes)
+        for editor, entry in found.items()
+    }
+
+
+def mark_of(value: float | None, best: float | None) -> str:
+    """Tell the best value, and one within 3 % of it, from the others; where nobody scores, nobody is best."""
+    if value is None or not best:
+        return ""
+    if value == best:
+        return BEST
+    return NEAR if value >= NEAR_BEST * best - 1e-9 else ""  # so that rounding does not decide about 97.00 beside 100
+
+
+def _row(editor: str, entries: tuple[Entry | None, ...], columns: Sequence[Column]) -> Row:
+    """Make a row; what an edit takes is told of single edits, if there are any: with more at once it may take more each time."""
+    least = min((column.sequential for column, entry in zip(columns, entries, strict=True) if entry), default=1)
+    of_edits = [entry for column, entry in zip(columns, entries, strict=True) if entry and column.sequential == least]
+    return Row(editor, entries, _median(entry.edit_seconds for entry in of_edits), _median(entry.edit_bytes for entry in of_edits))
+
+
+# --- notes --------------------------------------------------------------------------------------------------------
+
+
+def notes_of(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[str, ...]:
+    """Return what a reader has to know: meanings, seeds, records and what is missing."""
+    notes = [MEANINGS]
+    if any(row.editor == UNEDITED for row in rows):
+        notes.append("W/O is the unedited model. It takes no part in the marks, since its locality is 100 by definition.")
+    missing = sum(entry is None for row in rows for entry in row.entries)
+    if missing:
+        verb = "is" if missing == 1 else "are"
+        notes.append(f"{missing} of {len(rows) * len(columns)} cells {verb} missing ({MISSING}): no run there is finished.")
+    return (*notes, *_seeds_note(rows, columns), *_records_notes(rows, columns))
+
+
+def _seeds_note(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    counts = Counter(len(entry.seeds) for row in rows for entry in row.entries if entry)
+    if not counts:
+        return []
+    common = max(counts, key=lambda count: (counts[count], count))
+    odd: dict[tuple[int, str], list[str]] = {}  # names by number of seeds and where that is so
+    for row in rows:
+        own = {column.title: len(entry.seeds) for column, entry in zip(columns, row.entries, strict=True) if entry}
+        for count in sorted({*own.values()} - {common}):
+            titles = [f'"{title}"' for title, found in own.items() if found == count]
+            where = f" in {' and '.join(titles)}" if len(titles) < len(own) else ""
+            odd.setdefault((count, where), []).append(row.name)
+    seeds = "1 seed" if common == 1 else f"{common} seeds"
+    exceptions = "; ".join(f"{count} for {', '.join(names)}{where}" for (count, where), names in odd.items())
+    return [f"Seeds are unequal: {seeds}, but {exceptions}."] if odd else [f"Each value is of {seeds}."]
+
+
+def _records_notes(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """Say on how many records each column group was scored, and warn where editors differ in that."""
+    equal: dict[int, list[str]] = {}
+    unequal = []
+    for number, column in enumerate(columns):
+        found = {row.name: entry.records for row in rows if (entry := row.entries[number]) and entry.records}
+        numbers = {number for records in found.values() for number in records}
+        if len(numbers) == 1:
+            equal.setdefault(numbers.pop(), []).append(f'"{column.title}"')
+        elif found:
+            each = ", ".join(f"{name} {' and '.join(map(str, records))}" for name, records in found.items())
+            unequal.append(f'"{column.title}": not all values are of the same number of records ({each}), so compare them with care.')
+    each = "; ".join(f"{number:,} in {', '.join(titles)}" for number, titles in equal.items())
+    return ([f"Records: {each}."] if equal else []) + unequal

@@ -1,0 +1,1 @@
+"""Publishing: uploads, pushes, cards and Spaces."""

@@ -1,0 +1,70 @@
+"""Files as they are written and read everywhere: whole or not at all, and checked before anyone uses what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+class FileError(ValueError):
+    """A file that does not hold what it should; the message names it, what was found and the cure."""
+
+
+@contextmanager
+def written_file(file: str | Path) -> Iterator[Path]:
+    """Write a file under a temporary name that becomes its own at the end, so that no reader finds half of it.
+
+    Args:
+        file: What is replaced once the block has ended; an exception leaves it as it was.
+    """
+    target = Path(file)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(file: str | Path, text: str, *, newline: str | None = None) -> None:
+    """Write a text as UTF-8, whole or not at all."""
+    with written_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline=newline)
+
+
+def write_json(file: str | Path, value: Any, *, indent: int | None = 1, compact: bool = False, ensure_ascii: bool = True) -> None:
+    """Write a JSON value, whole or not at all.
+
+    Raises:
+        ValueError: If a number is not finite.
+    """
+    separators = (",", ":") if compact else None
+    text = json.dumps(
+        value, indent=None if compact else indent, allow_nan=False, ensure_ascii=ensure_ascii, separators=separators
+    )
+    write_text(file, text if compact else f"{text}\n")
+
+
+def read_json(file: str | Path, *, cure: str = "remove it and make it again") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        file: The file.
+        cure: What the error tells the user to do.
+
+    Raises:
+        FileError: If the file holds something else.
+        OSError: If it cannot be read.
+    """
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: not valid JSON ({error}); {cure}") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{file}: holds no JSON object; {cure}")
+    return value

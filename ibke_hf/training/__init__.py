@@ -1,0 +1,1 @@
+"""Training of editors with weights, by a Trainer subclass."""

@@ -1,0 +1,133 @@
+"""Training of SERAC by the Trainer of the other editors: the same records, batches, files and logs, with two terms of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from ..core.capture import mean_per_row
+from ..core.tokens import IGNORED, TokenBatch, context_length
+from ..editors.serac import ScopesAndAnswers, SERACEditor
+from ..editors.serac_memory import Entry, SERACEdit, memory_of
+from .batches import EditCollator, JudgedBatch, bucketed_logits
+from .trainer import IBKETrainer, IBKETrainingArguments
+
+TERMS = ("loss_scope", "loss_counterfactual")
+READ = 2  # generality cases of a record that a training step reads: two models read each, so that more take most of its time
+
+
+class SERACTrainer(IBKETrainer):
+    """Trains a SERAC editor on edit records.
+
+    The loss is the binary cross-entropy of the scope classifier plus the cross-entropy of the counterfactual model on what is in scope
+    (Mitchell et al. 2022). A micro-batch counts as one, whatever its number of cases. The backbone takes part in evaluation
+    alone, where the memory holds the requests of the batch.
+    """
+
+    terms = TERMS
+
+    def __init__(
+        self, model: SERACEditor, backbone: Any, args: IBKETrainingArguments, processing_class: PreTrainedTokenizerBase, **kwargs: Any
+    ) -> None:
+        kwargs.setdefault("data_collator", EditCollator(processing_class, args.edits_per_group, False, context_length(backbone)))
+        super().__init__(model, backbone, args, processing_class, **kwargs)  # type: ignore[arg-type]
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> JudgedBatch:
+        """Return the terms of a batch; in evaluation, what the edited model predicts too."""
+        return run_serac_batch(model, self.editor, self.backbone, inputs)
+
+    def place_of(self, parameter: str) -> str:
+        """Return nothing: no parameter belongs to a layer of the backbone."""
+        return ""
+
+    def editor_logs(self) -> dict[str, float]:
+        """Return nothing beside the terms."""
+        return {}
+
+    def _shares(self, counts: Sequence[int], totals: Sequence[int] | None) -> list[float]:
+        return [1.0] * len(TERMS)
+
+
+@dataclass(frozen=True)
+class SERACBatch(JudgedBatch):
+    """One batch of SERAC; `logits` and `original` are empty in training."""
+
+    def culprit(self, layers: Sequence[str], inputs: Mapping[str, Any]) -> str:
+        """Name the records: the terms are means over all of them."""
+        return f"records {', '.join(inputs['records'])}"
+
+
+def run_serac_batch(model: nn.Module, editor: Any, backbone: Any, inputs: Mapping[str, Any]) -> SERACBatch:
+    """Score every case against every request of a batch, and answer those in scope by the requests of their records.
+
+    Requests and generality cases are in the scope of their records' requests. Locality cases are out of it, and so is everything of
+    another record. Positives, the record's own locality cases and foreign cases count a third each, however many they are. In training
+    the first `READ` generality cases of each record are read, in evaluation all.
+
+    Args:
+        model: The editor, wrapped or not.
+        editor: The editor itself.
+        backbone: The language model; it runs in evaluation only.
+        inputs: What :class:`~ibke_hf.training.batches.EditCollator` returns.
+    """
+    cases, owners, (requests, generality, _) = inputs["cases"], inputs["owners"], inputs["counts"]
+    if model.training:
+        of_record = [(owners[requests : requests + generality] == owner).nonzero()[:READ, 0] for owner in owners[:requests].unique()]
+        kept = requests + torch.cat(of_record)
+        read = torch.cat((torch.arange(requests), kept, torch.arange(requests + generality, len(owners))))
+        cases, owners, generality = cases[read].trimmed(), owners[read], len(kept)
+    entries, split = entries_of(cases[:requests]), requests + generality
+    pairs = [(k, k) for k in range(requests)]
+    pairs += [(case, k) for case in range(requests, split) for k in range(requests) if owners[case] == owners[k]]
+    made: ScopesAndAnswers = model([ids for ids, _ in entries], cases, pairs)
+    rows = (cases.labels != IGNORED).nonzero()[:, 0]
+    terms = {"loss_scope": scope_loss(made.scopes, owners[rows], owners[:requests], rows < split),
+             "loss_counterfactual": answer_loss(made.answers, cases.labels[[case for case, _ in pairs]])}  # fmt: skip
+    nothing = torch.zeros(0)
+    if model.training:
+        return SERACBatch((), (), 0, nothing, nothing, cases.labels, terms)
+    groups = inputs["groups"]
+    memories = [[entries[k] for k in range(requests) if groups[k] == group] for group in range(int(groups.max()) + 1)]
+    edit: Any = SERACEdit(memory_of(memories), editor=editor)
+    logits = bucketed_logits(backbone, cases, edit, groups)
+    original = bucketed_logits(backbone, cases[split:])
+    return SERACBatch((), (), 0, logits, original, cases.labels.to(logits.device), terms)
+
+
+def entries_of(requests: TokenBatch) -> list[Entry]:
+    """Return the tokens of tokenised requests, the last target token included, and where their targets start."""
+    found = []
+    for ids, mask, labels in zip(requests.input_ids, requests.attention_mask.bool(), requests.labels, strict=True):
+        targets = labels[labels != IGNORED].tolist()
+        own = [*ids[mask].tolist(), targets[-1]]
+        found.append((own, len(own) - len(targets)))
+    return found
+
+
+def scope_loss(scopes: Tensor, owners: Tensor, requests: Tensor, in_scope: Tensor) -> Tensor:
+    """Binary cross-entropy of the scope classifier: mean of its means over positives, hard negatives and foreign pairs.
+
+    Args:
+        scopes: (p, m) logits.
+        owners: (p,) record of each judged position.
+        requests: (m,) record of each request.
+        in_scope: (p,) whether the position is one of a request or generality case.
+    """
+    own = (owners.unsqueeze(1) == requests.unsqueeze(0)).to(scopes.device)
+    positive = own & in_scope.unsqueeze(1).to(scopes.device)
+    losses = functional.binary_cross_entropy_with_logits(scopes.float(), positive.float(), reduction="none")
+    parts = [losses[part].mean() for part in (positive, own & ~positive, ~own) if part.any()]
+    return torch.stack(parts).mean()
+
+
+def answer_loss(answers: Tensor, labels: Tensor) -> Tensor:
+    """Mean over pairs of the mean cross-entropy over each one's target tokens: (q, vocabulary), (pairs, k) -> ()."""
+    judged = (labels != IGNORED).to(answers.device)
+    losses = functional.cross_entropy(answers.float(), labels.to(answers.device)[judged], reduction="none")
+    return mean_per_row(losses, judged.nonzero()[:, 0], len(labels)).mean()

@@ -1,0 +1,323 @@
+"""The cells of `ibke table`: planned once each, made once each, resumed, shared out and joined; what fails takes nothing else with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import CITIES, write_records
+from training_runs import record
+
+from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, found_cells, merge_cells, run_cells
+from ibke_hf.benchmark.runs import CELL, CELLS, _only_run
+from ibke_hf.cli import main
+from ibke_hf.core.records import EditRecord
+from ibke_hf.data.texts import read_texts
+from ibke_hf.editors.catalogue import KINDS, TRAINED, build_editor, editor_class
+from ibke_hf.editors.ft import FineTuningEditor
+from ibke_hf.evaluation.results import ResultsError
+from ibke_hf.evaluation.scores import REPORTED
+
+RECORDS = [replace(record(i), kind=("counterfactual", "unknown")[i % 2]) for i in range(8)]
+PLAN = Plan(("none", "ft"), ("places",), ("counterfactual", "unknown"), seeds=2, records=2)
+
+
+@pytest.fixture
+def bench(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., ModelBench]:
+    """Build a bench on a tiny model: ``bench(records=..., **options of ModelBench)``."""
+
+    def build(records: Sequence[EditRecord] = RECORDS, **options: Any) -> ModelBench:
+        fields = {"ft": {"steps": 2}}
+        given: dict[str, Any] = {"saved": {}, "load_saved": None, "hyper_parameters": fields, "settings": {"backbone": "tiny"}}
+        return ModelBench(lambda: (tiny_model(), tiny_tokenizer), lambda _: records, **{**given, **options})
+
+    return build
+
+
+def run(bench: ModelBench, out: Path, plan: Plan = PLAN, **options: Any) -> list[dict[str, Any]]:
+    return run_cells(bench, plan, out, progress=False, **options)
+
+
+def scores(cells: Iterable[dict[str, Any]]) -> list[Any]:
+    return [[cell[name] for name in ("editor", "split", "edits", "sequential", "seed", *REPORTED)] for cell in cells]
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_shards_share_the_cells_out_and_no_editor_is_trained_twice() -> None:
+    plan = Plan(tuple(KINDS), ("a", "b"), ("counterfactual", "unknown"), (1, 10), seeds=3)
+    whole = plan.cells()
+    assert len(whole) == len(set(whole)) == 10 * 2 * 2 * 2 * 3
+    shards = [plan.cells((i, 4)) for i in (1, 2, 3, 4)]
+    assert Counter(cell for shard in shards for cell in shard) == Counter(whole)
+    units = [{(cell.editor, cell.seed) for cell in shard} for shard in shards]
+    assert sum(map(len, units)) == len(set.union(*units)) == 30
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"editors": ()}, "editors must name at least one"), ({"editors": ("ft", "ft")}, "none of them twice, found ft, ft"),
+     ({"editors": ("rom",)}, "no editor 'rom'; editors are none, ft, rome"), ({"edits": ("new",)}, "some of all, .*found new"),
+     ({"seeds": 0}, "at least 1"), ({"sequential": (0,)}, "at least 1")],
+)  # fmt: skip
+def test_a_bad_plan_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan(**{"editors": ("ft",), "splits": ("a",), **fields})
+
+
+@pytest.mark.parametrize("shard", [(0, 2), (3, 2)])
+def test_a_bad_shard_is_named(shard: tuple[int, int]) -> None:
+    with pytest.raises(BenchmarkError, match=f"found {shard[0]}/{shard[1]}"):
+        PLAN.cells(shard)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_cells_hold_the_scores_of_the_procedure_on_the_records_of_their_seed(bench: Any, tmp_path: Path) -> None:
+    cells = run(bench(), tmp_path)
+    assert [(cell["editor"], cell["edits"], cell["seed"]) for cell in cells] == [
+        (editor, edits, seed) for edits in ("counterfactual", "unknown") for editor in ("none", "ft") for seed in (0, 1)
+    ]
+    assert all(cell["records"] == 2 and set(REPORTED) < set(cell) for cell in cells)
+    assert all((cell["edit_seconds"] is None) == (cell["edit_bytes"] is None) == (cell["editor"] == "none") for cell in cells)
+    assert all(cell["locality"] == 100 for cell in cells if cell["editor"] == "none")
+    drawn = {(cell["edits"], cell["seed"]): _asked(tmp_path, cell) for cell in cells if cell["editor"] == "ft"}
+    assert all({f"r{i}" for i in range(8) if i % 2 == (edits == "unknown")} > ids for (edits, _), ids in drawn.items())
+    assert drawn == {(cell["edits"], cell["seed"]): _asked(tmp_path, cell) for cell in cells if cell["editor"] == "none"}
+    assert len(set(map(frozenset, drawn.values()))) > 2  # seeds draw other records
+
+
+def _asked(folder: Path, cell: dict[str, Any]) -> set[str]:
+    name = Cell(*(cell[field] for field in ("editor", "split", "edits", "sequential", "seed"))).name
+    return {json.loads(line)["record"] for line in (folder / CELLS / name / "rows.jsonl").read_text().splitlines()}
+
+
+def test_a_killed_run_goes_on_and_equals_one_that_was_not(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, edit, made = run(bench(), tmp_path / "whole"), FineTuningEditor.edit, []
+
+    def killed_at_the_third(self: Any, *arguments: Any, **options: Any) -> Any:
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return edit(self, *arguments, **options)
+
+    monkeypatch.setattr(FineTuningEditor, "edit", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(bench(), tmp_path / "cut")
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "cut" / CELLS).glob(f"*/{CELL}")}
+    assert 0 < len(done) < len(whole)
+    assert scores(run(bench(), tmp_path / "cut")) == scores(whole)
+    assert all(file.stat().st_mtime_ns == written for file, written in done.items())  # no cell is made again
+    number = len(made)
+    run(bench(), tmp_path / "cut")
+    assert len(made) == number
+
+
+def test_shards_joined_are_the_whole(bench: Any, tmp_path: Path) -> None:
+    whole = run(bench(), tmp_path / "whole")
+    parts = [tmp_path / f"part{i}" for i in (1, 2)]
+    for i, part in enumerate(parts, 1):
+        run(bench(), part, shard=(i, 2))
+    assert 0 < len(found_cells(parts[0])) < len(whole)
+    assert scores(merge_cells(parts, tmp_path / "joined")) == scores(whole)
+    assert scores(run(bench(), tmp_path / "joined")) == scores(whole)  # and may be gone on with
+    assert merge_cells(parts, tmp_path / "joined") == found_cells(tmp_path / "joined")  # twice is once
+
+
+def test_what_differs_is_not_joined(bench: Any, tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        run(bench(), tmp_path / name, shard=(1, 1), plan=replace(PLAN, seeds=1))
+        file = next((tmp_path / name / CELLS).glob(f"*.ft.0/{CELL}"))
+        file.write_text(json.dumps({**json.loads(file.read_text()), "avg": float(seed)}))
+    with pytest.raises(BenchmarkError, match="different results of one cell"):
+        merge_cells([tmp_path / "one", tmp_path / "two"], tmp_path / "joined")
+    run(bench(settings={"backbone": "other"}), tmp_path / "three")
+    with pytest.raises(ResultsError, match='backbone was "tiny", now "other"'):
+        merge_cells([tmp_path / "one", tmp_path / "three"], tmp_path / "joined")
+    with pytest.raises(BenchmarkError, match=r"holds no settings\.json"):
+        merge_cells([tmp_path], tmp_path / "joined")
+
+
+def test_a_folder_of_other_settings_is_refused(bench: Any, tmp_path: Path) -> None:
+    run(bench(), tmp_path)
+    with pytest.raises(ResultsError, match="limit was 2, now 3"):
+        run(bench(), tmp_path, replace(PLAN, records=3))
+    run(bench(), tmp_path, replace(PLAN, editors=("none",), seeds=3))  # more of the same is welcome
+
+
+def test_what_fails_is_named_and_the_rest_is_made(bench: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = Plan(("rome", "ft", "ibke", "grace"), ("places",), seeds=1, records=2)
+    with pytest.raises(BenchmarkError, match=r"2 of 4 cells failed: ibke on places, .*--records.*rome on places, .*--corpus"):
+        run(bench(hyper_parameters={"ft": {"steps": 2}, "grace": {"steps": 2}}), tmp_path, plan)
+    assert [cell["editor"] for cell in found_cells(tmp_path)] == ["ft", "grace"]
+
+
+def test_an_editor_that_is_given_is_not_mixed_with_another(bench: Any, tmp_path: Path, tiny_model: Any) -> None:
+    torch.manual_seed(0)
+    serac = editor_class("serac").for_backbone(tiny_model(), embedding_dim=4).eval()
+    plan = Plan(("serac",), ("places",), seeds=1, records=1)
+    with pytest.raises(BenchmarkError, match="1 of 1 cells failed: serac on places, seed 0: x: no such folder"):
+        run(bench(saved={"serac": "x"}, load_saved=lambda _: _raise(OSError("x: no such folder"))), tmp_path, plan)
+    with pytest.raises(BenchmarkError, match="mend=x: holds a SERACEditor; give it under its own id"):
+        run(bench(saved={"mend": "x"}, load_saved=lambda _: serac), tmp_path, replace(plan, editors=("mend",)))
+    run(bench(saved={"serac": "one"}, load_saved=lambda _: serac), tmp_path, plan)
+    run(bench(saved={"mend": "x"}), tmp_path, replace(plan, editors=("none",)))  # another id does not matter
+    with pytest.raises(ResultsError, match=r'given was \{"serac": "one"\}, now \{"serac": "two"\}'):
+        run(bench(saved={"serac": "two"}, load_saved=lambda _: serac), tmp_path, plan)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def test_a_selection_without_records_takes_no_other_with_it(bench: Any, tmp_path: Path) -> None:
+    made = bench()
+    made._read = lambda split: RECORDS if split == "b" else RECORDS[:1]
+    with pytest.raises(BenchmarkError, match="2 of 8 cells failed: none on a, seed 0: a: has no record of unknown edits"):
+        run(made, tmp_path, replace(PLAN, splits=("a", "b"), seeds=1))
+    assert len(found_cells(tmp_path)) == 6
+
+
+def test_more_edits_at_once_than_requests_are_refused(bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"2 requests are fewer than 3 edits at once; ask for more records \(--limit\)"):
+        run(bench(), tmp_path, replace(PLAN, editors=("none",), sequential=(3,)))
+
+
+def test_a_second_run_is_kept_out(bench: Any, tmp_path: Path) -> None:
+    run(bench(), tmp_path, replace(PLAN, editors=("none",)))
+    with _only_run(tmp_path), pytest.raises(BenchmarkError, match="another run is writing to it"):
+        run(bench(), tmp_path)
+
+
+@pytest.mark.parametrize(("one", "other"), [("a/b.json", "a-b-json"), ("./a/b.json", "a/b.json"), ("x" * 300 + "a", "x" * 300 + "b")])
+def test_no_two_cells_share_a_folder(one: str, other: str) -> None:
+    names = {Cell("ft", split, "all", 1, 0).name for split in (one, other)}
+    assert len(names) == 2 and all(len(name) < 120 and "/" not in name for name in names)
+
+
+def test_an_editor_of_another_training_is_not_taken_for_this_one(bench: Any, tmp_path: Path) -> None:
+    def training(steps: int, trained: list[Any]) -> dict[str, Any]:
+        return {"training": lambda name, seed, folder: {"kind": name, "steps": steps, "out": str(folder)}, "train": trained.append}
+
+    trained: list[Any] = []
+    bench(**training(2, trained)).prepare("mend", 0, tmp_path / "mend-0")
+    bench(**training(2, trained)).prepare("mend", 0, tmp_path / "mend-0")
+    assert trained == [{"kind": "mend", "steps": 2, "out": str(tmp_path / "mend-0")}]
+    with pytest.raises(ResultsError, match="steps was 2, now 100"):
+        bench(**training(100, trained)).prepare("mend", 0, tmp_path / "mend-0")
+
+
+def test_no_record_of_the_kind_is_said(bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="places: has no record of unknown edits"):
+        run(bench(RECORDS[:1]), tmp_path, replace(PLAN, editors=("none",)))
+
+
+# --- from the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> dict[str, str]:
+    """A backbone, records to train on and to ask, a corpus and settings, as files."""
+    tiny_model().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer.save_pretrained(tmp_path / "backbone")
+    (tmp_path / "corpus.txt").write_text("\n".join(f"{city} is a city in Europe." for city in CITIES) + "\n")
+    (tmp_path / "table.yaml").write_text("""
+layers: [1]
+editors:
+  ibke: {latent_dim: 8, latent_length: 2}
+  mend: {hidden_dim: 4}
+  serac: {embedding_dim: 8}
+  ft: {steps: 2, learning_rate: 1e-3}
+  rome: {steps: 2, prefixes: 0}
+  alphaedit: {steps: 2, prefixes: 0}
+  grace: {steps: 2}
+  t_patcher: {steps: 2, memory_size: 16}
+  lemoe: {steps: 2, expert_width: 4}
+training: {use_cpu: true, disable_tqdm: true, per_device_train_batch_size: 2}
+""")
+    return {"backbone": str(tmp_path / "backbone"), "train": write_records(tmp_path / "train.json", CITIES[:4]),
+            "asked": write_records(tmp_path / "asked.json", CITIES[4:]), "corpus": str(tmp_path / "corpus.txt"),
+            "config": str(tmp_path / "table.yaml"), "out": str(tmp_path / "table")}  # fmt: skip
+
+
+def test_all_ten_editors_on_any_backbone(files: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["table", "--backbone", files["backbone"], "--datasets", files["asked"], "--records", files["train"], "--steps", "2",
+               "--seeds", "1", "--limit", "2", "--corpus", files["corpus"], "--config", files["config"], "--out", files["out"]]  # fmt: skip
+    assert main(command) == 0
+    printed, out = capsys.readouterr().out, Path(files["out"])
+    cells = json.loads((out / "table.json").read_text())
+    assert [cell["editor"] for cell in cells] == list(KINDS)
+    assert all(kind.title in printed for kind in KINDS.values())
+    assert sorted(file.name for file in out.iterdir() if file.is_file()) == [
+        ".lock", "plan.json", "settings.json", "table.csv", "table.html", "table.json", "table.md", "trade_off.svg"]  # fmt: skip
+    assert {folder.name for folder in (out / "editors").iterdir() if folder.is_dir()} == {f"{name}-0" for name in TRAINED}
+    stamps = {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.safetensors")}
+    assert main(command) == 0  # nothing is trained or made again
+    assert stamps == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.safetensors")}
+    capsys.readouterr()
+    given = [*command[:3], "--datasets", files["asked"], "--editors", f"serac={out / 'editors' / 'serac-0'}", "none", "--limit", "2"]
+    assert main([*given, "--out", str(tmp_path / "given")]) == 0
+    again = json.loads((tmp_path / "given" / "table.json").read_text())
+    assert scores(cell for cell in again if cell["seed"] == 0) == scores(cell for cell in cells if cell["editor"] in ("none", "serac"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--editors", "ft=x"], "--editors ft=x: only serac, mend, ibke have weights"), (["--editors", "rom"], "no editor 'rom'"),
+     (["--corpus", "x"], "--corpus: atlas has its own"), (["--backbone", "b"], "--datasets: name at least one"),
+     (["--merge", "nowhere"], r"nowhere: holds no settings\.json"),
+     (["--datasets", "tset"], "the splits are test, held_out and validation")],
+)  # fmt: skip
+def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", *arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ibke table: ")
+    assert re.search(message, error), error
+
+
+# --- what it stands on ------------------------------------------------------------------------------------------------
+
+
+def test_every_id_has_its_class_and_the_unedited_model_has_none(tiny_model: Callable[..., Any]) -> None:
+    for name, kind in KINDS.items():
+        if name != "none":
+            assert editor_class(name).__name__ == kind.class_name
+            assert hasattr(editor_class(name), "edit")
+            assert issubclass(editor_class(name), torch.nn.Module) == kind.trained
+    assert build_editor("none", tiny_model()) is None
+    with pytest.raises(ValueError, match="ROME needs statistics"):
+        build_editor("rome", tiny_model())
+    with pytest.raises(ValueError, match=r"FT: .*stepz"):
+        build_editor("ft", tiny_model(), stepz=3)
+
+
+def test_texts_of_files(tmp_path: Path) -> None:
+    plain, lines, wrong = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
+    plain.write_text("one\n\n two \nthree\n", encoding="utf-8")
+    lines.write_text('{"text": "one"}\n{"text": "zwei"}\n', encoding="utf-8")
+    wrong.write_text('{"txt": "one"}\n', encoding="utf-8")
+    assert read_texts(plain) == ["one", "two", "three"]
+    assert read_texts(plain, 2) == ["one", "two"]
+    assert read_texts(lines) == ["one", "zwei"]
+    with pytest.raises(ValueError, match="'text'"):
+        read_texts(wrong)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no text"):
+        read_texts(tmp_path / "empty.txt")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_texts("nothing.txt")
+
+
+def test_texts_of_a_folder_that_datasets_reads(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    assert read_texts(tmp_path / "corpus") == ["one", "two"]

@@ -1,0 +1,164 @@
+"""`ibke eval`: Atlas with every kind of editor, other models and datasets, chat templates, and errors of one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import refused, store  # noqa: F401  fixtures
+from test_tokens import TEMPLATE
+
+from ibke_hf import EditCase, EditRecord, EditRequest
+from ibke_hf.atlas import ASSETS, load_backbone, load_editor, load_records
+from ibke_hf.cli import main
+from ibke_hf.core.records import Hop
+from ibke_hf.core.tokens import RequestError, chat_record
+from ibke_hf.evaluation.protocol import evaluate_records
+from ibke_hf.evaluation.scores import REPORTED
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[dict[str, Any], str, list[dict[str, Any]]]]:
+    """Run `ibke eval`; return results, what is printed, and rows."""
+
+    def run(*arguments: Any) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        capsys.readouterr()
+        assert main(["eval", *map(str, arguments), "--out", str(out)]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+        assert (out / "rows.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+        return json.loads((out / "results.json").read_text()), printed.out, rows
+
+    return run
+
+
+@pytest.mark.parametrize("editor", ["none", "ft", "grace", "ibke", "mend", None])
+def test_atlas(evaluated: Any, editor: str | None) -> None:
+    results, printed, rows = evaluated("--dataset", "atlas", "--limit", 5, *(["--editor", editor] if editor else []))
+    assert set(results) >= {"overall", "by_criterion", "by_hops", "by_domain", "records", "skipped"}
+    assert set(results["overall"]) >= set(REPORTED)
+    assert results["records"] == len({row["record"] for row in rows}) == 5
+    assert results["settings"]["editor"] == (editor or "ibke")
+    assert (results["overall"]["reliability"] > 60) == (editor != "none")
+    assert results["overall"]["locality"] == 100 or editor != "none"
+    lines = printed.splitlines()
+    assert lines[0] == f"{editor or 'ibke'} on atlas: 5 records, percent"
+    assert lines[1].split() == ["teacher-forced", "generated"]
+    assert lines[2].split() == ["score", "top", "1", "exact", "match", "cases"]
+    numbers = [f"{results['overall'][name]:.1f}" for name in ("generality", "generality_top1", "exact_match")]
+    assert ["generality", *numbers, str(results["cases"]["generality"])] in [line.split() for line in lines]
+    assert re.fullmatch(r"written: \S+results\.json, \S+rows\.jsonl, \S+rows\.html", lines[-1])
+
+
+def test_atlas_scores_are_those_of_the_library(evaluated: Any) -> None:
+    results, _, rows = evaluated("--dataset", "atlas", "--split", "held_out", "--limit", 6, "--sequential", 3)
+    found = evaluate_records(load_editor(), *load_backbone(), load_records("held_out")[:6], sequential=3, progress=False)
+    assert rows == list(found.rows)
+    assert results["overall"]["avg"] == found.summary["avg"]
+
+
+def test_options_reach_the_evaluation(evaluated: Any) -> None:
+    results, printed, rows = evaluated(
+        "--dataset", "atlas", "--editor", "ft", "--limit", 5, "--seed", 3, "--sequential", 2, "--mode", "joint", "--no-generate",
+        "--hops", 2, 3, "--collision-scope", "group", "--locality-match", "string", "--span", "offsets", "--batch-size", 7,
+    )  # fmt: skip
+    wanted = {"seed": 3, "limit": 5, "sequential": 2, "mode": "joint", "generate": False, "hops": [2, 3], "collision_scope": "group",
+              "locality_match": "string", "span": "offsets", "split": None, "chat": False, "model": "ibke-atlas"}  # fmt: skip
+    assert results["settings"].items() >= wanted.items()
+    assert {row["hops"] for row in rows if row["role"] != "reliability"} == {2, 3} & {row["hops"] for row in rows}
+    assert results["overall"]["exact_match"] is None
+    assert results["incomplete_group"] == 1
+    assert "the last group has 1 of 2 requests; it is scored, where UniEdit drops it" in printed
+    assert results["skipped"]["case of other criteria or hops"] > 0
+    assert f"skipped: {results['skipped']['case of other criteria or hops']} × case of other criteria or hops" in printed
+
+
+def test_another_model_with_its_editors(evaluated: Any, store: Path) -> None:  # noqa: F811
+    records = ASSETS / "records" / "test"
+    for editor in ("none", "ft", store / "editor"):
+        results, _, rows = evaluated("--dataset", records, "--model", store / "model", "--editor", editor, "--limit", 2)
+        assert results["settings"]["editor"] == str(editor)
+        assert results["records"] == 2 < len(rows)
+
+
+@pytest.mark.parametrize("editor", ["ft", "ibke"])
+@pytest.mark.parametrize("file", [
+    "counterfact/easyedit_flat_500.json", "counterfact/easyedit_flat_train.json", "counterfact/easyedit_flat_val.json",
+    "counterfact/rome_native_200.json", "mquake/mquake_cf_3k_200.json", "mquake/mquake_hard_200.json",
+    "uniedit/SYNTHETIC_schema_example.json", "zsre/zsre_mend_eval_24.json", "zsre/zsre_mend_train_500.json",
+    "zsre/knowedit_zsre_test_100.json",
+])  # fmt: skip
+def test_native_datasets(evaluated: Any, native_data: Callable[[str], Path], file: str, editor: str) -> None:
+    results, _, rows = evaluated("--dataset", native_data(file), "--editor", editor, "--limit", 4)
+    assert results["records"] == 4
+    assert {row["role"] for row in rows} >= {"reliability", "generality"}
+    assert results["overall"]["locality"] is None or "mquake" not in file
+
+
+def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Run, tmp_path: Path) -> None:  # noqa: F811
+    evaluated("--dataset", "atlas", "--limit", 2, "--editor", "none")
+    line = refused("eval", "--dataset", "atlas", "--limit", 2, "--editor", "none", "--sequential", 2, "--out", tmp_path / "out")
+    assert line.startswith(f"ibke eval: {tmp_path / 'out'}: holds an evaluation of other settings (sequential was 1, now 2); repeat those")
+
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    (["--dataset", "uniedit"], "ibke eval: qizhou/UniEdit: no file or folder"),
+    (["--dataset", "zsre"], "dataset zsre: no Hub dataset is known for it; give the path of a file or folder"),
+    (["--dataset", "atlas", "--split", "train"], "no records; the splits are test, held_out and validation"),
+    (["--dataset", "atlas", "--format", "zsre"], "--format zsre: the records of atlas have one format"),
+    (["--dataset", "atlas", "--domains", "cooking"], "no record is selected"),
+    (["--dataset", "atlas", "--model", "gpt2"],
+     "--editor ibke edits the embedded Atlas model only; for gpt2 give none, ft, rome, t_patcher, lemoe, grace, alphaedit, or"),
+    (["--dataset", "atlas", "--model", "gpt2", "--editor", "mend"], "--editor mend edits the embedded Atlas model only"),
+    (["--dataset", "atlas", "--editor", "./nowhere", "--limit", "1"], "./nowhere: no such folder"),
+    (["--dataset", "atlas", "--chat", "--limit", "1"], "the tokenizer has no chat template; leave the chat option off"),
+    (["--dataset", "./nothing"], "./nothing: no record file here"),
+])  # fmt: skip
+def test_errors_are_one_line(refused: Run, tmp_path: Path, arguments: list[str], what: str) -> None:  # noqa: F811
+    assert what in refused("eval", *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+# --- chat templates -------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_record_asks_everything_through_the_template(tiny_tokenizer: Any) -> None:
+    tokenizer = chatting(tiny_tokenizer)
+    hop = Hop("Oslo lies in", "Norway", "Q1", "P1", "Q2", subject="Oslo")
+    case = EditCase("Who lives there?", "trolls", ("Multi-Hop",), 2, supporting=(hop,), facts=(hop,), name="gen")
+    record = EditRecord("r", "made", "art", (EditRequest("The capital is", "Oslo", "capital"),), (case,), (EditCase(" ", "x"),), (hop,))
+    found = chat_record(tokenizer, record)
+    assert found.requests == (EditRequest("<user>The capital is<|end|><assistant>", "Oslo", "capital"),)
+    assert found.generality[0].prompt == "<user>Who lives there?<|end|><assistant>"
+    assert found.generality[0].supporting[0].prompt == "<user>Oslo lies in<|end|><assistant>"
+    assert found.generality[0].supporting[0].key() == hop.key()
+    assert (found.generality[0].facts, found.edits) == (case.facts, record.edits)
+    assert found.locality[0].prompt == " "  # for the error that names the case
+    with pytest.raises(RequestError, match="no chat template"):
+        chat_record(tiny_tokenizer, record)
+
+
+def chatting(tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = TEMPLATE.removeprefix("{{ bos_token }}")
+    return tokenizer
+
+
+def test_chat_reaches_every_row(evaluated: Any, store: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:  # noqa: F811
+    model = Path(shutil.copytree(store / "model", tmp_path / "model"))
+    chatting(tiny_tokenizer).save_pretrained(model)
+    results, _, rows = evaluated("--dataset", "atlas", "--model", model, "--editor", "none", "--limit", 2, "--chat")
+    assert results["settings"]["chat"] is True
+    assert all(row["prompt"].startswith("<user>") and row["prompt"].endswith("<|end|><assistant>") for row in rows)

@@ -1,0 +1,151 @@
+"""A saved edit is a PEFT LoRA adapter; damaged and foreign files are errors that name file and key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ibke_hf.core.adapter_files import AdapterError, MissingFileError
+from ibke_hf.core.edits import EditInfo, LowRankEdit
+from ibke_hf.core.records import EditRequest
+
+NAMES = {"gpt2": "transformer.h.{i}.mlp.c_proj", "qwen3": "model.layers.{i}.mlp.down_proj"}
+WEIGHTS, CONFIG, INFO = "adapter_model.safetensors", "adapter_config.json", "edit.json"
+
+
+def make_edit(family: str = "qwen3", width: int = 48, ranks: tuple[int, int] = (3, 5)) -> LowRankEdit:
+    generator = torch.Generator().manual_seed(0)
+    names = [NAMES[family].format(i=i) for i in (1, 2)]
+    inputs = {name: torch.randn(1, rank, width, generator=generator) / 7 for name, rank in zip(names, ranks, strict=True)}
+    outputs = {name: torch.randn(1, rank, 32, generator=generator) for name, rank in zip(names, ranks, strict=True)}
+    requests = (EditRequest("Où est Zürich 🏔", "Швейцария", "Zürich"),)
+    info = EditInfo(requests, "IBKE", "tiny", {names[0]: [0.5]}, family == "gpt2", {"f1": 90.0})
+    return LowRankEdit(inputs, outputs, info)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    make_edit().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_an_edit_comes_back_bit_for_bit_with_its_description(saved: Path) -> None:
+    edit, loaded = make_edit(), LowRankEdit.from_pretrained(saved)
+    assert loaded == edit.padded(5)
+    assert loaded.info == edit.info
+    assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS, INFO]
+    truncated = edit.truncate(2)
+    truncated.save_pretrained(saved)
+    assert LowRankEdit.from_pretrained(saved) == truncated
+    assert LowRankEdit.from_pretrained(saved).relative_error == truncated.relative_error
+    edit.save_pretrained(saved, rank=2)
+    assert LowRankEdit.from_pretrained(saved) == truncated
+
+
+@pytest.mark.parametrize("width", [48, 32])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_peft_loads_a_saved_edit_with_the_same_logits(
+    family: str, width: int, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model(family, initializer_range=0.1, **({"n_inner": width} if family == "gpt2" else {"intermediate_size": width}))
+    ids = torch.randint(2, 320, (2, 7), generator=torch.Generator().manual_seed(1))
+    edit = make_edit(family, width)
+    edit.save_pretrained(tmp_path)
+    with torch.no_grad():
+        original = model(ids).logits
+        with edit.attached(model):
+            expected = model(ids).logits
+        adapted = peft.PeftModel.from_pretrained(model, str(tmp_path))(ids).logits
+    assert (expected - original).abs().max() > 0.05
+    torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_any_lora_adapter_of_peft_reads_as_an_edit(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    ids = torch.randint(2, 320, (2, 7), generator=torch.Generator().manual_seed(1))
+    patterns = {"alpha_pattern": {"down_proj": 32}, "rank_pattern": {"1.mlp.down_proj": 2}}
+    settings: list[dict[str, Any]] = [{}, {"use_rslora": True}, patterns]
+    for number, extra in enumerate(settings):
+        model = tiny_model("qwen3", initializer_range=0.1)
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["down_proj", "q_proj"], init_lora_weights=False, **extra)
+        wrapped = peft.get_peft_model(model, config).eval()
+        wrapped.save_pretrained(tmp_path / str(number))
+        with torch.no_grad():
+            expected = wrapped(ids).logits
+            plain = tiny_model("qwen3", initializer_range=0.1)
+            with LowRankEdit.from_pretrained(tmp_path / str(number)).attached(plain):
+                torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_a_description_is_an_edit_too(saved: Path) -> None:
+    (saved / INFO).unlink()
+    assert LowRankEdit.from_pretrained(saved).info == EditInfo(backbone="tiny")
+
+
+def test_missing_and_truncated_files_are_named(saved: Path) -> None:
+    content = (saved / WEIGHTS).read_bytes()
+    for length in (0, 5, 100, len(content) - 1):
+        (saved / WEIGHTS).write_bytes(content[:length])
+        with pytest.raises(AdapterError, match=f"{WEIGHTS}.*not a complete safetensors file"):
+            LowRankEdit.from_pretrained(saved)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(MissingFileError, match=f"no {WEIGHTS}"):
+        LowRankEdit.from_pretrained(saved)
+    with pytest.raises(MissingFileError, match=f"no {CONFIG}"):
+        LowRankEdit.from_pretrained(saved / "nowhere")
+
+
+def test_foreign_weights_are_refused_by_key(saved: Path) -> None:
+    weights = load_file(saved / WEIGHTS)
+    first = next(key for key in weights if key.endswith("lora_A.weight"))
+
+    def refused(changed: dict[str, Tensor], message: str) -> None:
+        save_file(changed, saved / WEIGHTS)
+        with pytest.raises(AdapterError, match=message):
+            LowRankEdit.from_pretrained(saved)
+
+    refused({"wte.weight": torch.ones(3, 3)}, r"key 'wte\.weight' is not a LoRA factor")
+    refused({key: tensor for key, tensor in weights.items() if key != first}, r"layers without both factors: \['model\.layers\.1")
+    refused({**weights, first: torch.full_like(weights[first], float("nan"))}, "lora_A.weight is not finite")
+    refused({}, "holds no tensor")
+    refused({**weights, first: weights[first][:2].clone()}, r"layers\.1\.mlp\.down_proj.*\(1, 2, 48\) and \(1, 5, 32\)")
+
+
+def test_foreign_descriptions_are_refused(saved: Path) -> None:
+    change(saved / CONFIG, use_dora=True)
+    with pytest.raises(AdapterError, match="only plain LoRA"):
+        LowRankEdit.from_pretrained(saved)
+    change(saved / CONFIG, use_dora=False)
+    change(saved / INFO, format_version=2)
+    with pytest.raises(AdapterError, match=r"edit\.json: format 2 is newer than 1; update"):
+        LowRankEdit.from_pretrained(saved)
+    (saved / INFO).write_text('{"format_version": 1}')
+    with pytest.raises(AdapterError, match=r"edit\.json: not the description of an edit .*requests"):
+        LowRankEdit.from_pretrained(saved)
+    for path, text in ((saved / INFO, '{"requests'), (saved / CONFIG, "[]")):
+        path.write_text(text)
+        with pytest.raises(AdapterError, match=path.name):
+            LowRankEdit.from_pretrained(saved)
+
+
+def test_a_failed_save_leaves_the_old_edit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ibke_hf.core.adapter_files.json.dumps", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_edit(ranks=(1, 1)).save_pretrained(saved)
+    assert LowRankEdit.from_pretrained(saved) == make_edit().padded(5)
+    assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS, INFO]

@@ -1,0 +1,261 @@
+"""Finding the FFN output projections of many families, and reading weights in their own orientation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from ibke_hf.core.configuration_ibke import PRESET_DIMENSIONS, PRESETS
+from ibke_hf.core.layers import (
+    BackboneError,
+    add_to_weight,
+    device_of,
+    dimensions,
+    find_ffn_output,
+    input_device,
+    is_projection,
+    is_transposed,
+    layers_to_edit,
+    modules_to_edit,
+    named_projections,
+    number_of_layers,
+    plain_name,
+    weight_of,
+)
+
+WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0, "vocab_size": 64}
+FFN_OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("transformer.h.{i}.mlp.dense_4h_to_h", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "pad_token_id": 0}),
+    "falcon": ("transformer.h.{i}.mlp.dense_4h_to_h", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}),
+    "gemma3_text": ("model.layers.{i}.mlp.down_proj", {**WIDE, "head_dim": 16}),
+    "gpt_neo": ("transformer.h.{i}.mlp.c_proj", {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48,
+                                                 "attention_types": [[["global", "local"], 1]]}),
+    "gpt_neox": ("gpt_neox.layers.{i}.mlp.dense_4h_to_h", WIDE),
+    "mistral": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_key_value_heads": 1}),
+    "mpt": ("transformer.blocks.{i}.ffn.down_proj", {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 64}),
+    "olmo2": ("model.layers.{i}.mlp.down_proj", WIDE),
+    "opt": ("model.decoder.layers.{i}.fc2", {**WIDE, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "phi": ("model.layers.{i}.mlp.fc2", WIDE),
+    "phi3": ("model.layers.{i}.mlp.down_proj", WIDE),
+    "qwen2": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_key_value_heads": 1}),
+    "starcoder2": ("model.layers.{i}.mlp.c_proj", {**WIDE, "num_key_value_heads": 1}),
+    # hybrids: a block mixes tokens by attention or by a convolution with a state, and neither is its FFN
+    "jamba": ("model.layers.{i}.feed_forward.down_proj", {**WIDE, "num_experts": 1, "num_key_value_heads": 1, "use_mamba_kernels": False}),
+    "lfm2": ("model.layers.{i}.feed_forward.w2", {**WIDE, "num_key_value_heads": 1}),
+    "olmo_hybrid": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_hidden_layers": 4}),
+    "qwen3_5_text": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 16}),
+    "recurrent_gemma": ("model.layers.{i}.mlp_block.down_proj", {**WIDE, "num_hidden_layers": 3, "num_key_value_heads": 1}),
+}  # fmt: skip
+
+
+def on_meta(family: str, **config: Any) -> Any:
+    """A model without memory, as wide as we like."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "template"), [
+    ("gpt2", "transformer.h.{i}.mlp.c_proj"), ("gptj", "transformer.h.{i}.mlp.fc_out"), ("qwen3", "model.layers.{i}.mlp.down_proj"),
+    ("llama", "model.layers.{i}.mlp.down_proj"), ("gemma", "model.layers.{i}.mlp.down_proj"),
+])  # fmt: skip
+def test_the_ffn_output_of_the_papers_families(tiny_model: Callable[..., Any], family: str, template: str) -> None:
+    model = tiny_model(family)
+    assert find_ffn_output(model) == template
+    modules = modules_to_edit(model, [template.format(i=i) for i in (2, 0)])
+    assert list(modules) == [template.format(i=2), template.format(i=0)]
+    for name, module in modules.items():
+        assert dimensions(module) == (48, 32)
+        assert module is model.get_submodule(name)
+        assert is_transposed(module) == (family == "gpt2")
+
+
+@pytest.mark.parametrize("family", FFN_OUTPUTS)
+def test_the_ffn_output_is_found_by_structure(family: str) -> None:
+    template, config = FFN_OUTPUTS[family]
+    model = on_meta(family, **config)
+    assert find_ffn_output(model) == template
+    names = [template.format(i=i) for i in range(number_of_layers(model))]
+    assert all(dimensions(module)[1] == 32 for module in modules_to_edit(model, names).values())
+
+
+@pytest.mark.parametrize(("family", "inner"), [("gpt2", "n_inner"), ("qwen3", "intermediate_size")])
+def test_square_ffns_are_found_too(tiny_model: Callable[..., Any], family: str, inner: str) -> None:
+    assert find_ffn_output(tiny_model(family, **{inner: 32})) == find_ffn_output(tiny_model(family))
+
+
+@pytest.mark.parametrize("backbone", PRESETS)
+def test_presets_resolve_on_models_of_the_same_architecture(backbone: str) -> None:
+    family = {"openai-community/gpt2-xl": "gpt2", "EleutherAI/gpt-j-6b": "gptj"}.get(backbone, "qwen3")
+    widths = {"openai-community/gpt2-xl": {"n_embd": 1600, "n_layer": 18, "n_head": 25}, "EleutherAI/gpt-j-6b": {"n_layer": 9},
+              "Qwen/Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 9},
+              "Qwen/Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 9}}[backbone]  # fmt: skip
+    model, preset = on_meta(family, **widths), PRESETS[backbone]
+    assert find_ffn_output(model) == preset["edited_modules"]
+    template, layers = layers_to_edit(model, preset["edited_layers"], preset["edited_modules"])
+    modules = modules_to_edit(model, [template.format(i=i) for i in layers])
+    assert [dimensions(module) for module in modules.values()] == [PRESET_DIMENSIONS[backbone]] * 3
+
+
+@pytest.mark.parametrize(("family", "config", "found"), [
+    ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "0 candidates for the FFN output projection (none)"),
+    ("mixtral", {**WIDE, "num_local_experts": 2, "num_key_value_heads": 1}, "0 candidates for the FFN output projection (none)"),
+    ("qwen2_moe", {**WIDE, "num_experts": 2, "num_key_value_heads": 1, "mlp_only_layers": [0], "moe_intermediate_size": 16},
+     "2 candidates for the FFN output projection (model.layers.{i}.mlp.down_proj, model.layers.{i}.mlp.shared_expert.down_proj)"),
+])  # fmt: skip
+def test_an_ambiguous_ffn_output_is_refused_with_candidates(family: str, config: dict[str, Any], found: str) -> None:
+    model = on_meta(family, **config)
+    with pytest.raises(BackboneError) as caught:
+        find_ffn_output(model)
+    assert str(caught.value).startswith(f"{type(model).__name__}: {found}; name the one to edit, such as edited_modules=")
+
+
+def test_a_long_list_of_candidates_is_cut(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32)) for _ in range(30))
+    with pytest.raises(BackboneError, match=r"31 candidates .*experts.14.1 and 15 more\)"):
+        find_ffn_output(model)
+
+
+def test_an_unknown_layer_is_refused_with_what_there_is(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(BackboneError) as caught:
+        modules_to_edit(model, ["transformer.h.1.mlp.c_proj", "transformer.h.1.mlp.down_proj"])
+    assert str(caught.value) == (
+        "GPT2LMHeadModel has no linear layer named 'transformer.h.1.mlp.down_proj'; its linear layers are lm_head, "
+        "transformer.h.{i}.attn.c_attn, transformer.h.{i}.attn.c_proj, transformer.h.{i}.mlp.c_fc, transformer.h.{i}.mlp.c_proj"
+    )
+
+
+def test_a_layer_that_is_too_high_is_refused_with_the_range(tiny_model: Callable[..., Any]) -> None:
+    with pytest.raises(BackboneError) as caught:
+        modules_to_edit(tiny_model("gpt2"), ["transformer.h.9.mlp.c_proj"])
+    assert str(caught.value).endswith("named 'transformer.h.9.mlp.c_proj'; it has transformer.h.{i}.mlp.c_proj for i = 0, 1, 2, 3")
+
+
+# --- which layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(1, [0]), (2, [0, 1]), (3, [0, 1]), (4, [0, 1, 2]), (6, [1, 2, 3]), (28, [12, 13, 14])])
+def test_the_default_is_three_layers_before_the_middle(tiny_model: Callable[..., Any], depth: int, layers: list[int]) -> None:
+    assert layers_to_edit(tiny_model("qwen3", num_hidden_layers=depth)) == ("model.layers.{i}.mlp.down_proj", layers)
+
+
+@pytest.mark.parametrize(("layers", "what"), [
+    ([4], r"between 0 and 3 for this backbone, found \[4\]"), ([-1], r"between 0 and 3"), ([], r"between 0 and 3 .* found \[\]"),
+    ([1, 2, 1], r"layers must differ, found \[1, 2, 1\]"),
+])  # fmt: skip
+def test_layers_that_cannot_be_edited_are_refused(tiny_model: Callable[..., Any], layers: list[int], what: str) -> None:
+    with pytest.raises(BackboneError, match=what):
+        layers_to_edit(tiny_model("qwen3"), layers)
+
+
+def test_a_name_without_a_place_for_the_layer_is_refused(tiny_model: Callable[..., Any]) -> None:
+    with pytest.raises(BackboneError, match=r"edited_modules must contain \{i\}.*found 'model.layers.3.mlp.down_proj'"):
+        layers_to_edit(tiny_model("qwen3"), [3], "model.layers.3.mlp.down_proj")
+
+
+# --- wrapped models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "plain"), [
+    ("transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_proj"), ("_orig_mod.model.layers.0.mlp", "model.layers.0.mlp"),
+    ("base_model.model.model.layers.0.mlp", "model.layers.0.mlp"), ("_orig_mod.base_model.model.model.layers.0", "model.layers.0"),
+    ("module._orig_mod.model.layers.0", "model.layers.0"), ("model.layers.0._orig_mod.mlp", "model.layers.0.mlp"),
+    ("_orig_mod.module.base_model.model.transformer", "transformer"),
+    ("model.my_module.layers.0", "model.my_module.layers.0"), ("model.module.layers.0", "model.module.layers.0"), ("", ""),
+])  # fmt: skip
+def test_wrappers_are_stripped_from_names(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("wrap", ["compile", "peft", "peft and compile", "one block compiled", "data parallel"])
+def test_wrapped_models_keep_their_names(tiny_model: Callable[..., Any], family: str, wrap: str) -> None:
+    plain = tiny_model(family)
+    wanted, template = named_projections(plain), find_ffn_output(plain)
+    model: Any = plain
+    if "peft" in wrap:
+        peft = pytest.importorskip("peft")
+        targets = ["c_proj", "c_attn"] if family == "gpt2" else ["down_proj", "q_proj"]
+        config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2")
+        model = peft.get_peft_model(model, config)
+    if wrap == "one block compiled":
+        blocks = model.get_submodule(template.partition(".{i}")[0])
+        blocks[1] = torch.compile(blocks[1])
+    elif "compile" in wrap:
+        model = torch.compile(model)
+    if wrap == "data parallel":
+        model = nn.DataParallel(model)
+        model.config = plain.config
+    found = named_projections(model)
+    assert set(found) == set(wanted)
+    assert find_ffn_output(model) == template
+    for name, module in modules_to_edit(model, [template.format(i=1)]).items():
+        assert dimensions(module) == dimensions(wanted[name]) == (48, 32)
+        assert weight_of(module) is weight_of(wanted[name])  # a PEFT layer stands for the layer that it wraps
+        assert is_transposed(module) == (family == "gpt2")
+    if wrap != "data parallel":
+        assert input_device(model) == torch.device("cpu")
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize(("d_in", "d_out"), [(6, 6), (6, 4), (4, 6)])
+def test_updates_are_added_in_the_layers_own_orientation(kind: type, d_in: int, d_out: int) -> None:
+    torch.manual_seed(0)
+    layer = Conv1D(d_out, d_in) if kind is Conv1D else nn.Linear(d_in, d_out)
+    assert is_projection(layer)
+    assert dimensions(layer) == (d_in, d_out)
+    x, update = torch.randn(3, d_in), torch.randn(d_in, d_out)
+    with torch.no_grad():
+        wanted = layer(x) + x @ update
+        add_to_weight(layer, update)
+        torch.testing.assert_close(layer(x), wanted)
+
+
+def test_updates_of_16_bit_weights_are_summed_in_fp32() -> None:
+    layer = nn.Linear(4, 3).to(torch.bfloat16)
+    wanted = (layer.weight.float() + 1e-3).to(torch.bfloat16)
+    add_to_weight(layer, torch.full((4, 3), 1e-3))
+    assert torch.equal(layer.weight, wanted)
+
+
+class Quantised(nn.Module):
+    """Like the layers of quantisers: widths, and a weight of bytes in a buffer or a parameter."""
+
+    def __init__(self, weight: torch.Tensor, parameter: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        if parameter:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            self.register_buffer("qweight", weight)
+
+
+@pytest.mark.parametrize("layer", [
+    Quantised(torch.zeros(3, 4, dtype=torch.uint8), parameter=False), Quantised(torch.zeros(3, 4, dtype=torch.int8), parameter=True),
+    Quantised(torch.zeros(3, 4).to(torch.float8_e4m3fn), parameter=True),
+])  # fmt: skip
+def test_quantised_layers_are_found_and_take_no_merged_edit(layer: Quantised) -> None:
+    assert is_projection(layer)
+    assert dimensions(layer) == (4, 3)
+    assert device_of(layer) == torch.device("cpu")
+    with pytest.raises(BackboneError, match="a quantised weight cannot take a merged edit; attach the edit"):
+        add_to_weight(layer, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.Embedding(3, 4), nn.Conv1d(4, 4, 1), nn.ReLU()])
+def test_other_modules_are_no_projections(module: nn.Module) -> None:
+    assert not is_projection(module)

@@ -1,0 +1,66 @@
+"""What the tests of GRACE, T-Patcher, LEMoE and SERAC share: requests, a model with its edit, and what every edit must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ibke_hf.core.capture import target_logits
+from ibke_hf.core.edits import Edit
+from ibke_hf.core.records import EditRequest
+from ibke_hf.core.tokens import IGNORED, encode_requests
+
+FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
+REQUESTS = (
+    EditRequest("The capital of France is", "Rome"),
+    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
+    EditRequest("An oak is", "metal"),
+)
+
+
+def hits(model: Any, tokenizer: Any, edit: Any, requests: Any = REQUESTS) -> list[bool]:
+    """Tell for each request whether every token of its target is the top-1 prediction."""
+    batch = encode_requests(tokenizer, requests)
+    with torch.no_grad(), edit.attached(model):
+        logits, labels = target_logits(model, batch)
+    return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(-1).tolist()
+
+
+def edited(model: Any, tokenizer: Any, make: Callable[[], Edit], asked: Any = REQUESTS) -> SimpleNamespace:
+    """A model, what it was and said before, and an edit of it that `make` makes."""
+    batch = encode_requests(tokenizer, asked)
+    with torch.no_grad():
+        logits = target_logits(model, batch)[0]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return SimpleNamespace(model=model, batch=batch, logits=logits, weights=weights, edit=make())
+
+
+def require_answers_and_no_trace(made: SimpleNamespace, tokenizer: Any) -> None:
+    """The edit answers all of `REQUESTS`; the model is bit for bit what it was."""
+    assert isinstance(made.edit, Edit)
+    assert len(made.edit) == 1
+    assert hits(made.model, tokenizer, made.edit) == [True] * len(REQUESTS)
+    assert made.edit.info.requests == REQUESTS
+    assert all(torch.equal(made.weights[name], tensor) for name, tensor in made.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+    assert not any(module._forward_hooks for module in made.model.modules())
+    with torch.no_grad():
+        assert torch.equal(target_logits(made.model, made.batch)[0], made.logits)
+
+
+def require_generation(model: Any, tokenizer: Any, edit: Any) -> Any:
+    """Independent edits of `REQUESTS` answer in generation with a cache, and in beam search; returns the tokenised prompts."""
+    prompts = tokenizer([request.prompt for request in REQUESTS], return_tensors="pt", padding=True, padding_side="left")
+    prompts.pop("token_type_ids", None)
+    targets = [tokenizer(f" {request.target}")["input_ids"] for request in REQUESTS]
+    with edit.attached(model):
+        made = model.generate(**prompts, max_new_tokens=max(map(len, targets)), do_sample=False, pad_token_id=1)
+    for row, target in enumerate(targets):
+        assert made[row, prompts["input_ids"].shape[1] :].tolist()[: len(target)] == target
+    with edit.attached(model, rows=torch.arange(len(REQUESTS)).repeat_interleave(2)):
+        made = model.generate(**prompts, max_new_tokens=1, do_sample=False, num_beams=2, pad_token_id=1)
+    assert [row[-1] for row in made.tolist()] == [target[0] for target in targets]
+    return prompts
