@@ -18,11 +18,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Edit": "core.edits", "EditCase": "core.records", "EditRecord": "core.records", "EditRequest": "core.records", "IBKEConfig": "core.configuration_ibke",
-    "IBKEEditor": "core.modeling_ibke", "IBKETrainer": "training.trainer", "IBKETrainingArguments": "training.trainer", "LowRankEdit": "core.edits",
-}  # fmt: skip
-__all__ = ["Edit", "EditCase", "EditRecord", "EditRequest", "IBKEConfig", "IBKEEditor", "IBKETrainer", "IBKETrainingArguments",
-           "LowRankEdit", "__version__"]  # fmt: skip
+    "Edit": "core.edits",
+    "EditCase": "core.records",
+    "EditRecord": "core.records",
+    "EditRequest": "core.records",
+    "IBKEConfig": "core.configuration_ibke",
+    "IBKEEditor": "core.modeling_ibke",
+    "IBKETrainer": "training.trainer",
+    "IBKETrainingArguments": "training.trainer",
+    "LowRankEdit": "core.edits",
+}
+__all__ = [
+    "Edit",
+    "EditCase",
+    "EditRecord",
+    "EditRequest",
+    "IBKEConfig",
+    "IBKEEditor",
+    "IBKETrainer",
+    "IBKETrainingArguments",
+    "LowRankEdit",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

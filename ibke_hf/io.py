@@ -37,7 +37,9 @@ def write_text(file: str | Path, text: str, *, newline: str | None = None) -> No
         temporary.write_text(text, encoding="utf-8", newline=newline)
 
 
-def write_json(file: str | Path, value: Any, *, indent: int | None = 1, compact: bool = False, ensure_ascii: bool = True) -> None:
+def write_json(
+    file: str | Path, value: Any, *, indent: int | None = 1, compact: bool = False, ensure_ascii: bool = True
+) -> None:
     """Write a JSON value, whole or not at all.
 
     Raises:

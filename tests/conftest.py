@@ -14,7 +14,9 @@ from loopback_hub import HUB, TOKEN, LoopbackHub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # frozen when the client is imported: no test can reach the Hub itself
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # removed at the end: what tests read is not kept in the user's cache
+os.environ["HF_DATASETS_CACHE"] = (
+    tempfile.mkdtemp()
+)  # removed at the end: what tests read is not kept in the user's cache
 
 import pytest
 import torch
@@ -28,21 +30,44 @@ if os.environ.get("CI") and "site-packages" not in str(ibke_hf.__file__):
     raise RuntimeError(f"CI must test the installed wheel, found {ibke_hf.__file__}")
 
 WORDS = (
-    "The capital of France is Paris and London lies on the river Thames in England. Marie Curie was born in Warsaw, Poland, "
-    "and worked in physics and chemistry. Berlin, Rome, Madrid, Lisbon, Vienna and Oslo are cities in Europe. A sparrow is a bird, "
-    "an oak is a tree, iron is a metal; the author of the book wrote it in the language of the country. Yes or No: the answer is Yes. "
+    "The capital of France is Paris and London lies on the river Thames in England. Marie Curie was born in "
+    "Warsaw, Poland, "
+    "and worked in physics and chemistry. Berlin, Rome, Madrid, Lisbon, Vienna and Oslo are cities in Europe. A "
+    "sparrow is a bird, "
+    "an oak is a tree, iron is a metal; the author of the book wrote it in the language of the country. Yes or "
+    "No: the answer is Yes. "
 )
 VOCABULARY = 320
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 2, "n_positions": 128, "n_inner": 48},
     "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 2, "n_positions": 128, "n_inner": 48, "rotary_dim": 8},
-    "qwen3": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
-              "head_dim": 16, "max_position_embeddings": 128},
-    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
-              "max_position_embeddings": 128},
-    "gemma": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
-              "head_dim": 16, "max_position_embeddings": 128},
-}  # fmt: skip
+    "qwen3": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+    },
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+    },
+    "gemma": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+    },
+}
 
 
 def pytest_unconfigure() -> None:
@@ -70,10 +95,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|end|>", "<|pad|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>", "<|pad|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([WORDS], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
+    )
 
 
 @pytest.fixture(scope="session")
@@ -84,10 +115,18 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     """
 
     def build(family: str = "qwen3", seed: int = 0, **config: Any) -> PreTrainedModel:
-        settings = {"vocab_size": VOCABULARY, "initializer_range": 0.25, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+        settings = {
+            "vocab_size": VOCABULARY,
+            "initializer_range": 0.25,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+        }
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, **FAMILIES[family], **config})).eval()
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(family, **{**settings, **FAMILIES[family], **config})
+            ).eval()
 
     return build
 

@@ -43,10 +43,11 @@ class Question:
     """One prompt that is asked before and after an edit.
 
     Attributes:
-        role: ``"request"`` (judges reliability), ``"rephrase"`` and ``"consequence"`` (generality), ``"neighbour"`` (locality),
-            ``"question"`` (judges nothing).
+        role: ``"request"`` (judges reliability), ``"rephrase"`` and ``"consequence"`` (generality), ``"neighbour"``
+            (locality), ``"question"`` (judges nothing).
         prompt: What is asked.
-        answers: Spellings of the right answer; a neighbour's right answer is the one from before, these only say how long it is.
+        answers: Spellings of the right answer; a neighbour's right answer is the one from before, these only say how
+            long it is.
     """
 
     role: Role
@@ -57,7 +58,9 @@ class Question:
 # --- which questions ----------------------------------------------------------------------------------------------
 
 
-def questions_of(request: EditRequest, rephrasings: str = "", consequences: str = "", neighbours: str = "") -> tuple[Question, ...]:
+def questions_of(
+    request: EditRequest, rephrasings: str = "", consequences: str = "", neighbours: str = ""
+) -> tuple[Question, ...]:
     """Read typed questions, one a line: ``prompt`` or ``prompt -> answer``, other spellings of the answer after a ``|``.
 
     A rephrasing without an answer is to be answered as the request is; a consequence without one is not judged.
@@ -66,12 +69,19 @@ def questions_of(request: EditRequest, rephrasings: str = "", consequences: str 
         RequestError: If a line is an arrow without a prompt, or there are too many.
     """
     made = [Question("request", request.prompt, (request.target,))]
-    typed: tuple[tuple[Role, str], ...] = (("rephrase", rephrasings), ("consequence", consequences), ("neighbour", neighbours))
+    typed: tuple[tuple[Role, str], ...] = (
+        ("rephrase", rephrasings),
+        ("consequence", consequences),
+        ("neighbour", neighbours),
+    )
     for role, text in typed:
         for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
             made.append(_question(role, line, f"{role} {number}", (request.target,) if role == "rephrase" else ()))
     if len(made) > MAX_QUESTIONS:
-        raise RequestError(f"{len(made) - 1} questions are more than the {MAX_QUESTIONS - 1} that can be asked at once; leave some out")
+        raise RequestError(
+            f"{len(made) - 1} questions are more than the {MAX_QUESTIONS - 1} that can be asked at once; leave "
+            f"some out"
+        )
     return tuple(made)
 
 
@@ -89,7 +99,9 @@ def _parts(line: str) -> tuple[str, str]:
 def _question(role: Role, line: str, name: str, default: tuple[str, ...]) -> Question:
     prompt, stated = _parts(line)
     if not prompt:
-        raise RequestError(f"{name}: nothing is asked before the arrow ({line.strip()!r}); write it as: prompt -> answer")
+        raise RequestError(
+            f"{name}: nothing is asked before the arrow ({line.strip()!r}); write it as: prompt -> answer"
+        )
     return Question(role, prompt, tuple(name.strip() for name in stated.split("|") if name.strip()) or default)
 
 
@@ -131,11 +143,15 @@ def require_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *answers: str,
     """
     for text in (prompt, *answers):
         if len(text) > MAX_CHARACTERS:
-            raise RequestError(f"{name}: {len(text)} characters are more than the {MAX_CHARACTERS} allowed here; shorten it")
+            raise RequestError(
+                f"{name}: {len(text)} characters are more than the {MAX_CHARACTERS} allowed here; shorten it"
+            )
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError(f"{name}: the text holds half of a character (a lone surrogate); type it again")
     if room is not None and (found := len(encode_prompt(tokenizer, prompt))) > room:
-        raise RequestError(f"{name}: {found} tokens leave no room for an answer in the model's context, {room} would; shorten it")
+        raise RequestError(
+            f"{name}: {found} tokens leave no room for an answer in the model's context, {room} would; shorten it"
+        )
 
 
 def _room(model: Any, tokenizer: PreTrainedTokenizerBase, question: Question) -> int | None:
@@ -146,7 +162,9 @@ def _room(model: Any, tokenizer: PreTrainedTokenizerBase, question: Question) ->
 def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
     if not question.answers:
         return TOKENS_WITHOUT_ANSWER
-    return max(len(tokenizer(with_leading_space(name), add_special_tokens=False)["input_ids"]) for name in question.answers)
+    return max(
+        len(tokenizer(with_leading_space(name), add_special_tokens=False)["input_ids"]) for name in question.answers
+    )
 
 
 # --- before and after ---------------------------------------------------------------------------------------------
@@ -154,7 +172,7 @@ def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> in
 
 def compare_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], edit: Edit | None
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Ask questions of a model without and with an edit, within this very call.
 
     Args:
@@ -164,16 +182,23 @@ def compare_answers(
         edit: The edit; None for none.
 
     Returns:
-        A row for each question: ``role``, ``prompt``, ``answers``, the readings ``before`` and ``after``, and ``right``: whether
-        the answer is one of the answers, or for a neighbour the one from before; None where nothing says what is right.
+        A row for each question: ``role``, ``prompt``, ``answers``, the readings ``before`` and ``after``, and
+        ``right``: whether the answer is one of the answers, or for a neighbour the one from before; None where nothing
+        says what is right.
     """
     before = read_answers(model, tokenizer, questions)
     after = read_answers(model, tokenizer, questions, edit) if edit is not None else before
     return [
-        {"role": question.role, "prompt": question.prompt, "answers": list(question.answers), "before": old, "after": new,
-         "right": is_right(question, old["answer"], new["answer"])}
+        {
+            "role": question.role,
+            "prompt": question.prompt,
+            "answers": list(question.answers),
+            "before": old,
+            "after": new,
+            "right": is_right(question, old["answer"], new["answer"]),
+        }
         for question, old, new in zip(questions, before, after, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def is_right(question: Question, before: str, after: str) -> bool | None:
@@ -186,7 +211,7 @@ def is_right(question: Question, before: str, after: str) -> bool | None:
 @torch.no_grad()
 def read_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], edit: Edit | None = None
-) -> list[Reading]:  # fmt: skip
+) -> list[Reading]:
     """Return for each question the greedy ``answer`` and the ``top`` five next tokens with their probabilities."""
 
     def attach(model: Any, _: Sequence[int]) -> AbstractContextManager[Any]:
@@ -197,11 +222,16 @@ def read_answers(
     tops: list[list[tuple[str, float]]] = []
     for start in range(0, len(questions), BATCH):
         prompts = [encode_prompt(tokenizer, question.prompt) for question in questions[start : start + BATCH]]
-        batch = pad_and_label([([*ids, 0], len(ids)) for ids in prompts])  # a last token stands for the answer, and is not fed
+        batch = pad_and_label(
+            [([*ids, 0], len(ids)) for ids in prompts]
+        )  # a last token stands for the answer, and is not fed
         with attach(model, ()):
             probabilities = target_logits(model, batch)[0][:, -1].float().softmax(-1)
         values, indices = (t.tolist() for t in probabilities.topk(min(BEST, probabilities.shape[-1])))
-        tops += [[(str(tokenizer.decode([i])), p) for i, p in zip(row, ps, strict=True)] for row, ps in zip(indices, values, strict=True)]
+        tops += [
+            [(str(tokenizer.decode([i])), p) for i, p in zip(row, ps, strict=True)]
+            for row, ps in zip(indices, values, strict=True)
+        ]
     return [{"answer": _first_line(texts[i]), "top": top} for i, top in enumerate(tops)]
 
 
@@ -215,7 +245,7 @@ def _first_line(text: str) -> str:
 @torch.no_grad()
 def scale_factors(
     editor: Any, model: Any, tokenizer: PreTrainedTokenizerBase, request: EditRequest, previous: Edit | None = None
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """Return the scale factor σ(W_s s̃) of each token of a request at each edited layer (Eq. 32), between 0 and 1.
 
     Args:
@@ -226,8 +256,8 @@ def scale_factors(
         previous: The edit that the model carries already.
 
     Returns:
-        ``tokens``, the l_e texts that were read (the last target token is not); ``judged``, whether the token after each is part
-        of the target; ``layers``, l_e values by module name.
+        ``tokens``, the l_e texts that were read (the last target token is not); ``judged``, whether the token after
+        each is part of the target; ``layers``, l_e values by module name.
     """
     if not hasattr(editor, "capture"):
         return None
@@ -237,9 +267,10 @@ def scale_factors(
         return None
     values = [torch.sigmoid(factors.gates[0].float()).tolist() for factors in adapted]
     return {
-        "tokens": token_texts(tokenizer, batch.input_ids[0].tolist()), "judged": (batch.labels[0] != IGNORED).tolist(),
+        "tokens": token_texts(tokenizer, batch.input_ids[0].tolist()),
+        "judged": (batch.labels[0] != IGNORED).tolist(),
         "layers": dict(zip(editor.config.module_names(), values, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -41,13 +40,18 @@ def run_demo(*, json_file: str | Path | None = None, records: int = 100) -> dict
     for kind, record in example_records(lambda prompt: answer(model, tokenizer, prompt)).items():
         show_example(kind, record, model, tokenizer, editors["ibke"])
     report: dict[str, Any] = measure_cost(model, tokenizer, editors["ibke"])
-    print(f"one edit takes {report['edit_seconds'] * 1e3:.0f} ms, one plain forward of the same text "
-          f"{report['forward_seconds'] * 1e3:.0f} ms; the saved edit has {report['edit_bytes'] / 1e3:.0f} kB\n")  # fmt: skip
+    print(
+        f"one edit takes {report['edit_seconds'] * 1e3:.0f} ms, one plain forward of the same text "
+        f"{report['forward_seconds'] * 1e3:.0f} ms; the saved edit has {report['edit_bytes'] / 1e3:.0f} kB\n"
+    )
     sets = {split: load_records(split)[: records or None] for split in SPLITS}
     report["records"] = {split: len(chosen) for split, chosen in sets.items()}
     report["editors"] = compare_editors(editors, model, tokenizer, sets)
     for split in SPLITS:
-        print_table(f"{split}: {report['records'][split]} records, percent", {name: report["editors"][name][split] for name in editors})
+        print_table(
+            f"{split}: {report['records'][split]} records, percent",
+            {name: report["editors"][name][split] for name in editors},
+        )
     print(f"{time.monotonic() - started:.0f} s in total")
     if json_file:
         write_json(json_file, report, indent=2)
@@ -64,7 +68,9 @@ def example_records(ask: Callable[[str], str], generality: int = 6, locality: in
     for kind, relation in EXAMPLES.items():
         builder = RecordBuilder(split.taught, split.world, seed=0, generality=generality, locality=locality)
         triples = (split.counterfactual if kind == "counterfactual" else split.unknown)["test"]
-        triples = sorted(triples, key=lambda t: (t.relation != relation, -len(split.taught.by_object.get(t.subject, ()))))
+        triples = sorted(
+            triples, key=lambda t: (t.relation != relation, -len(split.taught.by_object.get(t.subject, ())))
+        )
         make = builder.counterfactual if kind == "counterfactual" else builder.unknown
         rich = (record for t in triples if (record := make(t)) is not None and len(record["generality"]) >= 4)
         chosen = next(record for record in rich if ask(record["edit"]["prompt"]) != record["edit"]["target"])
@@ -76,8 +82,10 @@ def show_example(kind: str, record: EditRecord, model: Any, tokenizer: Any, edit
     """Print greedy answers before and after one edit, to the request, its consequences and its neighbours."""
     request = record.requests[0]
     edit = editor.edit(model, tokenizer, [request])
-    print(f"{'a counterfactual edit' if kind == 'counterfactual' else 'an edit that states an unknown fact'}: "
-          f"{request.prompt} -> {request.target}")  # fmt: skip
+    print(
+        f"{'a counterfactual edit' if kind == 'counterfactual' else 'an edit that states an unknown fact'}: "
+        f"{request.prompt} -> {request.target}"
+    )
     cases: list[tuple[str, str, tuple[str, ...]]] = [("edit", request.prompt, (request.target,))]
     cases += [("should follow", case.prompt, (case.target, *case.aliases)) for case in record.generality]
     cases += [("should stay", case.prompt, ()) for case in record.locality]
@@ -103,8 +111,11 @@ def measure_cost(model: Any, tokenizer: Any, editor: Any, repeats: int = 9) -> d
     def forward() -> None:
         model(input_ids=ids)
 
-    return {"edit_seconds": _median(lambda: editor.edit(model, tokenizer, [request]), repeats),
-            "forward_seconds": _median(forward, repeats), "edit_bytes": size}  # fmt: skip
+    return {
+        "edit_seconds": _median(lambda: editor.edit(model, tokenizer, [request]), repeats),
+        "forward_seconds": _median(forward, repeats),
+        "edit_bytes": size,
+    }
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:

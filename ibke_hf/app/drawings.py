@@ -1,6 +1,7 @@
 """Rows and arrays -> figures, as HTML that needs nothing but the style sheet; never runs a model.
 
-Every text that comes from outside is escaped. Colours and sizes are in ``app.css``; a figure says what it means, in words too.
+Every text that comes from outside is escaped. Colours and sizes are in ``app.css``; a figure says what it means, in
+words too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def comparison_figure(rows: Sequence[Row]) -> str:
         if members:
             cards = "".join(map(answer_card, members))
             groups.append(
-                f'<section class="ibke-group ibke-{score}"><h3>{title} {tally(members, score)}</h3><p class="ibke-faint">{meaning}</p>'
+                f'<section class="ibke-group ibke-{score}"><h3>{title} {tally(members, score)}</h3><p '
+                f'class="ibke-faint">{meaning}</p>'
                 f'<div class="ibke-cards">{cards}</div></section>'
             )
     return f'<div class="ibke-groups">{"".join(groups)}</div>'
@@ -49,9 +51,11 @@ def answer_card(row: Row) -> str:
     kind, _ = MARKS[row["right"]]
     before, after = (_shown(row[side]["answer"]) for side in ("before", "after"))
     stays = row["before"]["answer"] == row["after"]["answer"]
-    said = f'<b>{after}</b> <span class="ibke-faint">as before</span>' if stays else f'<s>{before}</s> → <b>{after}</b>'
+    said = (
+        f'<b>{after}</b> <span class="ibke-faint">as before</span>' if stays else f"<s>{before}</s> → <b>{after}</b>"
+    )
     bars = "".join(
-        f'<div><h5>{title}</h5>{bar_chart(row[side]["top"], marked=row["answers"] if row["role"] != "neighbour" else ())}</div>'
+        f"<div><h5>{title}</h5>{bar_chart(row[side]['top'], marked=row['answers'] if row['role'] != 'neighbour' else ())}</div>"
         for side, title in (("before", "before"), ("after", "after"))
     )
     name = TAGS.get(row["role"], "")
@@ -148,8 +152,10 @@ def editors_figure(columns: Mapping[str, Mapping[str, Any]]) -> str:
     body = []
     for i, row in enumerate(first):
         cells = "".join(_answer_cell(column["rows"][i]) for column in columns.values())
-        question = f'<th scope="row">{escape(row["prompt"])} <span class="ibke-tag">{TAGS.get(row["role"], "")}</span></th>'
-        body.append(f'<tr>{question}<td>{_shown(row["before"]["answer"])}</td>{cells}</tr>')
+        question = (
+            f'<th scope="row">{escape(row["prompt"])} <span class="ibke-tag">{TAGS.get(row["role"], "")}</span></th>'
+        )
+        body.append(f"<tr>{question}<td>{_shown(row['before']['answer'])}</td>{cells}</tr>")
     sums = "".join(f"<td>{_cost(column)}</td>" for column in columns.values())
     return (
         f'<table class="ibke-editors"><thead><tr><th>question</th><th>untouched</th>{head}</tr></thead><tbody>{"".join(body)}'
@@ -163,8 +169,10 @@ def _answer_cell(row: Row) -> str:
 
 
 def _cost(column: Mapping[str, Any]) -> str:
-    marks = " ".join(tally([row for row in column["rows"] if row["role"] in roles], score) for _, score, roles, _ in GROUPS)
-    return f'{marks}<br>{duration(column["seconds"])}, {column["nbytes"] / 1e3:,.0f} kB'
+    marks = " ".join(
+        tally([row for row in column["rows"] if row["role"] in roles], score) for _, score, roles, _ in GROUPS
+    )
+    return f"{marks}<br>{duration(column['seconds'])}, {column['nbytes'] / 1e3:,.0f} kB"
 
 
 def duration(seconds: float) -> str:

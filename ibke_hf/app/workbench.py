@@ -1,8 +1,9 @@
 """A visitor's edits as a value, and the workbench that makes the next such value: what the page does, without the page.
 
-Each fact is edited into the model that carries the facts before it (sequential mode), so their order matters. Undoing one of them or
-moving it edits the facts from scratch in the order that is left: the edit that a visitor carries depends on the list alone and not on
-how it came about. No weight is ever touched; a visitor without edits has the plain model, bit by bit.
+Each fact is edited into the model that carries the facts before it (sequential mode), so their order matters. Undoing
+one of them or moving it edits the facts from scratch in the order that is left: the edit that a visitor carries
+depends on the list alone and not on how it came about. No weight is ever touched; a visitor without edits has the
+plain model, bit by bit.
 """
 
 from __future__ import annotations
@@ -184,11 +185,15 @@ class Workbench:
 
     def _edit(self, fact: Fact, previous: LowRankEdit | None) -> tuple[Step, LowRankEdit]:
         started = time.perf_counter()
-        edit = self.editor.edit(self.model, self.tokenizer, [fact.request], mode="sequential", previous=previous).to("cpu")
+        edit = self.editor.edit(self.model, self.tokenizer, [fact.request], mode="sequential", previous=previous).to(
+            "cpu"
+        )
         seconds = time.perf_counter() - started
         requests = (*(() if previous is None else previous.info.requests), fact.request)
         edit = replace(edit, info=replace(edit.info, requests=requests))
-        return Step(fact, seconds, scale_factors(self.editor, self.model, self.tokenizer, fact.request, previous)), edit
+        return Step(
+            fact, seconds, scale_factors(self.editor, self.model, self.tokenizer, fact.request, previous)
+        ), edit
 
     def check(self, fact: Fact) -> None:
         """Refuse a fact that cannot be edited or asked about, before anything is done.
@@ -227,7 +232,8 @@ class Workbench:
         """Edit one fact alone into the untouched model, by the editor and by fine-tuning, and ask its questions of both.
 
         Returns:
-            By name of the editor: ``rows`` (see :func:`~ibke_hf.app.compare.compare_answers`), ``seconds``, ``nbytes`` of the edit.
+            By name of the editor: ``rows`` (see :func:`~ibke_hf.app.compare.compare_answers`), ``seconds``, ``nbytes``
+            of the edit.
 
         Raises:
             RequestError: If there is no fine-tuning editor, or the fact is unusable.
@@ -285,7 +291,8 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
         backbone: Folder or Hub id of its model; by default the one that the editor was trained for.
 
     Raises:
-        ValueError: If a backbone is given without an editor for it, what was loaded is no editor, or the two do not fit.
+        ValueError: If a backbone is given without an editor for it, what was loaded is no editor, or the two do not
+            fit.
         OSError: If one cannot be loaded.
     """
     from ..atlas import load_backbone, load_editor, load_rival
@@ -306,7 +313,10 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
 
     from ..editors.ft import FineTuningEditor
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval(), AutoTokenizer.from_pretrained(name)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval(),
+        AutoTokenizer.from_pretrained(name),
+    )
     made.modules_of(model)
     tuned = FineTuningEditor.for_backbone(model, made.config.edited_layers, made.config.edited_modules)
     return _placed(model, tokenizer, made, tuned, name.rstrip("/").rpartition("/")[2])
@@ -322,7 +332,9 @@ def _load_editor(name: str) -> Any:
     editor = AutoModel.from_pretrained(name, dtype="float32").eval()
     if not isinstance(editor, GradientEditor):
         what = "whose edits are no LoRA" if hasattr(editor, "edit") else "not an editor"
-        raise ValueError(f"{name}: holds a {type(editor).__name__}, {what}; the page takes IBKE and MEND, which `ibke train` makes")
+        raise ValueError(
+            f"{name}: holds a {type(editor).__name__}, {what}; the page takes IBKE and MEND, which `ibke train` makes"
+        )
     return editor
 
 

@@ -70,7 +70,8 @@ def atlas_statistics(model: Any = None, tokenizer: Any = None, cache: str | Path
     Args:
         model: The backbone; loaded if it is not given.
         tokenizer: Its tokenizer; loaded if it is not given.
-        cache: Folder of the cache; by default ``ibke_hf`` in the Hugging Face cache. The first call measures for a minute.
+        cache: Folder of the cache; by default ``ibke_hf`` in the Hugging Face cache. The first call measures for a
+            minute.
     """
     from huggingface_hub import constants
 

@@ -23,8 +23,14 @@ from .corpus import Sentence, epoch_sentences, is_taught, random_chain
 VOCABULARY = 4096
 CONTEXT = 512
 END, PAD = "<|endoftext|>", "<|pad|>"
-SHAPE: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
-         "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
 BATCH_TOKENS = 2048
 WHOLE_SENTENCES = 0.25
 EXAMINED_CHAINS = 2000
@@ -38,12 +44,18 @@ def train_tokenizer(sentences: Sequence[Sentence]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END, PAD], show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=[END, PAD],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator((f"{prompt} {answer}" for prompt, answer in sentences), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -85,7 +97,9 @@ def _cut(rows: list[tuple[list[int], int]]) -> list[list[tuple[list[int], int]]]
     return batches
 
 
-def build_backbone(world: World, taught: World, out: str | Path, *, epochs: int = 36, seed: int = 0, **training: Any) -> dict[str, Any]:
+def build_backbone(
+    world: World, taught: World, out: str | Path, *, epochs: int = 36, seed: int = 0, **training: Any
+) -> dict[str, Any]:
     """Pretrain the backbone on the taught world and save model, tokenizer and examination under `out`.
 
     Args:
@@ -106,26 +120,49 @@ def build_backbone(world: World, taught: World, out: str | Path, *, epochs: int 
     tokenizer = train_tokenizer([*epoch_sentences(taught, seed), *names])
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id, **SHAPE,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        **SHAPE,
+    )
     model: Any = Qwen3ForCausalLM(config)
     batches = PackedBatches(taught, tokenizer, epochs, seed)
     defaults = {
-        "learning_rate": 2.5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 300, "weight_decay": 0.01, "adam_beta2": 0.98,
-        "bf16": True, "logging_steps": 50, "save_strategy": "no", "report_to": [], "max_grad_norm": 1.0, "seed": seed,
-    }  # fmt: skip
+        "learning_rate": 2.5e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 300,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
+        "bf16": True,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": [],
+        "max_grad_norm": 1.0,
+        "seed": seed,
+    }
     arguments = TrainingArguments(
-        str(out), per_device_train_batch_size=1, num_train_epochs=1, use_cpu=not torch.accelerator.is_available(),
-        remove_unused_columns=False, **{**defaults, **training},
-    )  # fmt: skip
+        str(out),
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        use_cpu=not torch.accelerator.is_available(),
+        remove_unused_columns=False,
+        **{**defaults, **training},
+    )
     trainer = Trainer(model, arguments, train_dataset=batches, data_collator=lambda items: items[0])
     trainer.train()
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     report = examine(Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer, taught)
-    report |= {"minutes": round((time.monotonic() - started) / 60, 1), "steps": trainer.state.global_step, "seed": seed, "epochs": epochs,
-               "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    report |= {
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "steps": trainer.state.global_step,
+        "seed": seed,
+        "epochs": epochs,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     (out / "examination.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "log.json").write_text(json.dumps(trainer.state.log_history) + "\n", encoding="utf-8")
     return report
@@ -138,7 +175,10 @@ def examine(model: Any, tokenizer: PreTrainedTokenizerBase, taught: World, seed:
     """
     singles: list[tuple[str, frozenset[str]]] = []
     for triple in taught.triples:
-        relation, answers = taught.relations[triple.relation], frozenset(taught.objects(triple.subject, triple.relation))
+        relation, answers = (
+            taught.relations[triple.relation],
+            frozenset(taught.objects(triple.subject, triple.relation)),
+        )
         singles += [(relation.prompt(triple.subject, form), answers) for form in range(len(relation.prompts))]
     report = {"single_hop": _percent_right(model, tokenizer, singles)}
     rng = random.Random(seed)
@@ -147,7 +187,9 @@ def examine(model: Any, tokenizer: PreTrainedTokenizerBase, taught: World, seed:
         ordered = sorted(chains, key=repr)
         rng.shuffle(ordered)
         for label, wanted in (("taught", True), ("never_seen", False)):
-            asked = [(path_prompt(taught, c), _answers(taught, c)) for c in ordered if is_taught(c) == wanted][:EXAMINED_CHAINS]
+            asked = [(path_prompt(taught, c), _answers(taught, c)) for c in ordered if is_taught(c) == wanted][
+                :EXAMINED_CHAINS
+            ]
             report[f"{name}_{label}"] = _percent_right(model, tokenizer, asked)
     return report
 
@@ -162,7 +204,9 @@ def _percent_right(model: Any, tokenizer: Any, asked: list[tuple[str, frozenset[
     hits, order = 0, sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
     for start in range(0, len(order), 256):
         questions = [asked[i] for i in order[start : start + 256]]
-        batch = tokenizer([q for q, _ in questions], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        batch = tokenizer([q for q, _ in questions], return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
         batch.pop("token_type_ids", None)
         ids = model.generate(**batch, max_new_tokens=16, do_sample=False)[:, batch["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)

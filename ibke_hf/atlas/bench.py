@@ -16,7 +16,11 @@ from . import ASSETS, HYPER_PARAMETERS, atlas_statistics, load_backbone, load_re
 from .editors import LOG, TRAINING, train_atlas_editor
 
 STEPS = 700  # of each training run: 10 minutes of one core for IBKE and MEND, 15 for SERAC
-TRIALS = {"ibke": (1.0, 0.9, 0.8, 0.7), "mend": (1.0, 0.9, 0.8, 0.7), "serac": (0.3, 0.5, 0.7, 0.9)}  # as many as the others have
+TRIALS = {
+    "ibke": (1.0, 0.9, 0.8, 0.7),
+    "mend": (1.0, 0.9, 0.8, 0.7),
+    "serac": (0.3, 0.5, 0.7, 0.9),
+}  # as many as the others have
 SPLITS = ("test", "held_out")
 
 
@@ -49,15 +53,28 @@ class AtlasBench(Bench):
         if (folder / LOG).exists():
             found = read_json(folder / LOG)["training"]["max_steps"]
             if found != self.steps:
-                raise BenchmarkError(f"{folder}: was trained for {found} steps, {self.steps} are asked for; choose another folder")
+                raise BenchmarkError(
+                    f"{folder}: was trained for {found} steps, {self.steps} are asked for; choose another folder"
+                )
             return
         started = last_complete_checkpoint(folder / "checkpoints")
-        if started is not None and (found := read_json(Path(started) / "trainer_state.json")["max_steps"]) != self.steps:
-            raise BenchmarkError(f"{started}: is of a run of {found} steps, {self.steps} are asked for; choose another folder")
+        if (
+            started is not None
+            and (found := read_json(Path(started) / "trainer_state.json")["max_steps"]) != self.steps
+        ):
+            raise BenchmarkError(
+                f"{started}: is of a run of {found} steps, {self.steps} are asked for; choose another folder"
+            )
         train_atlas_editor(
-            name, folder, seed=seed, records=self.steps * TRAINING["per_device_train_batch_size"], max_steps=self.steps,
-            trials=TRIALS[name], locality_floor=None, resume=started is not None,
-        )  # fmt: skip
+            name,
+            folder,
+            seed=seed,
+            records=self.steps * TRAINING["per_device_train_batch_size"],
+            max_steps=self.steps,
+            trials=TRIALS[name],
+            locality_floor=None,
+            resume=started is not None,
+        )
 
     def editor(self, name: str, folder: Path) -> Any:
         """Load a trained editor, or build one with the hyper-parameters that were chosen on the validation records."""
@@ -66,7 +83,9 @@ class AtlasBench(Bench):
         if name in TRAINED:
             return editor_class(name).from_pretrained(folder, dtype=torch.float32).eval()
         model, _ = self.loaded
-        return None if name == "none" else load_rival(name, model, self._keys if kind_of(name).needs_statistics else None)
+        return (
+            None if name == "none" else load_rival(name, model, self._keys if kind_of(name).needs_statistics else None)
+        )
 
     @cached_property
     def _keys(self) -> Any:

@@ -107,6 +107,10 @@ def _same(world: World, rng: random.Random, first: Triple) -> tuple[Step, str] |
 def _different(world: World, rng: random.Random, first: Triple) -> tuple[Step, str] | None:
     """Draw another entity of the same kind, half of the time through the same relation."""
     kind = world.relations[first.relation].object_kind
-    others = world.by_relation[first.relation] if rng.random() < 0.5 else world.by_object.get(rng.choice(world.by_kind[kind]), ())
+    others = (
+        world.by_relation[first.relation]
+        if rng.random() < 0.5
+        else world.by_object.get(rng.choice(world.by_kind[kind]), ())
+    )
     other = rng.choice(others) if others else first
     return (Step(other), "No") if other.object != first.object else None

@@ -15,8 +15,10 @@ EVALUATION_CASES = {"generality": 3, "locality": 2}
 TRAINING_CASES = {"generality": 4, "locality": 2}
 TRAINING_OPTIONS: dict[str, Any] = {
     "unknown_share": 0.4,
-    "novel_rate": 0.3,  # names that the backbone has never seen are what unknown edits are hardest with, and few are withheld
-    # the backbone is not sure of its yes and no: answering Yes to everything is soon learnt, and to nothing else takes long
+    # names that the backbone has never seen are what unknown edits are hardest with, and few are withheld
+    "novel_rate": 0.3,
+    # the backbone is not sure of its yes and no: answering Yes to everything is soon learnt, and to nothing else takes
+    # long
     "shares": {"generality": {"same_entity": 0.5}, "locality": {"same_entity": 6.0}},
 }
 

@@ -25,15 +25,32 @@ from .datasets import training_records
 
 LAYERS = [1, 2, 3, 4]
 IBKE_OPTIONS: dict[str, Any] = {
-    "latent_dim": 176, "latent_length": 10, "second_stage_skip": True, "second_stage_mlp": 352, "second_stage_heads": 4,
+    "latent_dim": 176,
+    "latent_length": 10,
+    "second_stage_skip": True,
+    "second_stage_mlp": 352,
+    "second_stage_heads": 4,
     "initial_edit_ratio": 0.1,
-}  # fmt: skip
+}
 TRAINING: dict[str, Any] = {
-    "max_steps": 6500, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 25, "learning_rate": 5e-4,
-    "step_size_learning_rate": 1e-3, "beta": 0.1, "edits_per_group": 1, "sg_includes_edit": True, "train_supporting_hops": "none",
-    "lr_scheduler_type": "cosine", "warmup_steps": 100, "max_grad_norm": 1.0, "logging_steps": 25, "report_to": [],
-}  # fmt: skip
-TRAINING_OF = {"serac": {"learning_rate": 2e-3}}  # a whole language model has to learn to read a request; 5e-4 takes too long for that
+    "max_steps": 6500,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 25,
+    "learning_rate": 5e-4,
+    "step_size_learning_rate": 1e-3,
+    "beta": 0.1,
+    "edits_per_group": 1,
+    "sg_includes_edit": True,
+    "train_supporting_hops": "none",
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "max_grad_norm": 1.0,
+    "logging_steps": 25,
+    "report_to": [],
+}
+TRAINING_OF = {
+    "serac": {"learning_rate": 2e-3}
+}  # a whole language model has to learn to read a request; 5e-4 takes too long for that
 STEP_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 LOCALITY_FLOOR = 97.0  # percent
 LOG = "log.json"  # written last, once all else of a run is
@@ -54,9 +71,17 @@ def new_editor(name: str, backbone: Any, **options: Any) -> GradientEditor | SER
 
 
 def train_atlas_editor(
-    name: str, out: str | Path, *, seed: int = 0, records: int = 48_000, options: dict[str, Any] | None = None, resume: bool = False,
-    trials: Sequence[float] = STEP_FACTORS, locality_floor: float | None = LOCALITY_FLOOR, **training: Any,
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    records: int = 48_000,
+    options: dict[str, Any] | None = None,
+    resume: bool = False,
+    trials: Sequence[float] = STEP_FACTORS,
+    locality_floor: float | None = LOCALITY_FLOOR,
+    **training: Any,
+) -> dict[str, Any]:
     """Train an editor on Atlas train records and save it in 16 bit (statistics in fp32) with its log.
 
     Args:
@@ -80,42 +105,69 @@ def train_atlas_editor(
     checkpoints = target / "checkpoints"
     settings = {**TRAINING, **TRAINING_OF.get(name, {}), **training}
     every = max(settings["max_steps"] // 2, 1)
-    checkpointing = {"eval_strategy": "steps", "eval_steps": every, "save_strategy": "steps", "save_steps": every, "save_total_limit": 1}
+    checkpointing = {
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 1,
+    }
     arguments = IBKETrainingArguments(
         str(checkpoints), seed=seed, use_cpu=not torch.accelerator.is_available(), **{**checkpointing, **settings}
     )
     kind: Any = SERACTrainer if name == "serac" else IBKETrainer
     trainer = kind(
-        editor, backbone, arguments, tokenizer, train_dataset=RecordDataset(training_records(load_split(), records, seed)),
-        eval_dataset=RecordDataset(load_records("validation")), callbacks=[_Minutes()],
-    )  # fmt: skip
+        editor,
+        backbone,
+        arguments,
+        tokenizer,
+        train_dataset=RecordDataset(training_records(load_split(), records, seed)),
+        eval_dataset=RecordDataset(load_records("validation")),
+        callbacks=[_Minutes()],
+    )
     trainer.train(resume_from_checkpoint=resume or None)
     report = trainer.evaluate()
     tried = choose_strength(editor, backbone, tokenizer, trials, locality_floor)
-    report |= {"minutes": round((time.monotonic() - started) / 60, 1), "parameters": sum(p.numel() for p in editor.parameters())}
+    report |= {
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "parameters": sum(p.numel() for p in editor.parameters()),
+    }
     save_in_16_bit(editor, target)
     trials_of = "threshold_trials" if name == "serac" else "step_size_trials"
-    log = {"editor": name, "seed": seed, "records": records, "options": options or {}, "training": settings,
-           trials_of: tried, "report": report, "history": trainer.state.log_history}  # fmt: skip
+    log = {
+        "editor": name,
+        "seed": seed,
+        "records": records,
+        "options": options or {},
+        "training": settings,
+        trials_of: tried,
+        "report": report,
+        "history": trainer.state.log_history,
+    }
     shutil.rmtree(checkpoints, ignore_errors=True)
     write_json(target / LOG, log)
     return report
 
 
 def choose_strength(
-    editor: GradientEditor | SERACEditor, backbone: Any, tokenizer: Any, trials: Sequence[float] = STEP_FACTORS,
+    editor: GradientEditor | SERACEditor,
+    backbone: Any,
+    tokenizer: Any,
+    trials: Sequence[float] = STEP_FACTORS,
     locality_floor: float | None = LOCALITY_FLOOR,
-) -> list[dict[str, float]]:  # fmt: skip
+) -> list[dict[str, float]]:
     """Set how much an editor moves, by trials on the validation records: a factor of η, or SERAC's threshold.
 
-    A smaller step, like a higher threshold, moves less of everything; weights are rounded to 16 bit first, as they are stored.
+    A smaller step, like a higher threshold, moves less of everything; weights are rounded to 16 bit first, as they are
+    stored.
 
     Args:
         editor: Left with the chosen one.
         backbone: The Atlas backbone.
         tokenizer: Its tokenizer.
         trials: Factors or thresholds, tried in turn.
-        locality_floor: Locality in percent that ends the trials; the best Avg of all is chosen where none reaches it. None: no floor.
+        locality_floor: Locality in percent that ends the trials; the best Avg of all is chosen where none reaches it.
+            None: no floor.
 
     Returns:
         What was tried, with validation scores in percent; the chosen one comes last.
@@ -127,8 +179,12 @@ def choose_strength(
     records, tried = load_records("validation"), []
     for value in trials:
         use(value)
-        summary = evaluate_records(editor, backbone, tokenizer, records, batch_size=100, progress=False, generate=False).summary
-        tried.append({name: value, **{score: summary[score] for score in ("reliability", "generality", "locality", "avg")}})
+        summary = evaluate_records(
+            editor, backbone, tokenizer, records, batch_size=100, progress=False, generate=False
+        ).summary
+        tried.append(
+            {name: value, **{score: summary[score] for score in ("reliability", "generality", "locality", "avg")}}
+        )
         if locality_floor is not None and summary["locality"] >= locality_floor:
             return tried
     best = max(tried, key=lambda trial: trial["avg"])

@@ -1,7 +1,7 @@
 """Facts to try: well-connected subjects of Atlas with rephrasings, consequences and neighbours, chosen by rule.
 
-The rule looks at the tables alone, never at what an editor makes of them: of each relation below, the triple whose subject the
-world knows most about, among those that no editor was trained on and that have enough questions.
+The rule looks at the tables alone, never at what an editor makes of them: of each relation below, the triple whose
+subject the world knows most about, among those that no editor was trained on and that have enough questions.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from ..data.uniedit import YES_NO, parse_record
 from . import load_split
 
 RELATIONS = (
-    ("counterfactual", "held_out", "software_developer"), ("counterfactual", "test", "capital"),
-    ("counterfactual", "test", "company_country"), ("counterfactual", "test", "god_parent"),
-    ("unknown", "held_out", "composer_birth_city"), ("unknown", "test", "painting_painter"),
-)  # fmt: skip
+    ("counterfactual", "held_out", "software_developer"),
+    ("counterfactual", "test", "capital"),
+    ("counterfactual", "test", "company_country"),
+    ("counterfactual", "test", "god_parent"),
+    ("unknown", "held_out", "composer_birth_city"),
+    ("unknown", "test", "painting_painter"),
+)
 CONSEQUENCES, NEIGHBOURS = 2, 3  # the fewest that an example has
 
 
@@ -35,7 +38,9 @@ def _records(kind: str, part: str, relation: str) -> Iterator[EditRecord]:
     split = load_split()
     triples = {"counterfactual": split.counterfactual, "unknown": split.unknown}[kind][part]
     for triple in sorted((t for t in triples if t.relation == relation), key=lambda t: (-_degree(t), t.subject)):
-        builder = RecordBuilder(split.taught, split.world, seed=0, generality=len(GENERALITY), locality=len(LOCALITY), alias_rate=0.0)
+        builder = RecordBuilder(
+            split.taught, split.world, seed=0, generality=len(GENERALITY), locality=len(LOCALITY), alias_rate=0.0
+        )
         made = builder.counterfactual(triple) if kind == "counterfactual" else builder.unknown(triple)
         record = None if made is None else parse_record(made, f"{relation}-{triple.subject}", relation, Counter())
         if record is not None:

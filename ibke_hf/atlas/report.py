@@ -21,20 +21,28 @@ def atlas_editors() -> dict[str, Any]:
     return {"none": None, "ft": load_rival("ft"), "mend": load_editor("mend"), "ibke": load_editor("ibke")}
 
 
-def compare_editors(editors: dict[str, Any], model: Any, tokenizer: Any, records: dict[str, list[Any]]) -> dict[str, Any]:
+def compare_editors(
+    editors: dict[str, Any], model: Any, tokenizer: Any, records: dict[str, list[Any]]
+) -> dict[str, Any]:
     """Score every editor on every set of records by PROTOCOL's procedure, in percent."""
     report: dict[str, Any] = {}
     for name, editor in editors.items():
         for split, chosen in records.items():
             summary = evaluate_records(editor, model, tokenizer, chosen, batch_size=100).summary
-            report.setdefault(name, {})[split] = {score: summary[score] for score in (*REPORTED, "by_criterion", "by_hops")}
+            report.setdefault(name, {})[split] = {
+                score: summary[score] for score in (*REPORTED, "by_criterion", "by_hops")
+            }
     return report
 
 
 def keep_near(editors: dict[str, Any], model: Any, tokenizer: Any, records: list[EditRecord]) -> dict[str, Any]:
     """Return how many of the nearest subjects keep their answer under each editor, in percent; see :func:`near_records`."""
     near = near_records(load_split(), records)
-    report: dict[str, Any] = {"records": len(near), "cases": sum(len(record.locality) for record in near), "editors": {}}
+    report: dict[str, Any] = {
+        "records": len(near),
+        "cases": sum(len(record.locality) for record in near),
+        "editors": {},
+    }
     for name, editor in editors.items():
         summary = evaluate_records(editor, model, tokenizer, near, batch_size=100, generate=False).summary
         report["editors"][name] = {score: summary[score] for score in ("locality", "locality_top1")}
@@ -61,7 +69,9 @@ def markdown_table(results: dict[str, Any]) -> str:
     """Return the overall scores of a report as a Markdown table."""
     head = f"| editor | records | {' | '.join(REPORTED)} |\n|---|---|{'---|' * len(REPORTED)}"
     lines = [
-        f"| {name} | {split} | " + " | ".join(f"{results['editors'][name][split][score]:.1f}" for score in REPORTED) + " |"
+        f"| {name} | {split} | "
+        + " | ".join(f"{results['editors'][name][split][score]:.1f}" for score in REPORTED)
+        + " |"
         for split in SPLITS
         for name in NAMES
     ]

@@ -93,7 +93,15 @@ def _withhold(world: World, triples: Sequence[Triple], number: int) -> list[Trip
 
 
 def build_records(
-    split: Split, name: str, number: int, *, generality: int, locality: int, unknown_share: float = 0.5, seed: int = SEED, **options: Any
+    split: Split,
+    name: str,
+    number: int,
+    *,
+    generality: int,
+    locality: int,
+    unknown_share: float = 0.5,
+    seed: int = SEED,
+    **options: Any,
 ) -> list[tuple[str, Json]]:
     """Build `number` records of one set as (domain, record) pairs.
 
@@ -103,17 +111,22 @@ def build_records(
     Raises:
         ValueError: If the set's triples do not suffice.
     """
-    builder = RecordBuilder(split.taught, split.world, seed=f"{seed}-{name}", generality=generality, locality=locality, **options)
+    builder = RecordBuilder(
+        split.taught, split.world, seed=f"{seed}-{name}", generality=generality, locality=locality, **options
+    )
     unknown = round(unknown_share * number)
     records = []
     for make, triples, wanted in (
-        (builder.counterfactual, split.counterfactual[name], number - unknown), (builder.unknown, split.unknown[name], unknown)
-    ):  # fmt: skip
+        (builder.counterfactual, split.counterfactual[name], number - unknown),
+        (builder.unknown, split.unknown[name], unknown),
+    ):
         passes = 1 + (wanted // max(len(triples), 1) if name == "train" else 0) * 2
         stream = (made for _ in range(passes) for triple in triples if (made := make(triple)) is not None)
         part = list(islice(stream, wanted))
         if len(part) < wanted:
             raise ValueError(f"{name}: {wanted} records wanted of {make.__name__} edits, the tables allow {len(part)}")
-        records += [(split.world.relations[record["edit"]["property"]["description"]].domain, record) for record in part]
+        records += [
+            (split.world.relations[record["edit"]["property"]["description"]].domain, record) for record in part
+        ]
     random.Random(f"{seed}-{name}-order").shuffle(records)
     return records

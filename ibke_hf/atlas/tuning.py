@@ -17,8 +17,10 @@ from .editors import LAYERS
 TUNING_RECORDS = 100
 TRIALS_FILE = "trials.json"
 SCORES = ("reliability", "generality", "locality", "avg")
-# ROME's and AlphaEdit's search for a value: the papers' 20 steps end before a model this small says the target. What keeps the value small
-# matters as much, since keys of 512 dimensions are alike enough that a large change shows at other tokens too. Texts in front of the
+# ROME's and AlphaEdit's search for a value: the papers' 20 steps end before a model this small says the target. What
+# keeps the value small
+# matters as much, since keys of 512 dimensions are alike enough that a large change shows at other tokens too. Texts
+# in front of the
 # prompts gain less generality here than they cost reliability: the model has seen single sentences alone.
 VALUE = {"prefixes": 0, "learning_rate": 0.5, "clamp": 4.0}
 TRIALS: Mapping[str, tuple[dict[str, Any], ...]] = {
@@ -50,14 +52,14 @@ TRIALS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "grace": tuple(
         {"layers": [layer], "initial_radius": radius} for layer, radius in ((2, 0.75), (2, 1.0), (0, 0.75), (0, 1.0))
     ),
-}  # fmt: skip
+}
 
 
 def tune(out: str | Path, names: Sequence[str] = RIVALS, number: int = TUNING_RECORDS) -> dict[str, Any]:
     """Try the settings of each editor on the first validation records; keep those with the best Avg, and all trials.
 
-    `out` receives ``hyper_parameters.json``, the chosen settings by editor, and ``trials.json``. Both are written after each
-    editor, and keep what they hold of the others.
+    `out` receives ``hyper_parameters.json``, the chosen settings by editor, and ``trials.json``. Both are written
+    after each editor, and keep what they hold of the others.
 
     Args:
         out: Folder, made if it is missing.
@@ -90,8 +92,12 @@ def tune(out: str | Path, names: Sequence[str] = RIVALS, number: int = TUNING_RE
                 found.append({"settings": settings, **_scores(editor, model, tokenizer, records)})
                 bar.update()
             chosen[name] = best_of(found)["settings"]
-            earlier_trials, earlier_choice = _earlier(target, len(records))  # read again: another run may have added its editors
-            write_json(target / TRIALS_FILE, {"records": len(records), "editors": _in_order(earlier_trials | {name: found})})
+            earlier_trials, earlier_choice = _earlier(
+                target, len(records)
+            )  # read again: another run may have added its editors
+            write_json(
+                target / TRIALS_FILE, {"records": len(records), "editors": _in_order(earlier_trials | {name: found})}
+            )
             write_json(target / HYPER_PARAMETERS, _in_order(earlier_choice | {name: chosen[name]}))
     return chosen
 
@@ -104,7 +110,9 @@ def best_of(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def _scores(editor: Any, model: Any, tokenizer: Any, records: Sequence[Any]) -> dict[str, float | None]:
     """Return the scores of an editor in percent; reliability once more on the edits that contradict what the model knows."""
     found = evaluate_records(editor, model, tokenizer, records, batch_size=50, progress=False, generate=False)
-    contradict = [row["score"] for row in found.rows if row["role"] == "reliability" and row["kind"] == "counterfactual"]
+    contradict = [
+        row["score"] for row in found.rows if row["role"] == "reliability" and row["kind"] == "counterfactual"
+    ]
     scores = {name: found.summary[name] for name in SCORES}
     counterfactual = 100 * sum(contradict) / len(contradict) if contradict else None
     return {"reliability": scores.pop("reliability"), "counterfactual_reliability": counterfactual, **scores}
@@ -115,7 +123,10 @@ def _earlier(folder: Path, number: int) -> tuple[dict[str, Any], dict[str, Any]]
     trials, chosen = folder / TRIALS_FILE, folder / HYPER_PARAMETERS
     earlier: dict[str, Any] = read_json(trials) if trials.exists() else {"records": number, "editors": {}}
     if earlier["records"] != number:
-        raise ValueError(f"{trials}: its trials are on {earlier['records']} records, these would be on {number}; choose another folder")
+        raise ValueError(
+            f"{trials}: its trials are on {earlier['records']} records, these would be on {number}; choose "
+            f"another folder"
+        )
     return earlier["editors"], read_json(chosen) if chosen.exists() else {}
 
 

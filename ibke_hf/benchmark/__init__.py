@@ -7,5 +7,14 @@ from .cells import BenchmarkError, Cell, Plan
 from .runs import found_cells, merge_cells, open_folder, planned, run_cells
 
 __all__ = [
-    "Bench", "BenchmarkError", "Cell", "ModelBench", "Plan", "found_cells", "merge_cells", "open_folder", "planned", "run_cells",
-]  # fmt: skip
+    "Bench",
+    "BenchmarkError",
+    "Cell",
+    "ModelBench",
+    "Plan",
+    "found_cells",
+    "merge_cells",
+    "open_folder",
+    "planned",
+    "run_cells",
+]

@@ -74,7 +74,9 @@ class Bench(ABC):
         kept = (record for record in self.pool(cell.split) if cell.edits in (ALL, record.kind))
         drawn = list(select(kept, limit=number, seed=cell.seed))
         if not drawn:
-            raise BenchmarkError(f"{cell.split}: has no record of {cell.edits} edits; choose other --edits or another dataset")
+            raise BenchmarkError(
+                f"{cell.split}: has no record of {cell.edits} edits; choose other --edits or another dataset"
+            )
         return drawn
 
 
@@ -86,7 +88,8 @@ class ModelBench(Bench):
         read: Reads the records of a dataset by its name.
         saved: Folders or Hub ids of editors that are trained already, by id.
         load_saved: Loads one of these.
-        training: Returns the settings of a training, called with id, seed and folder. None: there is nothing to train on.
+        training: Returns the settings of a training, called with id, seed and folder. None: there is nothing to train
+            on.
         train: Trains an editor by such settings; goes on from a checkpoint if there is one.
         statistics: Measures the model's keys: called with model and tokenizer. None: there is no corpus.
         layers: Edited layers of the editors that edit several; by default each editor's own choice.
@@ -95,12 +98,19 @@ class ModelBench(Bench):
     """
 
     def __init__(
-        self, load: Callable[[], tuple[Any, Any]], read: Callable[[str], Iterable[EditRecord]], *, saved: Mapping[str, str],
-        load_saved: Callable[[str], Any], training: Callable[[str, int, Path], Mapping[str, Any]] | None = None,
+        self,
+        load: Callable[[], tuple[Any, Any]],
+        read: Callable[[str], Iterable[EditRecord]],
+        *,
+        saved: Mapping[str, str],
+        load_saved: Callable[[str], Any],
+        training: Callable[[str, int, Path], Mapping[str, Any]] | None = None,
         train: Callable[[Mapping[str, Any]], Any] | None = None,
-        statistics: Callable[[Any, Any], Any] | None = None, layers: Sequence[int] | None = None,
-        hyper_parameters: Mapping[str, Mapping[str, Any]] | None = None, settings: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        statistics: Callable[[Any, Any], Any] | None = None,
+        layers: Sequence[int] | None = None,
+        hyper_parameters: Mapping[str, Mapping[str, Any]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._load, self._read, self._saved, self._load_saved = load, read, dict(saved), load_saved
         self._training, self._train = training, train
         self._statistics, self._layers = statistics, layers
@@ -120,7 +130,9 @@ class ModelBench(Bench):
         if name not in TRAINED or name in self._saved:
             return
         if self._training is None or self._train is None:
-            raise BenchmarkError(f"{name} must be trained: give the training records (--records), or a trained editor ({name}=PATH)")
+            raise BenchmarkError(
+                f"{name} must be trained: give the training records (--records), or a trained editor ({name}=PATH)"
+            )
         settings = dict(self._training(name, seed, folder))
         deciding = json.loads(json.dumps({field: value for field, value in settings.items() if field != "out"}))
         if (folder / SETTINGS).exists():
@@ -135,7 +147,9 @@ class ModelBench(Bench):
         if name in TRAINED:
             editor = self._load_saved(self._saved.get(name, str(folder)))
             if not isinstance(editor, editor_class(name)):
-                raise BenchmarkError(f"{name}={self._saved[name]}: holds a {type(editor).__name__}; give it under its own id")
+                raise BenchmarkError(
+                    f"{name}={self._saved[name]}: holds a {type(editor).__name__}; give it under its own id"
+                )
             return editor
         model, _ = self.loaded
         statistics = self._keys if kind_of(name).needs_statistics else None
@@ -150,5 +164,7 @@ class ModelBench(Bench):
     @cached_property
     def _keys(self) -> Any:
         if self._statistics is None:
-            raise BenchmarkError("ROME and AlphaEdit need the model's keys over a corpus; name one: --corpus FILE or dataset")
+            raise BenchmarkError(
+                "ROME and AlphaEdit need the model's keys over a corpus; name one: --corpus FILE or dataset"
+            )
         return self._statistics(*self.loaded)

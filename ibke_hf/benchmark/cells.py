@@ -39,7 +39,9 @@ class Cell:
     def name(self) -> str:
         """Name of its folder, which no other cell has."""
         plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in self.split)
-        split = plain if plain == self.split and len(plain) <= 60 else f"{plain[-60:]}-{crc32(self.split.encode()):08x}"
+        split = (
+            plain if plain == self.split and len(plain) <= 60 else f"{plain[-60:]}-{crc32(self.split.encode()):08x}"
+        )
         return f"{split}.{self.edits}.{self.sequential}.{self.editor}.{self.seed}"
 
 

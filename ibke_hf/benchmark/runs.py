@@ -1,7 +1,7 @@
 """Making cells in a folder, going on there, and joining folders.
 
-The folder of a cell, under ``cells``, holds what `ibke eval` writes, and ``cell.json``, its line of the table, once it is done. Trained
-editors lie under ``editors``, named by id and seed.
+The folder of a cell, under ``cells``, holds what `ibke eval` writes, and ``cell.json``, its line of the table, once it
+is done. Trained editors lie under ``editors``, named by id and seed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,15 @@ logger = logging.get_logger(__name__)
 
 
 def run_cells(
-    bench: Bench, plan: Plan, out: str | Path, *, shard: tuple[int, int] = (1, 1), trained: str | Path | None = None,
-    batch_size: int = 64, progress: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
+    bench: Bench,
+    plan: Plan,
+    out: str | Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    trained: str | Path | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """Make the cells that are missing, and return all that the folder holds.
 
     What fails takes no other cell with it; failures are raised at the end.
@@ -73,12 +79,18 @@ def run_cells(
                     editors = {unit: bench.editor(cell.editor, home / f"{cell.editor}-{cell.seed}")}  # one at a time
                 _make(bench, cell, editors[unit], target / CELLS / cell.name, plan.records, batch_size)
     if failed:
-        reasons = "; ".join(dict.fromkeys(f"{cell.editor} on {cell.split}, seed {cell.seed}: {error}" for cell, error in failed.items()))
+        reasons = "; ".join(
+            dict.fromkeys(
+                f"{cell.editor} on {cell.split}, seed {cell.seed}: {error}" for cell, error in failed.items()
+            )
+        )
         raise BenchmarkError(f"{len(failed)} of {len(missing)} cells failed: {reasons}")
     return found_cells(target)
 
 
-def _train_missing(bench: Bench, missing: Sequence[Cell], home: Path, failed: dict[Cell, Exception], *, progress: bool) -> None:
+def _train_missing(
+    bench: Bench, missing: Sequence[Cell], home: Path, failed: dict[Cell, Exception], *, progress: bool
+) -> None:
     """Train the editors of the missing cells before any of these is made: one backbone is loaded at a time."""
     units = list(dict.fromkeys((cell.editor, cell.seed) for cell in missing if cell.editor in TRAINED))
     for name, seed in tqdm(units, desc="editors to train", unit="editor", disable=not (progress and units)):
@@ -91,7 +103,9 @@ def _train_missing(bench: Bench, missing: Sequence[Cell], home: Path, failed: di
 def _require_enough(cell: Cell, records: Sequence[EditRecord]) -> None:
     requests = sum(len(record.requests) for record in records)
     if requests < cell.sequential:
-        raise BenchmarkError(f"{requests} requests are fewer than {cell.sequential} edits at once; ask for more records (--limit)")
+        raise BenchmarkError(
+            f"{requests} requests are fewer than {cell.sequential} edits at once; ask for more records (--limit)"
+        )
 
 
 def _is_done(cell: Cell, folder: Path) -> bool:
@@ -106,12 +120,24 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
     """Evaluate one cell and write its line of the table."""
     (model, tokenizer), records = bench.loaded, bench.records(cell, number)
     results = evaluate_to_folder(
-        folder, editor, model, tokenizer, records, settings={**bench.settings, **asdict(cell)}, sequential=cell.sequential,
-        batch_size=batch_size, progress=False,
-    )  # fmt: skip
+        folder,
+        editor,
+        model,
+        tokenizer,
+        records,
+        settings={**bench.settings, **asdict(cell)},
+        sequential=cell.sequential,
+        batch_size=batch_size,
+        progress=False,
+    )
     size = None if editor is None else editor.edit(model, tokenizer, records[0].requests[:1]).nbytes
-    line = {**asdict(cell), "records": results["records"], **{score: results["overall"][score] for score in REPORTED},
-            "edit_seconds": results["edit_seconds"], "edit_bytes": size}  # fmt: skip
+    line = {
+        **asdict(cell),
+        "records": results["records"],
+        **{score: results["overall"][score] for score in REPORTED},
+        "edit_seconds": results["edit_seconds"],
+        "edit_bytes": size,
+    }
     write_json(folder / CELL, line)
 
 
@@ -119,14 +145,18 @@ def found_cells(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of all cells that are done, in the order of the plan, of the paper's editors and of seeds."""
     lines = [read_json(file) for file in (Path(folder) / CELLS).glob(f"*/{CELL}")]
     (_, groups), editors = planned(folder), list(KINDS)
-    return sorted(lines, key=lambda c: (groups.index((c["split"], c["edits"], c["sequential"])), editors.index(c["editor"]), c["seed"]))
+    return sorted(
+        lines,
+        key=lambda c: (groups.index((c["split"], c["edits"], c["sequential"])), editors.index(c["editor"]), c["seed"]),
+    )
 
 
 def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str, Any]]:
     """Copy the cells of several folders, such as those of shards, into one; return all that it holds then.
 
     Raises:
-        BenchmarkError: If a folder holds no cells, another run is writing to `out`, or two folders hold different results of one cell.
+        BenchmarkError: If a folder holds no cells, another run is writing to `out`, or two folders hold different
+            results of one cell.
         ResultsError: If a folder holds cells of other settings, or an editor of another origin.
     """
     target = Path(out)
@@ -147,7 +177,9 @@ def _copy_cell(file: Path, there: Path) -> None:
         shutil.copytree(file.parent, there, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CELL))
         write_json(there / CELL, read_json(file))
     elif _scores(read_json(there / CELL)) != _scores(read_json(file)):
-        raise BenchmarkError(f"{file.parent} and {there} hold different results of one cell; remove the folder of the wrong one")
+        raise BenchmarkError(
+            f"{file.parent} and {there} hold different results of one cell; remove the folder of the wrong one"
+        )
 
 
 def _scores(line: Mapping[str, Any]) -> list[Any]:
@@ -164,7 +196,9 @@ def open_folder(bench: Bench, plan: Plan, out: str | Path) -> None:
         ResultsError: If it holds cells of other settings; names each difference.
     """
     given = {name: source for name in plan.editors if (source := bench.source(name)) is not None}
-    settings = json.loads(json.dumps({"ibke_hf": __version__, **bench.settings, "limit": plan.records, "given": given}))
+    settings = json.loads(
+        json.dumps({"ibke_hf": __version__, **bench.settings, "limit": plan.records, "given": given})
+    )
     _require_settings(Path(out), settings)
     groups = dict.fromkeys((cell.split, cell.edits, cell.sequential) for cell in plan.cells())
     _add_to_plan(Path(out), list(plan.editors), list(groups))
@@ -205,7 +239,9 @@ def _only_run(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise BenchmarkError(f"{folder}: another run is writing to it; give each its own --out, and join them by --merge") from None
+        raise BenchmarkError(
+            f"{folder}: another run is writing to it; give each its own --out, and join them by --merge"
+        ) from None
     try:
         yield
     finally:

@@ -12,7 +12,9 @@ def add(commands: Any) -> None:
     """Add the command."""
     command = add_command(commands, "app", "open a page to edit facts of a model and see before and after", _run)
     command.add_argument("--editor", help="folder or Hub id of a trained editor (default: Atlas's)")
-    command.add_argument("--backbone", help="folder or Hub id of its model (default: the one that the editor was trained for)")
+    command.add_argument(
+        "--backbone", help="folder or Hub id of its model (default: the one that the editor was trained for)"
+    )
     command.add_argument("--port", type=positive, help="port to serve on (default: the first free one from 7860 on)")
 
 

@@ -10,13 +10,24 @@ from typing import Any
 from ..atlas import RIVALS
 from .options import add_command, positive
 
-NOT_TO_SET = ("output_dir", "seed", "max_steps", "use_cpu", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-              "save_total_limit")  # fmt: skip
+NOT_TO_SET = (
+    "output_dir",
+    "seed",
+    "max_steps",
+    "use_cpu",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+)
 
 
 def add(commands: Any) -> None:
     """Add the command and its actions."""
-    actions = commands.add_parser("atlas", help="rebuild the embedded world").add_subparsers(dest="action", required=True, metavar="action")
+    actions = commands.add_parser("atlas", help="rebuild the embedded world").add_subparsers(
+        dest="action", required=True, metavar="action"
+    )
     command = add_command(actions, "build-data", "write the evaluation records of the embedded world", _run_build_data)
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
     command = add_command(actions, "build-backbone", "pretrain the embedded language model", _run_build_backbone)
@@ -24,11 +35,21 @@ def add(commands: Any) -> None:
     command.add_argument("--epochs", type=positive, help="passes over the taught facts")
     command.add_argument("--max-steps", type=positive, help="stop after so many steps, for trials")
     command.add_argument("--seed", type=int, default=0)
-    command = add_command(actions, "tune", "choose the hyper-parameters of the editors without weights on validation records", _run_tune)
-    command.add_argument("--editors", nargs="+", choices=RIVALS, default=RIVALS, metavar="NAME",
-                         help=f"default: all, {', '.join(RIVALS)}; the results of the others stay as they are")  # fmt: skip
+    command = add_command(
+        actions, "tune", "choose the hyper-parameters of the editors without weights on validation records", _run_tune
+    )
+    command.add_argument(
+        "--editors",
+        nargs="+",
+        choices=RIVALS,
+        default=RIVALS,
+        metavar="NAME",
+        help=f"default: all, {', '.join(RIVALS)}; the results of the others stay as they are",
+    )
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
-    command = add_command(actions, "report", "score the embedded editors on all test and held-out records", _run_report)
+    command = add_command(
+        actions, "report", "score the embedded editors on all test and held-out records", _run_report
+    )
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
     for name in ("ibke", "mend"):
         action = "train-editor" if name == "ibke" else "train-mend"
@@ -38,8 +59,14 @@ def add(commands: Any) -> None:
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--max-steps", type=positive, help="training steps (default: the recipe's)")
         command.add_argument("--records", type=positive, help="number of training records (default: the recipe's)")
-        command.add_argument("--set", type=_setting, nargs="*", default=[], metavar="NAME=VALUE",
-                             help="other fields of the recipe, for trials: JSON values; editor.NAME for fields of the editor")  # fmt: skip
+        command.add_argument(
+            "--set",
+            type=_setting,
+            nargs="*",
+            default=[],
+            metavar="NAME=VALUE",
+            help="other fields of the recipe, for trials: JSON values; editor.NAME for fields of the editor",
+        )
         command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
@@ -55,7 +82,9 @@ def _run_build_backbone(given: argparse.Namespace) -> None:
     from ..atlas.backbone import build_backbone
 
     split = load_split()
-    options = {name: value for name, value in (("epochs", given.epochs), ("max_steps", given.max_steps)) if value is not None}
+    options = {
+        name: value for name, value in (("epochs", given.epochs), ("max_steps", given.max_steps)) if value is not None
+    }
     report = build_backbone(split.world, split.taught, given.out or ASSETS / "backbone", seed=given.seed, **options)
     print(json.dumps(report, indent=2))
 
@@ -83,7 +112,12 @@ def _run_train_atlas(given: argparse.Namespace) -> None:
     options = {name: value for group, name, value in given.set if group == "editor"}
     training |= {name: value for name in ("max_steps", "records") if (value := getattr(given, name)) is not None}
     report = train_atlas_editor(
-        given.editor_name, given.out or ASSETS / given.editor_name, seed=given.seed, options=options, resume=given.resume, **training
+        given.editor_name,
+        given.out or ASSETS / given.editor_name,
+        seed=given.seed,
+        options=options,
+        resume=given.resume,
+        **training,
     )
     print(json.dumps(report, indent=2))
 
@@ -96,7 +130,9 @@ def _require_fields(given: argparse.Namespace) -> None:
 
     config = IBKEConfig if given.editor_name == "ibke" else MENDConfig
     known = {
-        "training": {field.name for field in fields(IBKETrainingArguments) if field.init and field.name not in NOT_TO_SET},
+        "training": {
+            field.name for field in fields(IBKETrainingArguments) if field.init and field.name not in NOT_TO_SET
+        },
         "editor": {"layers", *(field.name for field in fields(config))},
     }
     for group, name, _ in given.set:
@@ -109,8 +145,12 @@ def _setting(text: str) -> tuple[str, str, Any]:
     name, _, value = text.partition("=")
     group, _, field = name.rpartition(".")
     if not field.isidentifier() or group not in ("", "training", "editor"):
-        raise argparse.ArgumentTypeError(f"NAME=VALUE is wanted, such as beta=0.2 or editor.latent_dim=128, found {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"NAME=VALUE is wanted, such as beta=0.2 or editor.latent_dim=128, found {text!r}"
+        )
     try:
         return group or "training", field, json.loads(value)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f'{name!r} needs a JSON value, such as 0.1, true or \'"cosine"\', found {value!r}') from error
+        raise argparse.ArgumentTypeError(
+            f"{name!r} needs a JSON value, such as 0.1, true or '\"cosine\"', found {value!r}"
+        ) from error

@@ -14,14 +14,27 @@ ALL = "all"
 
 def add(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "card", "write the model cards of this package, or show the card of a trained editor", _run)
-    command.add_argument("name", metavar="NAME|FOLDER",
-                         help="atlas, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b or all; or the folder of a trained editor")  # fmt: skip
+    command = add_command(
+        commands, "card", "write the model cards of this package, or show the card of a trained editor", _run
+    )
+    command.add_argument(
+        "name",
+        metavar="NAME|FOLDER",
+        help="atlas, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b or all; or the folder of a trained editor",
+    )
     command.add_argument("--out", metavar="DIR", help=f"folder that holds one for each card (default: {FOLDER})")
-    command.add_argument("--check", action="store_true", help="write nothing; fail where a card is not what would be written")
-    command.add_argument("--needs", action="store_true", help="print what training takes, for an editor that is not trained yet")
-    command.add_argument("--repository", metavar="REPO", help="of a trained editor: its id on the Hub (default: the folder's name)")
-    command.add_argument("--results", metavar="DIR", help="of a trained editor: what `ibke eval` wrote (default: beside it)")
+    command.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a card is not what would be written"
+    )
+    command.add_argument(
+        "--needs", action="store_true", help="print what training takes, for an editor that is not trained yet"
+    )
+    command.add_argument(
+        "--repository", metavar="REPO", help="of a trained editor: its id on the Hub (default: the folder's name)"
+    )
+    command.add_argument(
+        "--results", metavar="DIR", help="of a trained editor: what `ibke eval` wrote (default: beside it)"
+    )
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -54,7 +67,9 @@ def _check(names: tuple[str, ...], out: str) -> None:
 
     stale = [str(file) for name in names for file in stale_files(name, out)]
     if stale:
-        raise ValueError(f"{', '.join(stale)}: not what `ibke card` writes now; write it again, cards are not edited by hand")
+        raise ValueError(
+            f"{', '.join(stale)}: not what `ibke card` writes now; write it again, cards are not edited by hand"
+        )
     print(f"{', '.join(names)}: up to date")
 
 
@@ -63,7 +78,9 @@ def _print_needs(given: argparse.Namespace) -> None:
     from ..hub.cards.presets import needs_section
 
     if given.name not in BACKBONES:
-        raise ValueError(f"--needs belongs to an editor that is not trained yet: {', '.join(BACKBONES)}; found {given.name!r}")
+        raise ValueError(
+            f"--needs belongs to an editor that is not trained yet: {', '.join(BACKBONES)}; found {given.name!r}"
+        )
     print("\n\n".join(needs_section(given.name, backbone_of(given.name))))
 
 
@@ -78,8 +95,12 @@ def _show(given: argparse.Namespace) -> None:
         raise ValueError(f"{folder}: holds {kind}, whose card `ibke push` writes; give the folder of a trained editor")
     for option in ("out", "check", "needs"):
         if getattr(given, option):
-            raise ValueError(f"--{option} belongs to the cards of this package; the card of the editor in {folder} is printed")
+            raise ValueError(
+                f"--{option} belongs to the cards of this package; the card of the editor in {folder} is printed"
+            )
     results = read_results(given.results or (folder / RESULTS if (folder / RESULTS).exists() else None))
     editor = load_saved_editor(given.name)
-    card = editor_card(editor, given.repository or folder.resolve().name, results=results, remote=bool(code_files(editor)))
+    card = editor_card(
+        editor, given.repository or folder.resolve().name, results=results, remote=bool(code_files(editor))
+    )
     print(str(card), end="")

@@ -28,33 +28,63 @@ WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if not kind.trained
 
 def add(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "eval", "score an editor on a dataset; a killed run goes on where it stopped", _run)
+    command = add_command(
+        commands, "eval", "score an editor on a dataset; a killed run goes on where it stopped", _run
+    )
     what = command.add_argument_group("what is evaluated")
-    what.add_argument("--dataset", required=True, metavar="NAME|PATH", help="atlas, uniedit, a file, a folder or a Hub dataset id")
+    what.add_argument(
+        "--dataset", required=True, metavar="NAME|PATH", help="atlas, uniedit, a file, a folder or a Hub dataset id"
+    )
     what.add_argument("--format", help="native format of the dataset (default: told from its content)")
     model_options(command)
-    what.add_argument("--editor", metavar="NAME|PATH|ID",
-                      help=f"{', '.join(WITHOUT_WEIGHTS)} (none: the unedited model); Atlas's ibke or mend; else a trained "
-                           "editor (default: ibke)")  # fmt: skip
-    what.add_argument("--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on")
+    what.add_argument(
+        "--editor",
+        metavar="NAME|PATH|ID",
+        help=f"{', '.join(WITHOUT_WEIGHTS)} (none: the unedited model); Atlas's ibke or mend; else a trained "
+        "editor (default: ibke)",
+    )
+    what.add_argument(
+        "--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on"
+    )
     chosen = command.add_argument_group("which records")
     chosen.add_argument("--split", help="split of the dataset (atlas: test, held_out or validation; default test)")
     chosen.add_argument("--domains", nargs="+", metavar="NAME", help="records of these domains only")
-    chosen.add_argument("--criteria", nargs="+", metavar="NAME", help='cases of these criteria only, such as "Multi-Hop"')
+    chosen.add_argument(
+        "--criteria", nargs="+", metavar="NAME", help='cases of these criteria only, such as "Multi-Hop"'
+    )
     chosen.add_argument("--hops", nargs="+", type=positive, metavar="N", help="cases of these numbers of hops only")
     chosen.add_argument("--limit", type=positive, metavar="N", help="so many records only")
     chosen.add_argument("--seed", type=int, help="draw the N records with this seed (default: the first N)")
     how = command.add_argument_group("how they are asked")
-    how.add_argument("--sequential", type=positive, default=1, metavar="N", help="edits that the model carries at once (default 1)")
-    how.add_argument("--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit")
+    how.add_argument(
+        "--sequential", type=positive, default=1, metavar="N", help="edits that the model carries at once (default 1)"
+    )
+    how.add_argument(
+        "--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit"
+    )
     how.add_argument("--chat", action="store_true", help="ask through the tokenizer's chat template")
-    how.add_argument("--collision-scope", choices=("set", "group"), default="set",
-                     help="drop locality cases that collide with an edit of the whole selection (default) or of their group")  # fmt: skip
-    how.add_argument("--locality-match", choices=("ids", "string"), default="ids", help="compare token ids, or strings as UniEdit does")
-    how.add_argument("--span", choices=("prompt", "offsets"), default="prompt", help="how the target's tokens are found")
+    how.add_argument(
+        "--collision-scope",
+        choices=("set", "group"),
+        default="set",
+        help="drop locality cases that collide with an edit of the whole selection (default) or of their group",
+    )
+    how.add_argument(
+        "--locality-match",
+        choices=("ids", "string"),
+        default="ids",
+        help="compare token ids, or strings as UniEdit does",
+    )
+    how.add_argument(
+        "--span", choices=("prompt", "offsets"), default="prompt", help="how the target's tokens are found"
+    )
     how.add_argument("--no-generate", action="store_true", help="teacher-forced scores only, which is quicker")
-    how.add_argument("--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default 64)")
-    command.add_argument("--out", required=True, metavar="DIR", help="folder of results.json, rows.jsonl and rows.html")
+    how.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default 64)"
+    )
+    command.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of results.json, rows.jsonl and rows.html"
+    )
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -70,11 +100,27 @@ def _run(given: argparse.Namespace) -> None:
         records = [chat_record(tokenizer, record) for record in records]
     settings = {name: getattr(given, name) for name in SELECTION}
     results = evaluate_to_folder(
-        given.out, editor, model, tokenizer, records, unread=unread, sequential=given.sequential, mode=given.mode,
-        batch_size=given.batch_size, collision_scope=given.collision_scope, locality_match=given.locality_match, span=given.span,
-        generate=not given.no_generate, progress=sys.stderr.isatty(),
-        settings={**settings, "model": given.model or "ibke-atlas", "editor": given.editor or "ibke", "corpus": given.corpus},
-    )  # fmt: skip
+        given.out,
+        editor,
+        model,
+        tokenizer,
+        records,
+        unread=unread,
+        sequential=given.sequential,
+        mode=given.mode,
+        batch_size=given.batch_size,
+        collision_scope=given.collision_scope,
+        locality_match=given.locality_match,
+        span=given.span,
+        generate=not given.no_generate,
+        progress=sys.stderr.isatty(),
+        settings={
+            **settings,
+            "model": given.model or "ibke-atlas",
+            "editor": given.editor or "ibke",
+            "corpus": given.corpus,
+        },
+    )
     print(score_table(results))
     print("\nwritten: " + ", ".join(str(Path(given.out) / name) for name in (RESULTS, ROWS, PAGE)))
 
@@ -85,7 +131,13 @@ def _run(given: argparse.Namespace) -> None:
 def _records(given: argparse.Namespace, unread: Counter[str]) -> Iterator[Any]:
     from ..data.sources import select
 
-    filters = {"domains": given.domains, "criteria": given.criteria, "hops": given.hops, "limit": given.limit, "seed": given.seed}
+    filters = {
+        "domains": given.domains,
+        "criteria": given.criteria,
+        "hops": given.hops,
+        "limit": given.limit,
+        "seed": given.seed,
+    }
     if given.dataset == ATLAS:
         from ..atlas import load_records
 
@@ -99,7 +151,8 @@ def _require_editor_for_model(given: argparse.Namespace) -> None:
     name = given.editor or "ibke"
     if given.model is not None and name in ATLAS_EDITORS:
         raise ValueError(
-            f"--editor {name} edits the embedded Atlas model only; for {given.model} give {', '.join(WITHOUT_WEIGHTS)}, "
+            f"--editor {name} edits the embedded Atlas model only; for {given.model} give "
+            f"{', '.join(WITHOUT_WEIGHTS)}, "
             f"or the folder or Hub id of an editor trained for it (a folder of that name: ./{name})"
         )
     if given.corpus and (given.model is None or name not in KINDS or not KINDS[name].needs_statistics):
@@ -130,7 +183,13 @@ def score_table(results: Mapping[str, Any]) -> str:
         f"{settings['editor']} on {settings['dataset']}: {results['records']} records, percent",
         f"{'':<26}{'teacher-forced':>16}{'generated':>14}",
         f"{'':<26}{'score':>8}{'top 1':>8}{'exact match':>14}{'cases':>8}",
-        _line("reliability", overall["reliability"], overall["reliability"], overall["reliability_exact_match"], cases["reliability"]),
+        _line(
+            "reliability",
+            overall["reliability"],
+            overall["reliability"],
+            overall["reliability_exact_match"],
+            cases["reliability"],
+        ),
     ]
     for role, match in (("generality", overall["exact_match"]), ("locality", None)):
         lines.append(_line(role, overall[role], overall[f"{role}_top1"], match, cases[role]))
@@ -139,9 +198,14 @@ def score_table(results: Mapping[str, Any]) -> str:
             for name, cell in results["by_criterion"][role].items()
         ]
     lines += [
-        _line(title, overall[name]) for name, title in (("f1", "F1"), ("avg", "Avg"), ("first_token", "first token (generality)"),
-                                                        ("js_similarity", "JS similarity (locality)"))
-    ]  # fmt: skip
+        _line(title, overall[name])
+        for name, title in (
+            ("f1", "F1"),
+            ("avg", "Avg"),
+            ("first_token", "first token (generality)"),
+            ("js_similarity", "JS similarity (locality)"),
+        )
+    ]
     lines += [f"skipped: {number} × {reason}" for reason, number in results["skipped"].items()]
     if results["incomplete_group"]:
         found = f"{results['incomplete_group']} of {settings['sequential']} requests"
@@ -151,7 +215,9 @@ def score_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(title: str, score: float | None, top1: float | None = None, match: float | None = None, cases: int | None = None) -> str:
+def _line(
+    title: str, score: float | None, top1: float | None = None, match: float | None = None, cases: int | None = None
+) -> str:
     texts = ["–" if value is None else f"{value:.1f}" for value in (score, top1, match)]
     if cases is None:
         return f"{title:<26}{texts[0]:>8}"

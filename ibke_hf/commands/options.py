@@ -15,7 +15,9 @@ WITHOUT_HUB = ("zsre", "counterfact", "mquake")  # PROTOCOL names files for thes
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_command(commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+def add_command(
+    commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
     """Add a command that calls `run` with the parsed arguments."""
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
     command.set_defaults(run=run, title=command.prog.removeprefix("ibke "))
@@ -26,7 +28,9 @@ def model_options(command: argparse.ArgumentParser) -> None:
     """Add the options that :func:`load_model` reads."""
     command.add_argument("--model", help="folder or Hub id of the model (default: the embedded Atlas backbone)")
     command.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
-    command.add_argument("--dtype", default="auto", choices=PRECISIONS, help="precision to load the model in (default: as saved)")
+    command.add_argument(
+        "--dtype", default="auto", choices=PRECISIONS, help="precision to load the model in (default: as saved)"
+    )
 
 
 def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
@@ -64,7 +68,12 @@ def upload_options(command: argparse.ArgumentParser) -> None:
 
 def upload_settings(given: argparse.Namespace) -> dict[str, Any]:
     """Return the options as keyword arguments of :func:`~ibke_hf.hub.publishing.upload`."""
-    settings = {"private": given.private or None, "revision": given.revision, "create_pr": given.create_pr, "token": given.token}
+    settings = {
+        "private": given.private or None,
+        "revision": given.revision,
+        "create_pr": given.create_pr,
+        "token": given.token,
+    }
     return settings | ({} if given.message is None else {"commit_message": given.message})
 
 
@@ -109,7 +118,10 @@ def read_dataset(name: str, **filters: Any) -> Iterator[Any]:
 
     if not Path(name).exists():
         if name.lower() in WITHOUT_HUB:
-            raise ValueError(f"dataset {name}: no Hub dataset is known for it; give the path of a file or folder in its native format")
+            raise ValueError(
+                f"dataset {name}: no Hub dataset is known for it; give the path of a file or folder in its "
+                f"native format"
+            )
         name = HUB_DATASETS.get(name.lower(), name)
     return read_records(name, **filters)
 
@@ -129,7 +141,9 @@ def statistics_of(model: Any, tokenizer: Any, corpus: str, layers: Sequence[Sequ
     from ..editors.locate.key_statistics import KeyStatistics, default_layers
 
     needed = sorted({i for own in layers for i in (default_layers(model) if own is None else own)})
-    return KeyStatistics.of(model, tokenizer, read_texts(corpus), needed, cache=Path(HF_HOME) / "ibke_hf", progress=sys.stderr.isatty())
+    return KeyStatistics.of(
+        model, tokenizer, read_texts(corpus), needed, cache=Path(HF_HOME) / "ibke_hf", progress=sys.stderr.isatty()
+    )
 
 
 @contextmanager
@@ -144,7 +158,9 @@ def _loading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{name}: cannot be loaded ({textwrap.shorten(str(error), 300, placeholder=' ...')})") from error
+        raise ValueError(
+            f"{name}: cannot be loaded ({textwrap.shorten(str(error), 300, placeholder=' ...')})"
+        ) from error
 
 
 def _require_device(device: str) -> None:
@@ -154,7 +170,9 @@ def _require_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(f"--device {device}: this machine cannot compute there ({reason}); leave it out or use cpu") from error
+        raise ValueError(
+            f"--device {device}: this machine cannot compute there ({reason}); leave it out or use cpu"
+        ) from error
 
 
 def positive(text: str) -> int:

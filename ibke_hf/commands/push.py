@@ -10,11 +10,17 @@ from .options import add_command, positive, upload_options, upload_settings
 
 def add(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "push", "publish an editor, an edit or records on the Hub, in one commit with a card", _run)
+    command = add_command(
+        commands, "push", "publish an editor, an edit or records on the Hub, in one commit with a card", _run
+    )
     command.add_argument("folder", metavar="FOLDER", help="folder of a trained editor, of a saved edit, or of records")
     upload_options(command)
-    command.add_argument("--results", metavar="DIR", help="what `ibke eval` wrote, for the card of an editor (default: beside it)")
-    command.add_argument("--max-rank", type=positive, metavar="R", help="truncate an edit to this rank, as serving engines may need")
+    command.add_argument(
+        "--results", metavar="DIR", help="what `ibke eval` wrote, for the card of an editor (default: beside it)"
+    )
+    command.add_argument(
+        "--max-rank", type=positive, metavar="R", help="truncate an edit to this rank, as serving engines may need"
+    )
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -23,7 +29,9 @@ def _run(given: argparse.Namespace) -> None:
     kind, options = folder_kind(given.folder), upload_settings(given)
     for name, value, owner in (("results", given.results, "editor"), ("max_rank", given.max_rank, "edit")):
         if value is not None and kind != owner:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to an {owner}, and {given.folder} holds {kind}; leave it out")
+            raise ValueError(
+                f"--{name.replace('_', '-')} belongs to an {owner}, and {given.folder} holds {kind}; leave it out"
+            )
         options |= {} if value is None else {name: value}
     commit = push_folder(given.folder, given.repository, **options)
     print(f"{kind}: {commit.pr_url or commit.commit_url}")

@@ -13,11 +13,17 @@ def add(commands: Any) -> None:
     actions = commands.add_parser("spaces", help="publish a Space, or run it here").add_subparsers(
         dest="action", required=True, metavar="action"
     )
-    command = add_command(actions, "push", "publish a Space with the code of this package that it needs, in one commit", _run_push)
-    command.add_argument("folder", metavar="FOLDER", help="the Space, such as spaces/edit_quality of a clone of this project")
+    command = add_command(
+        actions, "push", "publish a Space with the code of this package that it needs, in one commit", _run_push
+    )
+    command.add_argument(
+        "folder", metavar="FOLDER", help="the Space, such as spaces/edit_quality of a clone of this project"
+    )
     upload_options(command)
     command = add_command(actions, "build", "write a Space to a folder, where `python app.py` runs it", _run_build)
-    command.add_argument("folder", metavar="FOLDER", help="the Space, such as spaces/edit_quality of a clone of this project")
+    command.add_argument(
+        "folder", metavar="FOLDER", help="the Space, such as spaces/edit_quality of a clone of this project"
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
 
 

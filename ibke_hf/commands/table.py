@@ -18,31 +18,85 @@ SETTINGS = ("layers", "corpus", "editors", "training")  # of the YAML file
 
 def add(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "table", "compare editors as the paper's table does; a killed run goes on where it stopped", _run)
+    command = add_command(
+        commands, "table", "compare editors as the paper's table does; a killed run goes on where it stopped", _run
+    )
     what = command.add_argument_group("what is compared")
-    what.add_argument("--backbone", dest="model", default=ATLAS, metavar="PATH|ID", help="folder or Hub id of the model (default: atlas)")
-    what.add_argument("--datasets", nargs="+", metavar="NAME[:SPLIT]", help="files, folders or Hub ids (atlas: test, held_out, validation)")
-    what.add_argument("--editors", nargs="+", default=list(KINDS), metavar="ID[=PATH]",
-                      help=f"some of {', '.join(KINDS)} (default: all); a trained one may be given, as in ibke=my-editor")  # fmt: skip
-    what.add_argument("--edits", nargs="+", metavar="KIND", help="counterfactual, unknown or all (default: all; atlas: both kinds)")
-    what.add_argument("--sequential", nargs="+", type=positive, default=[1], metavar="N", help="edits that the model carries (default: 1)")
-    what.add_argument("--seeds", type=positive, default=3, metavar="N",
-                      help="seeds 0 to N-1: each draws the records and names a training run (default: 3)")  # fmt: skip
+    what.add_argument(
+        "--backbone",
+        dest="model",
+        default=ATLAS,
+        metavar="PATH|ID",
+        help="folder or Hub id of the model (default: atlas)",
+    )
+    what.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="NAME[:SPLIT]",
+        help="files, folders or Hub ids (atlas: test, held_out, validation)",
+    )
+    what.add_argument(
+        "--editors",
+        nargs="+",
+        default=list(KINDS),
+        metavar="ID[=PATH]",
+        help=f"some of {', '.join(KINDS)} (default: all); a trained one may be given, as in ibke=my-editor",
+    )
+    what.add_argument(
+        "--edits", nargs="+", metavar="KIND", help="counterfactual, unknown or all (default: all; atlas: both kinds)"
+    )
+    what.add_argument(
+        "--sequential",
+        nargs="+",
+        type=positive,
+        default=[1],
+        metavar="N",
+        help="edits that the model carries (default: 1)",
+    )
+    what.add_argument(
+        "--seeds",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="seeds 0 to N-1: each draws the records and names a training run (default: 3)",
+    )
     what.add_argument("--limit", type=positive, default=100, metavar="N", help="records of a cell (default: 100)")
     made = command.add_argument_group("how editors are made")
-    made.add_argument("--records", nargs="+", metavar="FILE", help="training records of the editors with weights (atlas: its own)")
+    made.add_argument(
+        "--records", nargs="+", metavar="FILE", help="training records of the editors with weights (atlas: its own)"
+    )
     made.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records of their training")
-    made.add_argument("--steps", type=positive, metavar="N", help="their training steps, the same for all (atlas: 700)")
-    made.add_argument("--corpus", metavar="FILE|ID", help="texts that ROME and AlphaEdit measure the model's keys on (atlas: its own)")
-    made.add_argument("--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training")
-    made.add_argument("--trained", metavar="DIR", help="folder of the trained editors (default: editors in the output folder)")
+    made.add_argument(
+        "--steps", type=positive, metavar="N", help="their training steps, the same for all (atlas: 700)"
+    )
+    made.add_argument(
+        "--corpus",
+        metavar="FILE|ID",
+        help="texts that ROME and AlphaEdit measure the model's keys on (atlas: its own)",
+    )
+    made.add_argument(
+        "--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training"
+    )
+    made.add_argument(
+        "--trained", metavar="DIR", help="folder of the trained editors (default: editors in the output folder)"
+    )
     made.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
-    made.add_argument("--dtype", default="auto", choices=PRECISIONS,
-                      help="precision to load the model in (default: the paper's for its backbones, else as saved)")  # fmt: skip
-    made.add_argument("--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default: 64)")
-    command.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="make the cells of one of n shares only")
+    made.add_argument(
+        "--dtype",
+        default="auto",
+        choices=PRECISIONS,
+        help="precision to load the model in (default: the paper's for its backbones, else as saved)",
+    )
+    made.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default: 64)"
+    )
+    command.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="i/n", help="make the cells of one of n shares only"
+    )
     command.add_argument("--merge", nargs="+", metavar="DIR", help="join the cells of these folders and run nothing")
-    command.add_argument("--out", required=True, metavar="DIR", help="folder of table.json, .md, .csv, .html, the plot and the cells")
+    command.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of table.json, .md, .csv, .html, the plot and the cells"
+    )
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -57,8 +111,15 @@ def _run(given: argparse.Namespace) -> None:
     bench, plan = _bench_and_plan(given)
     open_folder(bench, plan, given.out)
     try:
-        run_cells(bench, plan, given.out, shard=given.shard, trained=given.trained, batch_size=given.batch_size,
-                  progress=sys.stderr.isatty())  # fmt: skip
+        run_cells(
+            bench,
+            plan,
+            given.out,
+            shard=given.shard,
+            trained=given.trained,
+            batch_size=given.batch_size,
+            progress=sys.stderr.isatty(),
+        )
     finally:  # what is made by now is shown, whatever stops the rest
         _show(given.out)
 
@@ -70,8 +131,15 @@ def _show(out: str) -> None:
     from ..evaluation.report.table_files import CSV, JSON, MARKDOWN, PAGE, PLOT, write_tables
 
     editors, groups = planned(out)
-    print(write_tables(found_cells(out), out, editors=editors, columns=[Column(*group) for group in groups],
-                       width=shutil.get_terminal_size((140, 24)).columns))  # fmt: skip
+    print(
+        write_tables(
+            found_cells(out),
+            out,
+            editors=editors,
+            columns=[Column(*group) for group in groups],
+            width=shutil.get_terminal_size((140, 24)).columns,
+        )
+    )
     files = [Path(out) / name for name in (JSON, MARKDOWN, CSV, PAGE, PLOT)]
     print("\nwritten: " + ", ".join(str(file) for file in files if file.exists()))
 
@@ -104,30 +172,58 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
 
     config = read_settings(given.config, SETTINGS) if given.config else {}
     fields = _fields_by_editor(config)
-    corpus, layers, steps = given.corpus or config.get("corpus"), config.get("layers"), {"max_steps": given.steps} if given.steps else {}
+    corpus, layers, steps = (
+        given.corpus or config.get("corpus"),
+        config.get("layers"),
+        {"max_steps": given.steps} if given.steps else {},
+    )
     if given.dtype == "auto":
         given.dtype = PAPER_DTYPES.get(given.model, "auto")  # editors are trained and scored in the same precision
 
     def training(name: str, seed: int, folder: Path) -> Mapping[str, Any]:
         own = dict(fields.get(name, {}))
-        flags = {"kind": name, "backbone": given.model, "records": given.records, "validation": given.validation, "out": str(folder),
-                 "layers": own.pop("layers", layers if KINDS[name].several_layers else None),
-                 "dtype": None if given.dtype == "auto" else given.dtype}  # fmt: skip
+        flags = {
+            "kind": name,
+            "backbone": given.model,
+            "records": given.records,
+            "validation": given.validation,
+            "out": str(folder),
+            "layers": own.pop("layers", layers if KINDS[name].several_layers else None),
+            "dtype": None if given.dtype == "auto" else given.dtype,
+        }
         return training_settings(None, flags, own, {**(config.get("training") or {}), **steps, "seed": seed})
 
     def train(settings: Mapping[str, Any]) -> Any:
-        return train_editor(settings, resume=any(Path(settings["out"]).glob("checkpoints/checkpoint-*/trainer_state.json")))
+        return train_editor(
+            settings, resume=any(Path(settings["out"]).glob("checkpoints/checkpoint-*/trainer_state.json"))
+        )
 
     def statistics(model: Any, tokenizer: Any) -> Any:
-        return statistics_of(model, tokenizer, str(corpus), [fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")])
+        return statistics_of(
+            model, tokenizer, str(corpus), [fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")]
+        )
 
-    settings = {"backbone": given.model, "dtype": given.dtype, "trained_on": given.records, "validation": given.validation,
-                "steps": given.steps, "config": config, "corpus": corpus}  # fmt: skip
+    settings = {
+        "backbone": given.model,
+        "dtype": given.dtype,
+        "trained_on": given.records,
+        "validation": given.validation,
+        "steps": given.steps,
+        "config": config,
+        "corpus": corpus,
+    }
     return ModelBench(
-        lambda: load_model(given), _read, saved={name: path for name, path in editors.items() if path}, load_saved=load_saved_editor,
-        training=training if given.records else None, train=train, statistics=statistics if corpus else None, layers=layers,
-        hyper_parameters=fields, settings=settings,
-    )  # fmt: skip
+        lambda: load_model(given),
+        _read,
+        saved={name: path for name, path in editors.items() if path},
+        load_saved=load_saved_editor,
+        training=training if given.records else None,
+        train=train,
+        statistics=statistics if corpus else None,
+        layers=layers,
+        hyper_parameters=fields,
+        settings=settings,
+    )
 
 
 def _fields_by_editor(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -45,15 +45,22 @@ class MissingFileError(AdapterError):
 
 
 def save_edit(
-    edit: LowRankEdit, folder: str | Path, *, max_rank: int | None = None, rank: int | None = None, transposed: bool | None = None
-) -> None:  # fmt: skip
+    edit: LowRankEdit,
+    folder: str | Path,
+    *,
+    max_rank: int | None = None,
+    rank: int | None = None,
+    transposed: bool | None = None,
+) -> None:
     """Save one edit as a LoRA adapter: A = ĥ, B = ûᵀ, alpha = r, full module names, one rank for all layers.
 
     Args:
         edit: A single edit; of several independent ones save ``edit[i]``.
         folder: Created if needed; each file is written to a temporary name and renamed.
-        max_rank: Truncate to this rank (SVD) if the edit's is higher; ``edit.json`` gets the relative error of each layer.
-        rank: Save in this very rank: truncated if the edit's is higher, else padded with zeros. Default: the highest layer's.
+        max_rank: Truncate to this rank (SVD) if the edit's is higher; ``edit.json`` gets the relative error of each
+            layer.
+        rank: Save in this very rank: truncated if the edit's is higher, else padded with zeros. Default: the highest
+            layer's.
         transposed: PEFT's `fan_in_fan_out`, true for Conv1D backbones; remembered from the backbone by default.
 
     Raises:
@@ -66,11 +73,19 @@ def save_edit(
         weights[f"{PREFIX}{name}.lora_A.weight"] = edit.inputs[name][0].detach().cpu().contiguous()
         weights[f"{PREFIX}{name}.lora_B.weight"] = edit.outputs[name][0].detach().cpu().T.contiguous()
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(edit.inputs), "inference_mode": True, "use_dora": False, "use_rslora": False,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(edit.inputs),
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": False,
         "fan_in_fan_out": edit.info.transposed if transposed is None else transposed,
         "base_model_name_or_path": edit.info.backbone or None,
-    }  # fmt: skip
+    }
 
     with written_whole(folder) as scratch:
         save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
@@ -90,7 +105,9 @@ def with_uniform_rank(edit: LowRankEdit, max_rank: int | None = None, rank: int 
     """Return a single edit in the form it is saved in, see :func:`save_edit`; serving engines take no other LoRA."""
     edit._require_one("save")
     if max_rank is not None and rank is not None:
-        raise ValueError(f"max_rank={max_rank} and rank={rank} say different things; give max_rank, or rank for one with padding")
+        raise ValueError(
+            f"max_rank={max_rank} and rank={rank} say different things; give max_rank, or rank for one with padding"
+        )
     limit = max_rank if rank is None else rank
     if limit is not None and limit < max(edit.ranks.values()):
         edit = edit.truncate(limit)
@@ -107,16 +124,19 @@ def read_edit(
         hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
 
     Returns:
-        The fields of a :class:`~ibke_hf.LowRankEdit`: ĥ (1, r, d_in) and û (1, r, d_out) by module name, provenance, and relative errors.
+        The fields of a :class:`~ibke_hf.LowRankEdit`: ĥ (1, r, d_in) and û (1, r, d_out) by module name, provenance,
+        and relative errors.
 
     Raises:
-        AdapterError: If a file is missing, damaged or cannot be downloaded, or holds keys that are no LoRA factors, of layers that
-            the config does not name, or not of all that it names.
+        AdapterError: If a file is missing, damaged or cannot be downloaded, or holds keys that are no LoRA factors, of
+            layers that the config does not name, or not of all that it names.
     """
     hub_arguments |= _pinned(name_or_path, hub_arguments)
     config = _read_json(name_or_path, CONFIG, hub_arguments)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise AdapterError(f"{name_or_path}: only plain LoRA adapters can be read as edits, found {config.get('peft_type')!r}")
+        raise AdapterError(
+            f"{name_or_path}: only plain LoRA adapters can be read as edits, found {config.get('peft_type')!r}"
+        )
     inputs, outputs = _factors(str(name_or_path), read_weights(name_or_path, WEIGHTS, hub_arguments), config)
     _require_targets(str(name_or_path), list(inputs), config.get("target_modules"))
     try:
@@ -146,10 +166,14 @@ def read_weights(name_or_path: str | Path, name: str, hub_arguments: Mapping[str
     try:
         weights = load_file(_file(name_or_path, name, hub_arguments))
     except SafetensorError as error:
-        raise AdapterError(f"{name_or_path}/{name}: not a complete safetensors file ({error}); save or download it again") from error
+        raise AdapterError(
+            f"{name_or_path}/{name}: not a complete safetensors file ({error}); save or download it again"
+        ) from error
     bad = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad or not weights:
-        raise AdapterError(f"{name_or_path}/{name}: {f'{bad[0]} is not finite' if bad else 'the file holds no tensor'}")
+        raise AdapterError(
+            f"{name_or_path}/{name}: {f'{bad[0]} is not finite' if bad else 'the file holds no tensor'}"
+        )
     return weights
 
 
@@ -166,7 +190,9 @@ def read_info(name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> tup
         requests = tuple(EditRequest(**request) for request in content["requests"])
         info = EditInfo(requests=requests, **{key: content[key] for key in _INFO_FIELDS})
     except (KeyError, TypeError) as error:
-        raise AdapterError(f"{name_or_path}/{INFO}: not the description of an edit ({error!r}); save the edit again") from error
+        raise AdapterError(
+            f"{name_or_path}/{INFO}: not the description of an edit ({error!r}); save the edit again"
+        ) from error
     if version > FORMAT_VERSION:
         raise AdapterError(f"{name_or_path}/{INFO}: format {version} is newer than {FORMAT_VERSION}; update ibke_hf")
     return info, content
@@ -182,7 +208,10 @@ def publisher() -> Any:
         return import_module("ibke_hf.hub.publishing")
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == "ibke_hf":
-            raise ImportError("publishing needs the package ibke_hf itself; install it, or save and upload the folder with `hf upload`") from error
+            raise ImportError(
+                "publishing needs the package ibke_hf itself; install it, or save and upload the folder with `hf "
+                "upload`"
+            ) from error
         raise
 
 
@@ -190,9 +219,13 @@ def _file(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any])
     try:
         found = cached_file(str(name_or_path), name, **hub_arguments)
     except OSError as error:
-        if isinstance(error.__cause__, (HfHubHTTPError, LocalEntryNotFoundError)) and not _known_missing(name_or_path, name, hub_arguments):
+        if isinstance(error.__cause__, (HfHubHTTPError, LocalEntryNotFoundError)) and not _known_missing(
+            name_or_path, name, hub_arguments
+        ):
             raise AdapterError(f"{name_or_path}: {name} cannot be downloaded ({error})") from error
-        raise MissingFileError(f"{name_or_path}: no {name}; a saved edit has its weights and a description beside ({error})") from error
+        raise MissingFileError(
+            f"{name_or_path}: no {name}; a saved edit has its weights and a description beside ({error})"
+        ) from error
     except NETWORK_ERRORS as error:
         raise AdapterError(f"{name_or_path}: {name} cannot be downloaded ({error}); try again") from error
     return Path(str(found))
@@ -221,7 +254,9 @@ def _read_json(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, 
     return content
 
 
-def _factors(where: str, weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _factors(
+    where: str, weights: dict[str, Tensor], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     sides: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
     for key, tensor in weights.items():
         name, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
@@ -248,14 +283,23 @@ def _require_targets(where: str, layers: Sequence[str], targets: Any) -> None:
     A target names a layer in full or by the end of its name; of the latter a model may have none.
     """
     if not isinstance(targets, list):  # a pattern, or none stated
-        foreign, missing = [name for name in layers if isinstance(targets, str) and not re.fullmatch(targets, name)], []
+        foreign, missing = (
+            [name for name in layers if isinstance(targets, str) and not re.fullmatch(targets, name)],
+            [],
+        )
     else:
-        foreign = [name for name in layers if not any(name == target or name.endswith(f".{target}") for target in targets)]
+        foreign = [
+            name for name in layers if not any(name == target or name.endswith(f".{target}") for target in targets)
+        ]
         in_full = [target for target in targets if any(part.isdigit() for part in target.split("."))]
-        missing = [target for target in in_full if not any(name == target or name.endswith(f".{target}") for name in layers)]
+        missing = [
+            target for target in in_full if not any(name == target or name.endswith(f".{target}") for name in layers)
+        ]
     if foreign or missing:
         what = f"factors of {foreign[0]!r}, not named" if foreign else f"no factors of {missing[0]!r}, which is named"
-        raise AdapterError(f"{where}/{WEIGHTS}: holds {what} in {CONFIG}; the two are not of one adapter, save or download it again")
+        raise AdapterError(
+            f"{where}/{WEIGHTS}: holds {what} in {CONFIG}; the two are not of one adapter, save or download it again"
+        )
 
 
 def _alpha(config: Mapping[str, Any], name: str) -> float:

@@ -2,12 +2,12 @@
 
 A hook fires for every caller of a shared model, so each hook asks a ContextVar whether *its* block is the one that is
 running: two threads (or asyncio tasks) with two edits on one model never see each other's. A thread that the block
-starts is outside of it; start it with ``contextvars.copy_context().run``. The recomputation of a gradient checkpoint may
-run on autograd's own thread, which has no such context; there the one attached block is used, and several at once are
-refused rather than guessed.
+starts is outside of it; start it with ``contextvars.copy_context().run``. The recomputation of a gradient checkpoint
+may run on autograd's own thread, which has no such context; there the one attached block is used, and several at once
+are refused rather than guessed.
 
-Code that torch.compile made before the block knows nothing of the hooks (and code made inside of it would keep them), so
-compiled models run eagerly as long as any block is open; merge an edit to run it compiled.
+Code that torch.compile made before the block knows nothing of the hooks (and code made inside of it would keep them),
+so compiled models run eagerly as long as any block is open; merge an edit to run it compiled.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def call_hooked(model: nn.Module, hook: CallHook) -> AbstractContextManager[None
 
 
 @contextmanager
-def _open(modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]], *, with_kwargs: bool = False) -> Iterator[None]:
+def _open(
+    modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]], *, with_kwargs: bool = False
+) -> Iterator[None]:
     block = object()
     handles = []
     with _registry:
@@ -79,7 +81,9 @@ def _open(modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., An
                 _eager.pop().__exit__(None, None, None)
 
 
-def attached_side_paths(modules: Mapping[str, nn.Module], side_paths: Mapping[str, SidePath]) -> AbstractContextManager[None]:
+def attached_side_paths(
+    modules: Mapping[str, nn.Module], side_paths: Mapping[str, SidePath]
+) -> AbstractContextManager[None]:
     """Add ``side_paths[name](x)`` to the output of ``modules[name]`` while the block runs; nested blocks add up."""
     return hooked(modules, {name: _adding(path) for name, path in side_paths.items()})
 
@@ -92,7 +96,9 @@ def _adding(side_path: SidePath) -> LayerHook:
 
 
 def _hook(block: object, hook: Callable[..., Any]) -> Callable[..., Any]:
-    def run(module: nn.Module, *call: Any) -> Any:  # a thread in the midst of its registration may call it without the keywords
+    def run(
+        module: nn.Module, *call: Any
+    ) -> Any:  # a thread in the midst of its registration may call it without the keywords
         return hook(*call) if _applies(block, module) else None
 
     return run
@@ -133,6 +139,7 @@ def require_row_per_edit(number: int, x: Tensor) -> None:
     """
     if number > 1 and (x.ndim != 3 or len(x) != number):
         raise ValueError(
-            f"{number} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); pass one row "
+            f"{number} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); "
+            f"pass one row "
             "per edit, or rows= to say which edit each row carries (beam search repeats rows)"
         )

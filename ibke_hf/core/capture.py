@@ -49,8 +49,13 @@ class GradientFactors:
 
 
 def capture_factors(
-    model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, *, loss_scale: float = 1.0, names: Sequence[str] | None = None
-) -> dict[str, GradientFactors]:  # fmt: skip
+    model: Any,
+    modules: Mapping[str, nn.Module],
+    batch: TokenBatch,
+    *,
+    loss_scale: float = 1.0,
+    names: Sequence[str] | None = None,
+) -> dict[str, GradientFactors]:
     """Read the gradient factors of a batch of requests off a backbone.
 
     The loss is the SUM over requests of each one's mean cross-entropy over its target tokens, so u does not shrink
@@ -80,9 +85,11 @@ def capture_factors(
         mask = batch.attention_mask.bool().to(gradient.device)
         keep = mask.unsqueeze(-1)
         factors[name] = GradientFactors(
-            layer_inputs=_rows(inputs[name], mask) * keep, output_gradients=_rows(gradient, mask) / loss_scale * keep, mask=mask,
+            layer_inputs=_rows(inputs[name], mask) * keep,
+            output_gradients=_rows(gradient, mask) / loss_scale * keep,
+            mask=mask,
             output_norms=(_rows(outputs[name].detach(), mask) * keep).flatten(1).norm(dim=-1),
-        )  # fmt: skip
+        )
         require_finite(factors[name].layer_inputs.flatten(1).sum(-1), f"the input of {name}", names)
         require_finite(factors[name].output_gradients.flatten(1).sum(-1), f"the gradient at {name}", names)
     return factors
@@ -149,7 +156,7 @@ def _start_graph(_: Tensor, output: Tensor) -> Tensor:
 
 def _recording(
     modules: Mapping[str, nn.Module], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> AbstractContextManager[None]:  # fmt: skip
+) -> AbstractContextManager[None]:
     """Record inputs and outputs of the layers; the first output to appear becomes the root of the graph."""
     return hooked(modules, {name: _recorder(name, inputs, outputs) for name in modules})
 

@@ -52,7 +52,9 @@ class GradientEditorConfig(PreTrainedConfig):
 
     def validate_layers(self) -> None:
         """Check that the layer lists belong together."""
-        lengths = {len(field) for field in (self.edited_layers, self.input_dims, self.output_dims) if field is not None}
+        lengths = {
+            len(field) for field in (self.edited_layers, self.input_dims, self.output_dims) if field is not None
+        }
         if len(lengths) > 1:
             raise ValueError("edited_layers, input_dims and output_dims name different numbers of layers")
         if self.edited_layers and "{i}" not in self.edited_modules:
@@ -103,9 +105,13 @@ class IBKEConfig(GradientEditorConfig):
         require_range(self, "second_stage_mlp", 0, 1_000_000)
         low, high = self.log_variance_range
         if not low < high:
-            raise ValueError(f"log_variance_range must be (low, high) with low < high, found {self.log_variance_range}")
+            raise ValueError(
+                f"log_variance_range must be (low, high) with low < high, found {self.log_variance_range}"
+            )
         if self.latent_dim % self.second_stage_heads:
-            raise ValueError(f"latent_dim {self.latent_dim} must be divisible by second_stage_heads {self.second_stage_heads}")
+            raise ValueError(
+                f"latent_dim {self.latent_dim} must be divisible by second_stage_heads {self.second_stage_heads}"
+            )
 
     @classmethod
     def from_preset(cls, backbone: str, **overrides: Any) -> IBKEConfig:
@@ -116,13 +122,19 @@ class IBKEConfig(GradientEditorConfig):
         """
         if backbone not in PRESETS:
             raise ValueError(
-                f"no preset for {backbone!r}; presets: {', '.join(PRESETS)}. For another model use IBKEEditor.for_backbone(model)"
+                f"no preset for {backbone!r}; presets: {', '.join(PRESETS)}. For another model use "
+                f"IBKEEditor.for_backbone(model)"
             )
         d_in, d_out = PRESET_DIMENSIONS[backbone]
         number = len(PRESETS[backbone]["edited_layers"])
         half = backbone in ("EleutherAI/gpt-j-6b", "Qwen/Qwen3-8B")  # the paper runs these two in FP16
-        settings = {**PRESETS[backbone], "backbone": backbone, "input_dims": [d_in] * number, "output_dims": [d_out] * number,
-                    "capture_loss_scale": 1024.0 if half else 1.0}  # fmt: skip
+        settings = {
+            **PRESETS[backbone],
+            "backbone": backbone,
+            "input_dims": [d_in] * number,
+            "output_dims": [d_out] * number,
+            "capture_loss_scale": 1024.0 if half else 1.0,
+        }
         return cls(**{**settings, **overrides})
 
 

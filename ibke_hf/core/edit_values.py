@@ -93,7 +93,10 @@ class EditValue(ABC):
         chosen, number = index.tolist(), len(self)
         missing = [row for row in chosen if not 0 <= row < number]
         if missing or not chosen:
-            raise IndexError(f"rows must name at least one of the {number} independent edits, 0 to {number - 1}, found {missing or 'none'}")
+            raise IndexError(
+                f"rows must name at least one of the {number} independent edits, 0 to {number - 1}, found "
+                f"{missing or 'none'}"
+            )
         return self._with_requests_of(chosen, self._map(lambda t: t.index_select(0, index.to(t.device))))
 
     def _with_requests_of(self, rows: Sequence[int], edit: Self) -> Self:
@@ -121,16 +124,23 @@ def common_length(edits: Sequence[EditValue]) -> int:
     """
     number = max(len(edit) for edit in edits)
     if any(len(edit) not in (1, number) for edit in edits):
-        raise ValueError(f"cannot compose edits of lengths {[len(edit) for edit in edits]}; lengths must be equal or 1")
+        raise ValueError(
+            f"cannot compose edits of lengths {[len(edit) for edit in edits]}; lengths must be equal or 1"
+        )
     return number
 
 
-def describe(model: Any, modules: Mapping[str, nn.Module], requests: Sequence[EditRequest], *, editor: str, backbone: str = "") -> EditInfo:
+def describe(
+    model: Any, modules: Mapping[str, nn.Module], requests: Sequence[EditRequest], *, editor: str, backbone: str = ""
+) -> EditInfo:
     """Return where an edit of these modules comes from; `backbone` names it where the model's config does not."""
     return EditInfo(
-        requests=tuple(requests), editor=editor, backbone=getattr(model.config, "name_or_path", "") or backbone,
-        fingerprint=fingerprint(modules), transposed=any(is_transposed(module) for module in modules.values()),
-    )  # fmt: skip
+        requests=tuple(requests),
+        editor=editor,
+        backbone=getattr(model.config, "name_or_path", "") or backbone,
+        fingerprint=fingerprint(modules),
+        transposed=any(is_transposed(module) for module in modules.values()),
+    )
 
 
 def fingerprint(modules: Mapping[str, nn.Module], values: int = 16) -> dict[str, list[float]]:
@@ -146,7 +156,8 @@ def fingerprint(modules: Mapping[str, nn.Module], values: int = 16) -> dict[str,
 def same_backbone(mine: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> bool:
     """Compare two fingerprints on the layers that both have."""
     return all(
-        torch.allclose(torch.tensor(mine[name]), torch.tensor(other[name]), rtol=0.02, atol=1e-4) for name in set(mine) & set(other)
+        torch.allclose(torch.tensor(mine[name]), torch.tensor(other[name]), rtol=0.02, atol=1e-4)
+        for name in set(mine) & set(other)
     )
 
 
@@ -163,4 +174,7 @@ def require_length(previous: Edit, number: int) -> None:
     """
     if len(previous) not in (1, number):
         wanted = "1" if number == 1 else f"1 or {number}"
-        raise ValueError(f"previous holds {len(previous)} independent edits, here it must hold {wanted}; choose one, such as previous[0]")
+        raise ValueError(
+            f"previous holds {len(previous)} independent edits, here it must hold {wanted}; choose one, such as "
+            f"previous[0]"
+        )

@@ -55,8 +55,10 @@ class WeightEdit(EditValue):
             matrices = self.matrices(name)
             wanted = (matrices[0].shape[1], matrices[-1].shape[2])
             if dimensions(module) != wanted:
-                raise BackboneError(f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
-                                    f"{dimensions(module)[0]} to {dimensions(module)[1]}; it was made for another backbone")  # fmt: skip
+                raise BackboneError(
+                    f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
+                    f"{dimensions(module)[0]} to {dimensions(module)[1]}; it was made for another backbone"
+                )
         return modules
 
     @contextmanager
@@ -76,7 +78,9 @@ class WeightEdit(EditValue):
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
         shared = len(self) == 1
-        with attached_side_paths(self.modules(model), {name: side_path(edit.matrices(name), shared) for name in edit.layers}):
+        with attached_side_paths(
+            self.modules(model), {name: side_path(edit.matrices(name), shared) for name in edit.layers}
+        ):
             yield model
 
     def merge_into(self, model: nn.Module) -> MergedEdit:
@@ -156,9 +160,16 @@ class LowRankEdit(WeightEdit):
     def __post_init__(self) -> None:
         """Refuse factors that do not belong together."""
         if not self.inputs or set(self.inputs) != set(self.outputs):
-            raise ValueError(f"an edit needs both factors of at least one layer, found {sorted(self.inputs)} and {sorted(self.outputs)}")
+            raise ValueError(
+                f"an edit needs both factors of at least one layer, found {sorted(self.inputs)} and "
+                f"{sorted(self.outputs)}"
+            )
         for name, layer_inputs in self.inputs.items():
-            if layer_inputs.ndim != 3 or self.outputs[name].ndim != 3 or layer_inputs.shape[:2] != self.outputs[name].shape[:2]:
+            if (
+                layer_inputs.ndim != 3
+                or self.outputs[name].ndim != 3
+                or layer_inputs.shape[:2] != self.outputs[name].shape[:2]
+            ):
                 shapes = f"{tuple(layer_inputs.shape)} and {tuple(self.outputs[name].shape)}"
                 raise ValueError(f"factors of {name!r} must be (n, r, d_in) and (n, r, d_out), found {shapes}")
 
@@ -177,7 +188,11 @@ class LowRankEdit(WeightEdit):
         return {name: tensor.shape[1] for name, tensor in self.inputs.items()}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> LowRankEdit:
-        return replace(self, inputs={k: change(t) for k, t in self.inputs.items()}, outputs={k: change(t) for k, t in self.outputs.items()})
+        return replace(
+            self,
+            inputs={k: change(t) for k, t in self.inputs.items()},
+            outputs={k: change(t) for k, t in self.outputs.items()},
+        )
 
     # --- algebra ------------------------------------------------------------------------------------------------
 
@@ -218,6 +233,7 @@ class LowRankEdit(WeightEdit):
 
     def padded(self, rank: int) -> LowRankEdit:
         """Return the same edit with zero rows up to one uniform rank, as LoRA serving engines want it."""
+
         def pad(t: Tensor) -> Tensor:
             return nn.functional.pad(t, (0, 0, 0, rank - t.shape[1]))
 

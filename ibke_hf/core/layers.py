@@ -24,7 +24,9 @@ def is_projection(module: nn.Module) -> bool:
     """Tell whether a module is a linear map: nn.Linear, Conv1D, or a quantised layer with in and out features."""
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
-    return isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
 
 
 def dimensions(module: nn.Module) -> tuple[int, int]:
@@ -41,8 +43,12 @@ def weight_of(module: nn.Module) -> Tensor:
         BackboneError: If the weight is quantised, so that nothing can be added to it.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2:  # 8-bit floats have scales beside
-        raise BackboneError("a quantised weight cannot take a merged edit; attach the edit, or load the model unquantised")
+    if (
+        not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2
+    ):  # 8-bit floats have scales beside
+        raise BackboneError(
+            "a quantised weight cannot take a merged edit; attach the edit, or load the model unquantised"
+        )
     return weight
 
 
@@ -60,7 +66,9 @@ def add_to_weight(module: nn.Module, update: Tensor) -> None:
 
 def is_transposed(module: nn.Module) -> bool:
     """Tell whether the weight is stored (d_in, d_out), which PEFT calls fan_in_fan_out."""
-    return isinstance(getattr(module, "base_layer", module), Conv1D)  # a PEFT layer is oriented as the layer that it wraps
+    return isinstance(
+        getattr(module, "base_layer", module), Conv1D
+    )  # a PEFT layer is oriented as the layer that it wraps
 
 
 def plain_name(name: str) -> str:
@@ -92,7 +100,11 @@ def modules_to_edit(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
         candidates = sorted({_template(name) for name in projections})
         found = f"its linear layers are {_listed(candidates)}"
         if _template(missing) in candidates:
-            layers = [name.split(".")[_layer_index(name) or 0] for name in projections if _template(name) == _template(missing)]
+            layers = [
+                name.split(".")[_layer_index(name) or 0]
+                for name in projections
+                if _template(name) == _template(missing)
+            ]
             found = f"it has {_template(missing)} for i = {_listed(layers)}"
         raise BackboneError(f"{type(model).__name__} has no linear layer named {missing!r}; {found}")
     return {name: projections[name] for name in names}
@@ -101,8 +113,8 @@ def modules_to_edit(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
 def find_ffn_output(model: Any) -> str:
     """Return the name template of the FFN output projection, such as ``model.layers.{i}.mlp.down_proj``.
 
-    Structure alone decides: within a decoder block, outside of whatever mixes tokens (attention, convolutions), the last
-    registered projection of a sub-module that maps to the hidden size.
+    Structure alone decides: within a decoder block, outside of whatever mixes tokens (attention, convolutions), the
+    last registered projection of a sub-module that maps to the hidden size.
 
     Raises:
         BackboneError: If none or several templates qualify; lists the candidates.
@@ -116,7 +128,8 @@ def find_ffn_output(model: Any) -> str:
     candidates = list(dict.fromkeys(map(_template, last.values())))
     if len(candidates) != 1:
         raise BackboneError(
-            f"{type(model).__name__}: {len(candidates)} candidates for the FFN output projection ({_listed(candidates) or 'none'}); "
+            f"{type(model).__name__}: {len(candidates)} candidates for the FFN output projection "
+            f"({_listed(candidates) or 'none'}); "
             'name the one to edit, such as edited_modules="model.layers.{i}.mlp.down_proj"'
         )
     return candidates[0]
@@ -124,13 +137,17 @@ def find_ffn_output(model: Any) -> str:
 
 def _mixes_tokens(name: str, module: nn.Module) -> bool:
     """Tell attention by its names, state-space and gated convolution layers by the convolution that they hold."""
-    kind = type(module).__name__.rstrip("0123456789")  # FlashAttention2; a LinearAttentionDecoderLayer is a whole block
+    kind = type(module).__name__.rstrip(
+        "0123456789"
+    )  # FlashAttention2; a LinearAttentionDecoderLayer is a whole block
     if kind.endswith("Attention") or name.endswith(("attn", "attention")):
         return True
     return any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
-def layers_to_edit(model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None) -> tuple[str, list[int]]:
+def layers_to_edit(
+    model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None
+) -> tuple[str, list[int]]:
     """Return the name template and the indices of the layers that an editor of this model edits.
 
     Args:

@@ -1,6 +1,7 @@
 """The IBKE editor: hypernetworks that turn gradient factors into a low-rank edit (Eq. 25-33).
 
-`forward` is pure: factors in, adapted factors out; `edit` puts capture before it. The backbone is never held, saved or trained.
+`forward` is pure: factors in, adapted factors out; `edit` puts capture before it. The backbone is never held, saved or
+trained.
 """
 
 from __future__ import annotations
@@ -86,7 +87,11 @@ class IBKEHypernetwork(nn.Module):
         self.log_variance = CrossAttention(dim, width, dim, scale=scale) if config.use_information_bottleneck else None
         self.readout = CrossAttention(width, dim, dim, scale=scale, heads=config.second_stage_heads)
         self.skip = nn.Linear(width, dim) if config.second_stage_skip else None
-        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)) if hidden else None
+        self.mlp = (
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+            if hidden
+            else None
+        )
         self.residual = nn.Linear(dim, width)
         self.gate = nn.Linear(dim, 1) if config.use_scale_factor else None
 
@@ -142,7 +147,9 @@ class GradientEditor(PreTrainedModel):
 
     def build_hypernetwork(self, d_in: int, d_out: int) -> nn.Module:
         """Return the hypernetwork of one layer."""
-        raise TypeError(f"{type(self).__name__} builds no hypernetwork ({d_in} to {d_out}); use IBKEEditor or MENDEditor")
+        raise TypeError(
+            f"{type(self).__name__} builds no hypernetwork ({d_in} to {d_out}); use IBKEEditor or MENDEditor"
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -163,7 +170,9 @@ class GradientEditor(PreTrainedModel):
     # --- making one ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def for_backbone(cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, **config: Any) -> Any:
+    def for_backbone(
+        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, **config: Any
+    ) -> Any:
         """Build an untrained editor that fits a model.
 
         Args:
@@ -178,8 +187,13 @@ class GradientEditor(PreTrainedModel):
         template, chosen = layers_to_edit(model, layers, edited_modules)
         modules = modules_to_edit(model, [template.format(i=i) for i in chosen])
         dims = [dimensions(module) for module in modules.values()]
-        fields = {"backbone": model.config.name_or_path, "edited_modules": template, "edited_layers": chosen,
-                  "input_dims": [d for d, _ in dims], "output_dims": [d for _, d in dims]}  # fmt: skip
+        fields = {
+            "backbone": model.config.name_or_path,
+            "edited_modules": template,
+            "edited_layers": chosen,
+            "input_dims": [d for d, _ in dims],
+            "output_dims": [d for _, d in dims],
+        }
         return cls(cls.config_class(**{**fields, **config}))
 
     def modules_of(self, model: Any) -> dict[str, nn.Module]:
@@ -189,10 +203,13 @@ class GradientEditor(PreTrainedModel):
             BackboneError: If layers are missing or have other widths; says what was expected and found.
         """
         modules = modules_to_edit(model, self.config.module_names())
-        for (name, module), d_in, d_out in zip(modules.items(), self.config.input_dims, self.config.output_dims, strict=True):
+        for (name, module), d_in, d_out in zip(
+            modules.items(), self.config.input_dims, self.config.output_dims, strict=True
+        ):
             if dimensions(module) != (d_in, d_out):
                 raise BackboneError(
-                    f"this editor was built for {self.config.backbone or 'a backbone'} where {name} maps {d_in} to {d_out}; "
+                    f"this editor was built for {self.config.backbone or 'a backbone'} where {name} maps {d_in} "
+                    f"to {d_out}; "
                     f"the given model's maps {dimensions(module)[0]} to {dimensions(module)[1]}"
                 )
         given = getattr(model.config, "name_or_path", "")
@@ -232,7 +249,9 @@ class GradientEditor(PreTrainedModel):
         s = torch.cat((factors.layer_inputs, factors.output_gradients), -1)
         return (s - statistics.mean) / (statistics.std + self.config.statistics_epsilon) * factors.mask.unsqueeze(-1)
 
-    def as_edit(self, adapted: Sequence[AdaptedFactors], groups: Tensor | None = None, info: EditInfo | None = None) -> LowRankEdit:
+    def as_edit(
+        self, adapted: Sequence[AdaptedFactors], groups: Tensor | None = None, info: EditInfo | None = None
+    ) -> LowRankEdit:
         """Fold -η into û and join the rows of each group of requests into one edit (Eq. 33).
 
         Args:
@@ -249,7 +268,9 @@ class GradientEditor(PreTrainedModel):
 
     # --- with a backbone ----------------------------------------------------------------------------------------
 
-    def capture(self, model: Any, batch: TokenBatch, previous: Any = None, names: Sequence[str] | None = None) -> list[GradientFactors]:
+    def capture(
+        self, model: Any, batch: TokenBatch, previous: Any = None, names: Sequence[str] | None = None
+    ) -> list[GradientFactors]:
         """Read the factors of a batch of requests, on the model as edited by `previous`."""
         modules = self.modules_of(model)
         with previous.attached(model) if previous is not None else nullcontext():
@@ -258,7 +279,13 @@ class GradientEditor(PreTrainedModel):
 
     @torch.no_grad()
     def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: LowRankEdit | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: LowRankEdit | None = None,
     ) -> LowRankEdit:
         """Return the edit that makes the model answer the requests; the model is not changed.
 
@@ -266,9 +293,9 @@ class GradientEditor(PreTrainedModel):
             model: The backbone.
             tokenizer: Its tokenizer.
             requests: One or more edit requests.
-            mode: ``"joint"``: one edit from gradients on the unedited model; ``"sequential"``: request k is read on the
-                model that carries the edits before it; ``"independent"``: request k is row k of the result, for a batch
-                in which every row carries its own edit.
+            mode: ``"joint"``: one edit from gradients on the unedited model; ``"sequential"``: request k is read on
+                the model that carries the edits before it; ``"independent"``: request k is row k of the result, for a
+                batch in which every row carries its own edit.
             previous: An edit that the model carries already. The result contains it.
 
         Raises:
@@ -284,9 +311,13 @@ class GradientEditor(PreTrainedModel):
                 return self._edit_sequentially(model, batch, previous, info)
             adapted = self(self.capture(model, batch, previous))
         edit = self.as_edit(adapted, torch.arange(len(batch)) if mode == "independent" else None, info)
-        return replace(edit.compose() if previous is None else previous.compose(edit), info=info)  # recompresses large joint edits
+        return replace(
+            edit.compose() if previous is None else previous.compose(edit), info=info
+        )  # recompresses large joint edits
 
-    def _edit_sequentially(self, model: Any, batch: TokenBatch, previous: LowRankEdit | None, info: EditInfo) -> LowRankEdit:
+    def _edit_sequentially(
+        self, model: Any, batch: TokenBatch, previous: LowRankEdit | None, info: EditInfo
+    ) -> LowRankEdit:
         edit = previous
         for k in range(len(batch)):
             step = self.as_edit(self(self.capture(model, batch[k : k + 1], edit, [f"request {k}"])), None, info)
@@ -321,7 +352,9 @@ class GradientEditor(PreTrainedModel):
                 side = torch.bmm(torch.bmm(x, adapted.layer_inputs.float().mT), adapted.output_gradients.float())
                 ratios[i].append(side.flatten(1).norm(dim=-1) / factors[i].output_norms.to(device))
         for i, ratio in enumerate(ratios):
-            self.log_step_sizes[i] = math.log(self.config.initial_edit_ratio) - torch.cat(ratio).median().clamp(min=1e-12).log()
+            self.log_step_sizes[i] = (
+                math.log(self.config.initial_edit_ratio) - torch.cat(ratio).median().clamp(min=1e-12).log()
+            )
         return dict(zip(self.config.module_names(), self.step_sizes.tolist(), strict=True))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]

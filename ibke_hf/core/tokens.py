@@ -77,10 +77,17 @@ class TokenBatch:
     def cat(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """Stack left-padded batches of unequal lengths."""
         width = max(batch.input_ids.shape[1] for batch in batches)
-        return cls(*(
-            torch.cat([torch.nn.functional.pad(getattr(b, name), (width - b.input_ids.shape[1], 0), value=value) for b in batches])
-            for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))
-        ))  # fmt: skip
+        return cls(
+            *(
+                torch.cat(
+                    [
+                        torch.nn.functional.pad(getattr(b, name), (width - b.input_ids.shape[1], 0), value=value)
+                        for b in batches
+                    ]
+                )
+                for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))
+            )
+        )
 
 
 def with_leading_space(target: str) -> str:
@@ -89,9 +96,14 @@ def with_leading_space(target: str) -> str:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, *, name: str = "request 0", span: Span = "prompt",
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    target: str,
+    *,
+    name: str = "request 0",
+    span: Span = "prompt",
     max_length: int | None = None,
-) -> tuple[list[int], int]:  # fmt: skip
+) -> tuple[list[int], int]:
     """Tokenise prompt + target once; return the ids and the index of the first target token.
 
     Args:
@@ -103,8 +115,8 @@ def encode(
         max_length: The model's context in tokens, if it is limited.
 
     Raises:
-        RequestError: If a text is empty, the target span is empty, the text is longer than the context, or the tokenizer
-            cannot do it.
+        RequestError: If a text is empty, the target span is empty, the text is longer than the context, or the
+            tokenizer cannot do it.
     """
     if not prompt.strip() or not target.strip():
         missing = "prompt" if not prompt.strip() else "target"
@@ -112,15 +124,20 @@ def encode(
     text = prompt + with_leading_space(target)
     ids = encode_prompt(tokenizer, text)
     if not ids:
-        raise RequestError(f"{name}: the tokenizer makes no token of {text!r}; its vocabulary files are missing or empty")
+        raise RequestError(
+            f"{name}: the tokenizer makes no token of {text!r}; its vocabulary files are missing or empty"
+        )
     start = _span_start(tokenizer, prompt, text) if span == "offsets" else len(encode_prompt(tokenizer, prompt))
     if start >= len(ids) or start < 1:
         raise RequestError(
-            f"{name}: the tokenizer merges prompt and target, which leaves no target token ({prompt!r} -> {target!r}); "
+            f"{name}: the tokenizer merges prompt and target, which leaves no target token ({prompt!r} -> "
+            f"{target!r}); "
             'end the prompt at a word boundary or use span="offsets"'
         )
     if max_length is not None and len(ids) - 1 > max_length:
-        raise RequestError(f"{name}: {len(ids) - 1} tokens do not fit the model's context of {max_length}; shorten prompt or target")
+        raise RequestError(
+            f"{name}: {len(ids) - 1} tokens do not fit the model's context of {max_length}; shorten prompt or target"
+        )
     return ids, start
 
 
@@ -128,7 +145,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokenise a text to be continued: with the special tokens that the tokenizer adds by default, without an appended EOS."""
     ids: list[int] = tokenizer(prompt)["input_ids"]
     ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if ended and tokenizer("a")["input_ids"][-1] == ids[-1] else ids  # unless the text itself ends in it
+    return (
+        ids[:-1] if ended and tokenizer("a")["input_ids"][-1] == ids[-1] else ids
+    )  # unless the text itself ends in it
 
 
 def pad_and_label(encoded: Sequence[tuple[list[int], int]], *, side: Side = "left", pad: int = 0) -> TokenBatch:
@@ -151,14 +170,20 @@ def pad_and_label(encoded: Sequence[tuple[list[int], int]], *, side: Side = "lef
 
 
 def encode_requests(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], *, name: str = "request", span: Span = "prompt",
-    side: Side = "left", max_length: int | None = None,
-) -> TokenBatch:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    *,
+    name: str = "request",
+    span: Span = "prompt",
+    side: Side = "left",
+    max_length: int | None = None,
+) -> TokenBatch:
     """Tokenise and pad requests (or cases, which also have a prompt and a target); errors name them by index."""
     if not requests:
         raise RequestError("no edit request was given; pass at least one EditRequest(prompt, target)")
     encoded = [
-        encode(tokenizer, r.prompt, r.target, name=f"{name} {i}", span=span, max_length=max_length) for i, r in enumerate(requests)
+        encode(tokenizer, r.prompt, r.target, name=f"{name} {i}", span=span, max_length=max_length)
+        for i, r in enumerate(requests)
     ]
     return pad_and_label(encoded, side=side)
 
@@ -188,7 +213,8 @@ def through_chat_template(tokenizer: PreTrainedTokenizerBase, request: Asked) ->
 def chat_record(tokenizer: PreTrainedTokenizerBase, record: EditRecord) -> EditRecord:
     """Render all that is asked of a model through the chat template: requests, cases and their supporting hops.
 
-    Facts and edits, which are compared but not asked, stay. So do blank prompts: whoever tokenises them can name the case.
+    Facts and edits, which are compared but not asked, stay. So do blank prompts: whoever tokenises them can name the
+    case.
 
     Raises:
         RequestError: If the tokenizer has no chat template.
@@ -201,14 +227,18 @@ def chat_record(tokenizer: PreTrainedTokenizerBase, record: EditRecord) -> EditR
         return replace(asked(one), supporting=tuple(map(asked, one.supporting)))
 
     return replace(
-        record, requests=tuple(map(asked, record.requests)), generality=tuple(map(case, record.generality)),
+        record,
+        requests=tuple(map(asked, record.requests)),
+        generality=tuple(map(case, record.generality)),
         locality=tuple(map(case, record.locality)),
-    )  # fmt: skip
+    )
 
 
 def _span_start(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> int:
     """Index of the first token that reaches past the prompt."""
     if not tokenizer.is_fast:
-        raise RequestError('span="offsets" needs a fast tokenizer, which knows the offsets of its tokens; use span="prompt"')
+        raise RequestError(
+            'span="offsets" needs a fast tokenizer, which knows the offsets of its tokens; use span="prompt"'
+        )
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     return next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets))

@@ -24,7 +24,8 @@ def draw_records(
         seed: Seeds each draw.
 
     Returns:
-        The records, and for each source a log of what was drawn: ``source``, ``wanted``, ``drawn``, ``seed``, ``ids``, ``skipped``.
+        The records, and for each source a log of what was drawn: ``source``, ``wanted``, ``drawn``, ``seed``, ``ids``,
+        ``skipped``.
 
     Raises:
         ValueError: If `number` is below 1, or a source holds no record.
@@ -38,6 +39,14 @@ def draw_records(
         if not drawn:
             raise ValueError(f"augment: no record in {source}; left out: {dict(skipped) or 'nothing'}")
         records += drawn
-        log.append({"source": str(source), "wanted": number, "drawn": len(drawn), "seed": seed, "ids": [r.id for r in drawn],
-                    "skipped": dict(skipped)})  # fmt: skip
+        log.append(
+            {
+                "source": str(source),
+                "wanted": number,
+                "drawn": len(drawn),
+                "seed": seed,
+                "ids": [r.id for r in drawn],
+                "skipped": dict(skipped),
+            }
+        )
     return records, log

@@ -33,21 +33,31 @@ class RecordBuilder:
         generality: Generality cases a record, each of another criterion.
         locality: Locality cases a record, each of another kind.
         alias_rate: Share of chains that start from an alias of their first entity.
-        shares: Share of a kind of `GENERALITY` or `LOCALITY` beside that of the others of its group, by ``"generality"`` or
-            ``"locality"`` and kind; 1 where none is given.
-        novel_rate: Share of counterfactual edits whose object is a name that nobody has: for training, where the names that a
-            backbone does not know are few. The name joins the beginning of one object's with the end of another's.
-        near_rate: Share of the ``"property"`` cases that are as near to the edit as can be: about a subject with the object that the
-            edit takes away, where there is one, and in the very words of the edit. For training too.
+        shares: Share of a kind of `GENERALITY` or `LOCALITY` beside that of the others of its group, by
+            ``"generality"`` or ``"locality"`` and kind; 1 where none is given.
+        novel_rate: Share of counterfactual edits whose object is a name that nobody has: for training, where the names
+            that a backbone does not know are few. The name joins the beginning of one object's with the end of
+            another's.
+        near_rate: Share of the ``"property"`` cases that are as near to the edit as can be: about a subject with the
+            object that the edit takes away, where there is one, and in the very words of the edit. For training too.
 
     Raises:
         ValueError: If a share is of no kind that there is, or not above 0.
     """
 
     def __init__(
-        self, known: World, world: World, *, seed: int | str, generality: int = 1, locality: int = 1, alias_rate: float = 0.15,
-        shares: Mapping[str, Mapping[str, float]] | None = None, novel_rate: float = 0.0, near_rate: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        known: World,
+        world: World,
+        *,
+        seed: int | str,
+        generality: int = 1,
+        locality: int = 1,
+        alias_rate: float = 0.15,
+        shares: Mapping[str, Mapping[str, float]] | None = None,
+        novel_rate: float = 0.0,
+        near_rate: float = 0.0,
+    ) -> None:
         self.known, self.world = known, world
         self.ids = unique_ids("Q", world.entities)
         self.rng = random.Random(seed)
@@ -57,7 +67,9 @@ class RecordBuilder:
         kinds = {"generality": GENERALITY, "locality": LOCALITY}
         for group, kind, share in ((group, *item) for group, given in self.shares.items() for item in given.items()):
             if kind not in kinds.get(group, ()) or not share > 0:
-                raise ValueError(f"shares: {group} {kind!r} is {share}; kinds are {kinds.get(group, tuple(kinds))}, shares above 0")
+                raise ValueError(
+                    f"shares: {group} {kind!r} is {share}; kinds are {kinds.get(group, tuple(kinds))}, shares above 0"
+                )
         self.used: dict[str, dict[str, float]] = {"generality": defaultdict(float), "locality": defaultdict(float)}
 
     def counterfactual(self, triple: Triple) -> Json | None:
@@ -126,7 +138,11 @@ class RecordBuilder:
             return t.pair in pairs or (t.relation == edit.relation and (same_head or same_tail))
 
         known = self.known
-        near = (*known.by_subject.get(edit.subject, ()), *known.by_object.get(edit.subject, ()), *known.by_object.get(edit.object, ()))
+        near = (
+            *known.by_subject.get(edit.subject, ()),
+            *known.by_object.get(edit.subject, ()),
+            *known.by_object.get(edit.object, ()),
+        )
         return known.without([t for t in near if contradicted(t)])
 
     def _draw(self, group: str, makers: dict[str, Callable[[], Json | None]]) -> list[Json]:
@@ -153,15 +169,23 @@ class RecordBuilder:
         """Return the four keys that UniEdit mixes into edits and hops."""
         relation = self.world.relations[triple.relation]
         item = any(letter.isalpha() for letter in triple.object)
-        tail = {"datatype": "wikibase-item", "value": self.entity_json(triple.object)} if item else {
-            "datatype": "string", "value": triple.object}  # fmt: skip
+        tail = (
+            {"datatype": "wikibase-item", "value": self.entity_json(triple.object)}
+            if item
+            else {"datatype": "string", "value": triple.object}
+        )
         return {
             "head_entity": self.entity_json(triple.subject),
-            "property": {"id": stable_id("P", relation.id), "label": relation.label, "description": relation.id,
-                         "aliases": [], "single_value": relation.single_value},
+            "property": {
+                "id": stable_id("P", relation.id),
+                "label": relation.label,
+                "description": relation.id,
+                "aliases": [],
+                "single_value": relation.single_value,
+            },
             "tail_entity": {"order_in_property": 0, **tail},
             "single_inverse": relation.inverse_single,
-        }  # fmt: skip
+        }
 
 
 class _Cases:
@@ -176,8 +200,13 @@ class _Cases:
     # --- generality --------------------------------------------------------------------------------------------
 
     def generality_makers(self) -> dict[str, Callable[[], Json | None]]:
-        makers = {"rephrase": self._rephrase, "two_hop": lambda: self._chain(1), "three_hop": lambda: self._chain(2),
-                  "same_entity": self._same_entity, "alias": self._alias}  # fmt: skip
+        makers = {
+            "rephrase": self._rephrase,
+            "two_hop": lambda: self._chain(1),
+            "three_hop": lambda: self._chain(2),
+            "same_entity": self._same_entity,
+            "alias": self._alias,
+        }
         if self.relation.inverse_single and not self._has_another_subject():
             makers["reverse"] = self._reverse
         return makers
@@ -276,13 +305,18 @@ class _Cases:
     def _unrelated_pair(self) -> Json | None:
         """Ask yes or no about other facts, half of them with the answer No.
 
-        UniEdit has Yes alone; the other half is ours, so that an editor that turns every such answer into Yes is found out.
+        UniEdit has Yes alone; the other half is ours, so that an editor that turns every such answer into Yes is found
+        out.
         """
         first = self.rng.choice(self.known.triples)
         if not self.world.relations[first.relation].single_value:
             return None
         same = self.rng.random() < 0.5
-        others = steps_to(self.known, first.object) if same else [Step(self.rng.choice(self.known.by_relation[first.relation]))]
+        others = (
+            steps_to(self.known, first.object)
+            if same
+            else [Step(self.rng.choice(self.known.by_relation[first.relation]))]
+        )
         others = [s for s in others if s.start != first.subject and (s.end == first.object) == same]
         if not others:
             return None
@@ -314,21 +348,40 @@ class _Cases:
         return self.rng.choice(aliases) if aliases and self.rng.random() < self.builder.alias_rate else None
 
     def _single(
-        self, path: Sequence[Step], *, form: int = 0, alias: str | None = None, prompt: str | None = None, target: str | None = None
+        self,
+        path: Sequence[Step],
+        *,
+        form: int = 0,
+        alias: str | None = None,
+        prompt: str | None = None,
+        target: str | None = None,
     ) -> Json:
         """Return a case that walks one path (UniEdit's `path_type` "single")."""
         question = prompt or path_prompt(self.world, path, alias, form)
-        hops = [self._hop(step, alias if i == 0 else None, target if i == len(path) - 1 else None) for i, step in enumerate(path)]
-        return {"path_type": "single", "prompt": question, "target": target or path[-1].end,
-                "paths": [self._path_item(step) for step in path], "one_hops": hops}  # fmt: skip
+        hops = [
+            self._hop(step, alias if i == 0 else None, target if i == len(path) - 1 else None)
+            for i, step in enumerate(path)
+        ]
+        return {
+            "path_type": "single",
+            "prompt": question,
+            "target": target or path[-1].end,
+            "paths": [self._path_item(step) for step in path],
+            "one_hops": hops,
+        }
 
     def _double(self, first: Sequence[Step], second: Sequence[Step], answer: str = "Yes") -> Json:
         """Return a yes/no case about the ends of two paths (UniEdit's `path_type` "double")."""
         halves = [first, second]
         self.rng.shuffle(halves)
         phrases = [noun_phrase(self.world, half) for half in halves]
-        return {"path_type": "double", "prompt": SAME_ENTITY.format(*phrases), "target": answer,
-                "single_path1": self._single(halves[0]), "single_path2": self._single(halves[1])}  # fmt: skip
+        return {
+            "path_type": "double",
+            "prompt": SAME_ENTITY.format(*phrases),
+            "target": answer,
+            "single_path1": self._single(halves[0]),
+            "single_path2": self._single(halves[1]),
+        }
 
     def _nodes(self, triple: Triple) -> list[str]:
         for name in (triple.subject, triple.object):
@@ -346,10 +399,13 @@ class _Cases:
         relation = self.world.relations[step.triple.relation]
         subject = alias if alias and not step.backwards else step.triple.subject
         hop = {
-            "path": self._nodes(step.triple), "reverse_in_multi_hop": step.backwards, "prompt": relation.prompt(subject),
-            "subject": subject, "target": target or step.triple.object, **self.builder.triple_json(step.triple),
-        }  # fmt: skip
+            "path": self._nodes(step.triple),
+            "reverse_in_multi_hop": step.backwards,
+            "prompt": relation.prompt(subject),
+            "subject": subject,
+            "target": target or step.triple.object,
+            **self.builder.triple_json(step.triple),
+        }
         if step.backwards:
             hop["reversed"] = {"prompt": relation.inverse_prompt(step.triple.object), "target": step.triple.subject}
         return hop
-

@@ -62,19 +62,25 @@ def walkable(relation: Relation, *, backwards: bool) -> bool:
 
 def steps_from(world: World, entity: str) -> list[Step]:
     """Return every well-defined step that leaves `entity`."""
-    return _steps(world, world.by_subject.get(entity, ()), False) + _steps(world, world.by_object.get(entity, ()), True)
+    return _steps(world, world.by_subject.get(entity, ()), False) + _steps(
+        world, world.by_object.get(entity, ()), True
+    )
 
 
 def steps_to(world: World, entity: str) -> list[Step]:
     """Return every well-defined step that arrives at `entity`."""
-    return _steps(world, world.by_object.get(entity, ()), False) + _steps(world, world.by_subject.get(entity, ()), True)
+    return _steps(world, world.by_object.get(entity, ()), False) + _steps(
+        world, world.by_subject.get(entity, ()), True
+    )
 
 
 def _steps(world: World, triples: Collection[Triple], backwards: bool) -> list[Step]:
     return [Step(t, backwards) for t in triples if walkable(world.relations[t.relation], backwards=backwards)]
 
 
-def extend(world: World, path: Path, rng: random.Random, before: int, after: int, avoid: Collection[str] = ()) -> Path | None:
+def extend(
+    world: World, path: Path, rng: random.Random, before: int, after: int, avoid: Collection[str] = ()
+) -> Path | None:
     """Grow a path by `before` hops in front and `after` hops behind, through entities not visited yet.
 
     Returns None where the world has no such chain. Entities in `avoid` are never passed through.
@@ -104,6 +110,9 @@ def all_two_hop_chains(world: World) -> list[Path]:
             if not walkable(relation, backwards=backwards):
                 continue
             first = Step(triple, backwards)
-            chains += [(first, Step(t)) for t in world.by_subject.get(first.end, ()) if t.object != first.start
-                       and world.relations[t.relation].single_value]  # fmt: skip
+            chains += [
+                (first, Step(t))
+                for t in world.by_subject.get(first.end, ())
+                if t.object != first.start and world.relations[t.relation].single_value
+            ]
     return chains

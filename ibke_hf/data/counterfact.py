@@ -15,16 +15,19 @@ from .files import read_each
 
 EMPTY = "edit with an empty prompt, target or subject"
 NEIGHBORS = ("Relation Specificity",)  # the edited relation of other subjects
-ATTRIBUTES = ("Relation Specificity", "Object Specificity")  # the edited relation of subjects whose object is the edit's new one
+ATTRIBUTES = (
+    "Relation Specificity",
+    "Object Specificity",
+)  # the edited relation of subjects whose object is the edit's new one
 MORE_THAN_A_CLAUSE = re.compile(r"[^A-Za-z', ]")
 
 
 def read_counterfact(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
     """Yield the records of one CounterFact file; a record's id is its ``case_id``, in both forms.
 
-    ROME's form gives the lists ``paraphrase_prompts`` (generality), ``neighborhood_prompts`` and ``attribute_prompts`` (locality);
-    its ``generation_prompts``, which have no target, are counted in `skipped`. EasyEdit's form gives ``rephrase_prompt`` and
-    ``locality_prompt``. A null or empty prompt or target is skipped and counted by reason.
+    ROME's form gives the lists ``paraphrase_prompts`` (generality), ``neighborhood_prompts`` and ``attribute_prompts``
+    (locality); its ``generation_prompts``, which have no target, are counted in `skipped`. EasyEdit's form gives
+    ``rephrase_prompt`` and ``locality_prompt``. A null or empty prompt or target is skipped and counted by reason.
 
     Raises:
         RecordError: For any other unreadable record, naming file, record and field.
@@ -36,8 +39,9 @@ def read_counterfact(file: str | Path, skipped: Counter[str] | None = None) -> I
 def rephrase_kind(prompt: str, subject: str) -> str:
     """Tell what EasyEdit's ``rephrase_prompt`` is: ``"Paraphrase"`` or ``"Generation Prompt"``.
 
-    EasyEdit drew it from ROME's paraphrases and generation prompts and kept no note of which. A generation prompt is one plain
-    clause about the subject; a paraphrase opens with a sentence torn from elsewhere, hence with a stop, a digit or a line break.
+    EasyEdit drew it from ROME's paraphrases and generation prompts and kept no note of which. A generation prompt is
+    one plain clause about the subject; a paraphrase opens with a sentence torn from elsewhere, hence with a stop, a
+    digit or a line break.
     """
     return "Paraphrase" if MORE_THAN_A_CLAUSE.search(prompt.replace(subject, "")) else "Generation Prompt"
 
@@ -60,11 +64,16 @@ def _nested(record: Field, skipped: Counter[str]) -> EditRecord | None:
     if unscored := len(record["generation_prompts"].texts()):
         skipped["generation prompt without a target"] += unscored
     return EditRecord(
-        record.record, "counterfact", "", (EditRequest(rewrite["prompt"].filled(subject), new, subject),),
+        record.record,
+        "counterfact",
+        "",
+        (EditRequest(rewrite["prompt"].filled(subject), new, subject),),
         generality=listed("paraphrase_prompts", new, "Rephrase", "Paraphrase"),
         locality=listed("neighborhood_prompts", true, *NEIGHBORS) + listed("attribute_prompts", new, *ATTRIBUTES),
-        kind="counterfactual", relation=rewrite["relation_id"].of(str), metadata={"original": true},
-    )  # fmt: skip
+        kind="counterfactual",
+        relation=rewrite["relation_id"].of(str),
+        metadata={"original": true},
+    )
 
 
 def _flat(record: Field, skipped: Counter[str]) -> EditRecord | None:
@@ -76,8 +85,14 @@ def _flat(record: Field, skipped: Counter[str]) -> EditRecord | None:
         record[key]  # named if it is missing: a blank text is skipped, another format is not
     rephrase, locality = record.text("rephrase_prompt"), record.text("locality_prompt")
     return EditRecord(
-        record.record, "counterfact", "", (EditRequest(prompt, new, subject),),
-        generality=cases("rephrase_prompt", rephrase, new, skipped, criteria=("Rephrase", rephrase_kind(rephrase, subject))),
+        record.record,
+        "counterfact",
+        "",
+        (EditRequest(prompt, new, subject),),
+        generality=cases(
+            "rephrase_prompt", rephrase, new, skipped, criteria=("Rephrase", rephrase_kind(rephrase, subject))
+        ),
         locality=cases("locality_prompt", locality, record.text("locality_ground_truth"), skipped, criteria=NEIGHBORS),
-        kind="counterfactual", metadata={"original": record.text("ground_truth")},
-    )  # fmt: skip
+        kind="counterfactual",
+        metadata={"original": record.text("ground_truth")},
+    )

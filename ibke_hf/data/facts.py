@@ -153,7 +153,9 @@ def load_world(folder: str | Path) -> World:
     root = Path(folder)
     folders = [path for path in (root, *sorted(root.glob("*/"))) if any((path / name).exists() for name in TABLES)]
     if not folders:
-        raise FileNotFoundError(f"{root}: no {', '.join(TABLES)} here or one folder below; see the README on building records")
+        raise FileNotFoundError(
+            f"{root}: no {', '.join(TABLES)} here or one folder below; see the README on building records"
+        )
     reader = _Reader()
     for path in folders:
         reader.read_relations(path)
@@ -224,7 +226,11 @@ class _Reader:
         domain, row, where = self.rows[name]
         forms, inverse = self.forms[name], row[5] == "yes"
         wanted = {"noun": 1, "inverse": int(inverse), "inverse_noun": int(inverse)}
-        bad = [f"{number} {form} wording, found {len(forms[form])}" for form, number in wanted.items() if len(forms[form]) != number]
+        bad = [
+            f"{number} {form} wording, found {len(forms[form])}"
+            for form, number in wanted.items()
+            if len(forms[form]) != number
+        ]
         if len(forms["prompt"]) < MINIMUM_PROMPTS:
             bad.append(f"at least {MINIMUM_PROMPTS} prompt wordings, found {len(forms['prompt'])}")
         for what in bad:
@@ -232,11 +238,18 @@ class _Reader:
         if bad:
             return None
         return Relation(
-            id=name, label=row[1], domain=domain, subject_kind=row[2], object_kind=row[3],
-            single_value=row[4] == "yes", inverse_single=inverse, prompts=tuple(forms["prompt"]), noun=forms["noun"][0],
+            id=name,
+            label=row[1],
+            domain=domain,
+            subject_kind=row[2],
+            object_kind=row[3],
+            single_value=row[4] == "yes",
+            inverse_single=inverse,
+            prompts=tuple(forms["prompt"]),
+            noun=forms["noun"][0],
             inverse=forms["inverse"][0] if inverse else None,
             inverse_noun=forms["inverse_noun"][0] if inverse else None,
-        )  # fmt: skip
+        )
 
     def _add_triple(self, where: str, triple: Triple) -> None:
         if triple.relation not in self.rows:
@@ -245,12 +258,22 @@ class _Reader:
         row = self.rows[triple.relation][1]
         if triple in self.triples:
             self._problem(where, f"the row stands at {self.triples[triple]} already")
-        if row[4] == "yes" and self.objects.setdefault((triple.subject, triple.relation), triple.object) != triple.object:
+        if (
+            row[4] == "yes"
+            and self.objects.setdefault((triple.subject, triple.relation), triple.object) != triple.object
+        ):
             other = self.objects[triple.subject, triple.relation]
-            self._problem(where, f"{triple.subject!r} has two objects of the single-valued {triple.relation!r}: {other!r}")
-        if row[5] == "yes" and self.subjects.setdefault((triple.object, triple.relation), triple.subject) != triple.subject:
+            self._problem(
+                where, f"{triple.subject!r} has two objects of the single-valued {triple.relation!r}: {other!r}"
+            )
+        if (
+            row[5] == "yes"
+            and self.subjects.setdefault((triple.object, triple.relation), triple.subject) != triple.subject
+        ):
             other = self.subjects[triple.object, triple.relation]
-            self._problem(where, f"{triple.object!r} has two subjects of {triple.relation!r}, whose inverse is single: {other!r}")
+            self._problem(
+                where, f"{triple.object!r} has two subjects of {triple.relation!r}, whose inverse is single: {other!r}"
+            )
         for name, kind in ((triple.subject, row[2]), (triple.object, row[3])):
             if self.kinds.setdefault(name, kind) != kind:
                 self._problem(where, f"{name!r} is a {kind!r} here and a {self.kinds[name]!r} elsewhere; rename one")
@@ -265,7 +288,9 @@ class _Reader:
                 if len(row) == len(columns) and all(cell and cell == cell.strip() for cell in row):
                     yield where, row
                 else:
-                    self._problem(where, f"a row has {len(columns)} non-empty cells without outer spaces, found {line!r}")
+                    self._problem(
+                        where, f"a row has {len(columns)} non-empty cells without outer spaces, found {line!r}"
+                    )
 
     def _lines(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, str]]:
         """Yield numbered lines; only a line feed ends one, and a byte-order mark is no part of the first."""
@@ -275,7 +300,9 @@ class _Reader:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            self._problem(f"{path}:{error.object[: error.start].count(10) + 1}", "not UTF-8 text; save the table as UTF-8")
+            self._problem(
+                f"{path}:{error.object[: error.start].count(10) + 1}", "not UTF-8 text; save the table as UTF-8"
+            )
             return
         yield from enumerate(text.split("\n"), start=1)
 

@@ -31,7 +31,9 @@ def record_files(folder: str | Path) -> list[Path]:
     return sorted(file for suffix in SUFFIXES for file in Path(folder).glob(f"*{suffix}"))
 
 
-def read_each(file: str | Path, top: Top, name: str, parse: Callable[[Any, str], EditRecord | None]) -> Iterator[EditRecord]:
+def read_each(
+    file: str | Path, top: Top, name: str, parse: Callable[[Any, str], EditRecord | None]
+) -> Iterator[EditRecord]:
     """Yield what `parse` makes of each value and key of a file of the format `name`, but for None.
 
     Raises:
@@ -57,7 +59,8 @@ def json_items(file: str | Path, top: Top | None = None, name: str = "record") -
         name: What errors call the format.
 
     Raises:
-        RecordError: If the file is no valid JSON, no complete gzip file, or not what `top` says; names the file and the line.
+        RecordError: If the file is no valid JSON, no complete gzip file, or not what `top` says; names the file and
+            the line.
         OSError: If it cannot be opened.
     """
     path = Path(file)
@@ -68,7 +71,10 @@ def json_items(file: str | Path, top: Top | None = None, name: str = "record") -
             window = _Window(path, handle)
             found: Top = "list" if lines or window.next() == "[" else "object"
             if found != (top or found):
-                raise RecordError(f"{path}: a {name} file is one JSON {top} of records, found {'list' if top == 'object' else 'dict'}")
+                raise RecordError(
+                    f"{path}: a {name} file is one JSON {top} of records, found "
+                    f"{'list' if top == 'object' else 'dict'}"
+                )
             yield from _lines(window) if lines else _list(window) if found == "list" else _object(window)
     except UnicodeDecodeError as error:
         raise RecordError(f"{path}: not valid JSON ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,19 +15,28 @@ from .files import record_files
 
 
 def build_folder(
-    facts: str | Path, out: str | Path, *, records: int = 1000, validation: float = 0.1, generality: int = 3, locality: int = 2,
+    facts: str | Path,
+    out: str | Path,
+    *,
+    records: int = 1000,
+    validation: float = 0.1,
+    generality: int = 3,
+    locality: int = 2,
     seed: int = 0,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Turn tables of facts into training and validation records with disjoint subjects; return the number of each.
 
     Half of the edits are counterfactual, half state the true triple (which a model may or may not know already).
 
     Raises:
         FactsError: Naming every bad row by file and line.
-        ValueError: If a number is out of range, the tables give no record at all, or `out` holds record files of other domains.
+        ValueError: If a number is out of range, the tables give no record at all, or `out` holds record files of other
+            domains.
     """
     if min(records, generality, locality) < 1:
-        raise ValueError(f"records, generality and locality must be at least 1, found {records}, {generality} and {locality}")
+        raise ValueError(
+            f"records, generality and locality must be at least 1, found {records}, {generality} and {locality}"
+        )
     if not 0 <= validation < 1:
         raise ValueError(f"validation must be in [0, 1), found {validation}")
     world = load_world(facts)
@@ -41,14 +49,18 @@ def build_folder(
         builder = RecordBuilder(world, world, seed=f"{seed}-{name}", generality=generality, locality=locality)
         made = _records(builder, world, triples, wanted, random.Random(f"{seed}-{name}"))
         if wanted and not made:
-            raise ValueError(f"{facts}: no {name} record can be built; add triples, wordings, or a larger validation share")
+            raise ValueError(
+                f"{facts}: no {name} record can be built; add triples, wordings, or a larger validation share"
+            )
         if made:
             write_records(made, Path(out) / name)
         counts[name] = len(made)
     return counts
 
 
-def _records(builder: RecordBuilder, world: World, triples: list[Triple], wanted: int, rng: random.Random) -> list[tuple[str, Json]]:
+def _records(
+    builder: RecordBuilder, world: World, triples: list[Triple], wanted: int, rng: random.Random
+) -> list[tuple[str, Json]]:
     rng.shuffle(triples)
     makers, number = (builder.counterfactual, builder.unknown), max(len(triples), 1)
     turns = enumerate(islice(cycle(triples), 4 * wanted))  # each triple gets the other kind of edit at its next turn
@@ -70,6 +82,8 @@ def write_records(records: Iterable[tuple[str, Json]], folder: str | Path) -> No
     target.mkdir(parents=True, exist_ok=True)
     others = sorted(file.name for file in record_files(target) if file.name.removesuffix(".json") not in by_domain)
     if others:
-        raise ValueError(f"{target}: holds other record files already ({', '.join(others)}); remove them or choose another folder")
+        raise ValueError(
+            f"{target}: holds other record files already ({', '.join(others)}); remove them or choose another folder"
+        )
     for domain, content in by_domain.items():
         write_json(target / f"{domain}.json", content, compact=True, ensure_ascii=False)

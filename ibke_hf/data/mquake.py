@@ -16,9 +16,9 @@ from .files import read_each, stem
 def read_mquake(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
     """Yield the records of one MQuAKE file; a record's id is the file's name up to its first dot, and its ``case_id``.
 
-    Every requested rewrite is a request of its own; every question is a generality case of the list ``questions``, with the new
-    hops that are not edited as its supporting hops. There is no locality. A null or empty prompt or target is skipped and counted
-    by reason in `skipped`.
+    Every requested rewrite is a request of its own; every question is a generality case of the list ``questions``,
+    with the new hops that are not edited as its supporting hops. There is no locality. A null or empty prompt or
+    target is skipped and counted by reason in `skipped`.
 
     Raises:
         RecordError: For any other unreadable record, naming file, record and field.
@@ -31,16 +31,26 @@ def _parse(value: Any, key: str, name: str, skipped: Counter[str]) -> EditRecord
     record = Field(value, "", f"{name}-{key}")
     record = Field(value, "", f"{name}-{record['case_id'].ident()}")  # case_ids of different files overlap
     rewrites = record["requested_rewrite"].items()
-    if not all(rewrite.text(part) for rewrite in rewrites for part in ("prompt", "subject")) or not all(map(_new_target, rewrites)):
+    if not all(rewrite.text(part) for rewrite in rewrites for part in ("prompt", "subject")) or not all(
+        map(_new_target, rewrites)
+    ):
         skipped["record with an edit of an empty prompt, target or subject"] += 1
         return None
-    requests = tuple(EditRequest(r["prompt"].filled(r.text("subject")), _new_target(r), r.text("subject")) for r in rewrites)
+    requests = tuple(
+        EditRequest(r["prompt"].filled(r.text("subject")), _new_target(r), r.text("subject")) for r in rewrites
+    )
     edits = _edits(record["orig"]["edit_triples"], rewrites, requests)
     relations = dict.fromkeys(rewrite["relation_id"].of(str) for rewrite in rewrites)
     return EditRecord(
-        record.record, "mquake", "", requests, generality=_questions(record, edits, skipped), edits=edits,
-        relation=",".join(relations), metadata={"original": record.text("answer")},
-    )  # fmt: skip
+        record.record,
+        "mquake",
+        "",
+        requests,
+        generality=_questions(record, edits, skipped),
+        edits=edits,
+        relation=",".join(relations),
+        metadata={"original": record.text("answer")},
+    )
 
 
 def _new_target(rewrite: Field) -> str:
@@ -70,8 +80,16 @@ def _questions(record: Field, edits: Sequence[Hop], skipped: Counter[str]) -> tu
         return ()
     target = record.text("new_answer")
     aliases = tuple(name for name in record["new_answer_alias"].names() if name != target)
-    details = {"criteria": ("Multi-Hop",), "hops": len(facts), "aliases": aliases, "supporting": supporting, "facts": facts}
-    made = [cases("questions", question.rstrip(), target, skipped, **details) for question in questions]  # the seam has one space
+    details = {
+        "criteria": ("Multi-Hop",),
+        "hops": len(facts),
+        "aliases": aliases,
+        "supporting": supporting,
+        "facts": facts,
+    }
+    made = [
+        cases("questions", question.rstrip(), target, skipped, **details) for question in questions
+    ]  # the seam has one space
     return tuple(case for found in made for case in found)
 
 
@@ -85,7 +103,16 @@ def _new_hops(record: Field) -> tuple[Hop, ...]:
     made = []
     for hop, (head, relation, tail), subject in zip(hops, triples.value, _heads(record, len(hops)), strict=True):
         prompt = hop.text("cloze").rstrip()
-        made.append(Hop(prompt, hop.text("answer"), head, relation, tail, subject=subject if subject and subject in prompt else None))
+        made.append(
+            Hop(
+                prompt,
+                hop.text("answer"),
+                head,
+                relation,
+                tail,
+                subject=subject if subject and subject in prompt else None,
+            )
+        )
     return tuple(made)
 
 
@@ -94,4 +121,7 @@ def _heads(record: Field, number: int) -> list[str | None]:
     labelled = record["orig"].value.get("new_triples_labeled")
     if not isinstance(labelled, list) or len(labelled) != number:
         return [None] * number
-    return [triple[0] if isinstance(triple, list) and triple and isinstance(triple[0], str) else None for triple in labelled]
+    return [
+        triple[0] if isinstance(triple, list) and triple and isinstance(triple[0], str) else None
+        for triple in labelled
+    ]

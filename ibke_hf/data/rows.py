@@ -30,14 +30,40 @@ def record_features() -> datasets.Features:
     datasets = _datasets()
     text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
     request = {"prompt": text, "target": text, "subject": text}
-    hop = {"prompt": text, "target": text, "head": text, "property": text, "tail": text, "tail_is_item": datasets.Value("bool"),
-           "subject": text}  # fmt: skip
+    hop = {
+        "prompt": text,
+        "target": text,
+        "head": text,
+        "property": text,
+        "tail": text,
+        "tail_is_item": datasets.Value("bool"),
+        "subject": text,
+    }
     number, hops = datasets.Value("int32"), datasets.List(hop)
-    case = {"prompt": text, "target": text, "criteria": texts, "hops": number, "top_k": number, "aliases": texts, "supporting": hops,
-            "facts": hops, "name": text}  # fmt: skip
+    case = {
+        "prompt": text,
+        "target": text,
+        "criteria": texts,
+        "hops": number,
+        "top_k": number,
+        "aliases": texts,
+        "supporting": hops,
+        "facts": hops,
+        "name": text,
+    }
     cases = datasets.List(case)
-    columns = {"id": text, "dataset": text, "domain": text, "requests": datasets.List(request), "generality": cases, "locality": cases,
-               "edits": hops, "kind": text, "relation": text, "metadata": datasets.List({"key": text, "value": text})}  # fmt: skip
+    columns = {
+        "id": text,
+        "dataset": text,
+        "domain": text,
+        "requests": datasets.List(request),
+        "generality": cases,
+        "locality": cases,
+        "edits": hops,
+        "kind": text,
+        "relation": text,
+        "metadata": datasets.List({"key": text, "value": text}),
+    }
     return datasets.Features(columns)
 
 
@@ -61,8 +87,8 @@ def records_dataset(
 
     Args:
         source: As for :func:`~ibke_hf.data.sources.read_records`.
-        streaming: Return an ``IterableDataset``, which reads as it is read; else a ``Dataset``, which is written to disk once and found
-            there again while source, options and the version of this package are the same.
+        streaming: Return an ``IterableDataset``, which reads as it is read; else a ``Dataset``, which is written to
+            disk once and found there again while source, options and the version of this package are the same.
         cache_dir: Where Hub files and the dataset on disk are kept.
         options: Format, filters, limit and seed, as for :func:`~ibke_hf.data.sources.read_records`.
 
@@ -71,12 +97,16 @@ def records_dataset(
     Raises:
         ImportError: If `datasets` is not installed.
         TypeError: If an option is unknown.
-        RecordError: As :func:`~ibke_hf.data.sources.read_records` does; of a streamed dataset, while it is read. Also if no record is
-            left to be written to disk.
+        RecordError: As :func:`~ibke_hf.data.sources.read_records` does; of a streamed dataset, while it is read. Also
+            if no record is left to be written to disk.
     """
     datasets = _datasets()
-    read_records(source, cache_dir=cache_dir, **options)  # reads nothing yet: refuses wrong options before anything is written
-    settings = {name: sorted(value) if isinstance(value, set | frozenset) else value for name, value in options.items()}
+    read_records(
+        source, cache_dir=cache_dir, **options
+    )  # reads nothing yet: refuses wrong options before anything is written
+    settings = {
+        name: sorted(value) if isinstance(value, set | frozenset) else value for name, value in options.items()
+    }
     arguments: Row = {"source": str(source), "options": {**settings, "cache_dir": cache_dir}}
     if streaming:
         return datasets.IterableDataset.from_generator(_rows, features=record_features(), gen_kwargs=arguments)
@@ -85,7 +115,10 @@ def records_dataset(
     arguments["stamp"] = _stamp(source, cache_dir, options)
     try:
         return datasets.Dataset.from_generator(
-            _rows, features=record_features(), gen_kwargs=arguments, cache_dir=None if cache_dir is None else str(cache_dir)
+            _rows,
+            features=record_features(),
+            gen_kwargs=arguments,
+            cache_dir=None if cache_dir is None else str(cache_dir),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, RecordError) else error from None

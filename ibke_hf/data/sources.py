@@ -24,29 +24,52 @@ Reader = Callable[[Path, Counter[str]], Iterator[EditRecord]]
 FORMATS: dict[str, tuple[Reader, tuple[frozenset[str], ...]]] = {  # each with the keys of a record that tell its forms
     "uniedit": (read_uniedit, (frozenset({"edit", "generality"}),)),
     "mquake": (read_mquake, (frozenset({"requested_rewrite", "questions"}),)),
-    "counterfact": (read_counterfact, (frozenset({"requested_rewrite", "paraphrase_prompts"}), frozenset({"case_id", "rephrase_prompt"}))),
-    "zsre": (read_zsre, (frozenset({"src", "alt"}), frozenset({"target_new", "portability"}), frozenset({"target_new", "locality"}))),
+    "counterfact": (
+        read_counterfact,
+        (frozenset({"requested_rewrite", "paraphrase_prompts"}), frozenset({"case_id", "rephrase_prompt"})),
+    ),
+    "zsre": (
+        read_zsre,
+        (frozenset({"src", "alt"}), frozenset({"target_new", "portability"}), frozenset({"target_new", "locality"})),
+    ),
 }
-SPLITS = {"train": "train", "test": "test", "eval": "eval", "validation": "validation", "valid": "validation", "val": "validation",
-          "dev": "validation"}  # fmt: skip
+SPLITS = {
+    "train": "train",
+    "test": "test",
+    "eval": "eval",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside its data
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<inside>.+))?")
 
 
 def read_records(
-    source: str | Path, *, format: str | None = None, split: str | None = None, domains: str | Collection[str] | None = None,  # noqa: A002
-    criteria: str | Collection[str] | None = None, hops: int | Collection[int] | None = None, limit: int | None = None,
-    seed: int | None = None, skipped: Counter[str] | None = None, revision: str | None = None, token: str | bool | None = None,
+    source: str | Path,
+    *,
+    format: str | None = None,  # noqa: A002  the word of PROTOCOL and of `datasets`
+    split: str | None = None,
+    domains: str | Collection[str] | None = None,
+    criteria: str | Collection[str] | None = None,
+    hops: int | Collection[int] | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    skipped: Counter[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     cache_dir: str | Path | None = None,
-) -> Iterator[EditRecord]:  # fmt: skip
+) -> Iterator[EditRecord]:
     """Yield the records of a file, a folder or a Hub dataset, one after another: nothing is held but the one and a set of ids.
 
     Args:
         source: A file; a folder; or the id of a Hub dataset, optionally followed by a path in it, as in
-            ``"zjunlp/KnowEdit/benchmark/ZsRE"``. Of a folder or dataset, the record files at its top are read, else those further
-            down. A Hub file is downloaded when its turn comes.
+            ``"zjunlp/KnowEdit/benchmark/ZsRE"``. Of a folder or dataset, the record files at its top are read, else
+            those further down. A Hub file is downloaded when its turn comes.
         format: One of `FORMATS`; by default each file's first record tells it.
-        split: Reads the files of this split alone: those in a folder of this name, or with it as a word of their own name.
+        split: Reads the files of this split alone: those in a folder of this name, or with it as a word of their own
+            name.
         domains: Keeps the records of these domains. Where files are named after them, no other file is read.
         criteria: Keeps the cases, of generality and locality, that meet any of these criteria.
         hops: Keeps the cases of these numbers of hops.
@@ -59,8 +82,8 @@ def read_records(
 
     Raises:
         ValueError: If `format` is unknown or `limit` is below 1.
-        RecordError: While reading: if nothing is found, a file's format is not recognised, several splits are there and `split` names
-            none, two records share an id, or a record is unreadable.
+        RecordError: While reading: if nothing is found, a file's format is not recognised, several splits are there
+            and `split` names none, two records share an id, or a record is unreadable.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, found {format!r}")
@@ -74,9 +97,15 @@ def read_records(
 
 
 def select(
-    records: Iterable[EditRecord], *, domains: str | Collection[str] | None = None, criteria: str | Collection[str] | None = None,
-    hops: int | Collection[int] | None = None, limit: int | None = None, seed: int | None = None, skipped: Counter[str] | None = None,
-) -> Iterator[EditRecord]:  # fmt: skip
+    records: Iterable[EditRecord],
+    *,
+    domains: str | Collection[str] | None = None,
+    criteria: str | Collection[str] | None = None,
+    hops: int | Collection[int] | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    skipped: Counter[str] | None = None,
+) -> Iterator[EditRecord]:
     """Yield the records that pass the filters of :func:`read_records`, which are the same here.
 
     Raises:
@@ -85,7 +114,9 @@ def select(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
     names = _several(criteria, str)
-    wanted = _Wanted(_several(domains, str), None if names is None else frozenset(map(str.casefold, names)), _several(hops, int))
+    wanted = _Wanted(
+        _several(domains, str), None if names is None else frozenset(map(str.casefold, names)), _several(hops, int)
+    )
     passing = wanted.of(records, Counter() if skipped is None else skipped)
     return islice(passing, limit) if limit is None or seed is None else _sample(passing, limit, seed)
 
@@ -100,9 +131,14 @@ class Source:
 
 
 def find_source(
-    source: str | Path, *, split: str | None = None, domains: str | Collection[str] | None = None, revision: str | None = None,
-    token: str | bool | None = None, cache_dir: str | Path | None = None,
-) -> Source:  # fmt: skip
+    source: str | Path,
+    *,
+    split: str | None = None,
+    domains: str | Collection[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Source:
     """List the record files that :func:`read_records` would read of a source, without reading or downloading any.
 
     Raises:
@@ -121,50 +157,85 @@ def find_source(
             raise _nothing(str(source))
         return _hub_source(named["id"], named["inside"] or "", split, chosen, revision, token, cache_dir)
     states = [(folder / name).stat() for name in names]
-    return Source(tuple(names), folder.joinpath, repr([(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)]))
+    return Source(
+        tuple(names),
+        folder.joinpath,
+        repr([(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)]),
+    )
 
 
 def _hub_source(
-    repository: str, inside: str, split: str | None, domains: frozenset[str] | None, revision: str | None, token: str | bool | None,
+    repository: str,
+    inside: str,
+    split: str | None,
+    domains: frozenset[str] | None,
+    revision: str | None,
+    token: str | bool | None,
     cache_dir: str | Path | None,
-) -> Source:  # fmt: skip
+) -> Source:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    of_client = (kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__name__ == "HTTPError")
-    failures: tuple[type[Exception], ...] = (OSError, ValueError, *of_client)  # of_client: what a network that is down raises
+    of_client = (
+        kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__name__ == "HTTPError"
+    )
+    failures: tuple[type[Exception], ...] = (
+        OSError,
+        ValueError,
+        *of_client,
+    )  # of_client: what a network that is down raises
     label = f"{repository}/{inside}".rstrip("/")
 
     def asked(call: Callable[[], T]) -> T:
         try:
             return call()
         except failures as error:
-            raise RecordError(f"{label}: no file or folder here, and the Hub does not give a dataset of this name ({error})") from error
+            raise RecordError(
+                f"{label}: no file or folder here, and the Hub does not give a dataset of this name ({error})"
+            ) from error
 
     info = asked(lambda: HfApi(token=token).dataset_info(repository, revision=revision))
     files = [PurePosixPath(file.rfilename) for file in info.siblings or ()]
     base = PurePosixPath(inside)
     exact = [file.name for file in files if file == base]
-    names = exact or _select([str(f.relative_to(base)) for f in files if f.is_relative_to(base)], split, domains, label)
+    names = exact or _select(
+        [str(f.relative_to(base)) for f in files if f.is_relative_to(base)], split, domains, label
+    )
     base = base.parent if exact else base
 
     def fetch(name: str) -> Path:
-        return Path(asked(lambda: hf_hub_download(repository, str(base / name), repo_type="dataset", revision=info.sha, token=token,
-                                                  cache_dir=cache_dir)))  # fmt: skip
+        return Path(
+            asked(
+                lambda: hf_hub_download(
+                    repository,
+                    str(base / name),
+                    repo_type="dataset",
+                    revision=info.sha,
+                    token=token,
+                    cache_dir=cache_dir,
+                )
+            )
+        )
 
     return Source(tuple(names), fetch, f"{repository}@{info.sha}: {names}")
 
 
 def _select(found: Iterable[str], split: str | None, domains: frozenset[str] | None, label: str) -> list[str]:
     """Choose files by their names: those of the split, then those of the domains if any is named after one."""
-    names = sorted(n for n in found if n.endswith(SUFFIXES) and not n.startswith(".") and "/." not in n and not n.endswith(DESCRIPTIONS))
+    names = sorted(
+        n
+        for n in found
+        if n.endswith(SUFFIXES) and not n.startswith(".") and "/." not in n and not n.endswith(DESCRIPTIONS)
+    )
     if not names:
         raise _nothing(label)
     splits = {name: _split_of(name) for name in names}
     if split is None:
         names = [name for name in names if "/" not in name] or names
         told = {splits[name] for name in names}
-        if len(told - {""}) > 1 and ("" not in told or "/" in names[0]):  # a domain at the top may be called "test drives"
+        if len(told - {""}) > 1 and (
+            "" not in told or "/" in names[0]
+        ):  # a domain at the top may be called "test drives"
             raise RecordError(f"{label}: holds the splits {', '.join(sorted(told - {''}))}; choose one with split")
     else:
         known = SPLITS.get(split.lower(), split)
@@ -174,7 +245,9 @@ def _select(found: Iterable[str], split: str | None, domains: frozenset[str] | N
             raise RecordError(f"{label}: no record file of the split {split!r}; the splits found are: {there}")
     named = [name for name in names if domains and stem(name) in domains]
     if named and (missing := sorted(domains - {stem(name) for name in named})):  # type: ignore[operator]
-        raise RecordError(f"{label}: no file of the domain {', '.join(missing)}; found {', '.join(sorted({stem(n) for n in names}))}")
+        raise RecordError(
+            f"{label}: no file of the domain {', '.join(missing)}; found {', '.join(sorted({stem(n) for n in names}))}"
+        )
     return named or names
 
 
@@ -185,7 +258,10 @@ def _split_of(name: str) -> str:
 
 
 def _nothing(label: str) -> RecordError:
-    return RecordError(f"{label}: no record file here; expected UniEdit JSON, see `ibke data build`, or MQuAKE, CounterFact or ZSRE JSON")
+    return RecordError(
+        f"{label}: no record file here; expected UniEdit JSON, see `ibke data build`, or MQuAKE, CounterFact or "
+        f"ZSRE JSON"
+    )
 
 
 def _read_files(files: Iterable[Path], format: str | None, skipped: Counter[str]) -> Iterator[EditRecord]:  # noqa: A002
@@ -197,7 +273,10 @@ def _read_files(files: Iterable[Path], format: str | None, skipped: Counter[str]
             continue
         for record in FORMATS[known][0](file, skipped):
             if (record.dataset, record.id) in seen:
-                raise RecordError(f"{file}: record {record.id!r} of {record.dataset!r} was read before; no two records may share an id")
+                raise RecordError(
+                    f"{file}: record {record.id!r} of {record.dataset!r} was read before; no two records may "
+                    f"share an id"
+                )
             seen.add((record.dataset, record.id))
             yield record
 
@@ -216,8 +295,13 @@ def recognise(file: str | Path) -> str | None:
         if any(form <= keys for form in forms):
             return name
     told = f"the keys {', '.join(sorted(keys)[:12])}" if keys else f"no keys ({str(record)[:40]!r})"
-    looked = "; ".join(f"{name}: {' or '.join(' + '.join(sorted(form)) for form in forms)}" for name, (_, forms) in FORMATS.items())
-    raise RecordError(f"{file}: no known format; its first record has {told}. Expected one of {looked}. Name it with format if it is one")
+    looked = "; ".join(
+        f"{name}: {' or '.join(' + '.join(sorted(form)) for form in forms)}" for name, (_, forms) in FORMATS.items()
+    )
+    raise RecordError(
+        f"{file}: no known format; its first record has {told}. Expected one of {looked}. Name it with format if "
+        f"it is one"
+    )
 
 
 @dataclass(frozen=True)
@@ -236,7 +320,9 @@ class _Wanted:
             elif self.criteria is None and self.hops is None:
                 yield record
             else:
-                kept = replace(record, generality=self._cases(record.generality), locality=self._cases(record.locality))
+                kept = replace(
+                    record, generality=self._cases(record.generality), locality=self._cases(record.locality)
+                )
                 if left_out := len(record.generality + record.locality) - len(kept.generality + kept.locality):
                     skipped["case of other criteria or hops"] += left_out
                 if kept.generality or kept.locality:
@@ -246,7 +332,11 @@ class _Wanted:
 
     def _cases(self, cases: tuple[EditCase, ...]) -> tuple[EditCase, ...]:
         kept = [case for case in cases if self.hops is None or case.hops in self.hops]
-        return tuple(case for case in kept if self.criteria is None or not self.criteria.isdisjoint(map(str.casefold, case.criteria)))
+        return tuple(
+            case
+            for case in kept
+            if self.criteria is None or not self.criteria.isdisjoint(map(str.casefold, case.criteria))
+        )
 
 
 def _several(value: Any, kind: type[T]) -> frozenset[T] | None:

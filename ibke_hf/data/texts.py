@@ -14,9 +14,9 @@ def read_texts(source: str | Path, limit: int = NUMBER) -> list[str]:
     """Return the first texts of a source.
 
     Args:
-        source: A file of one text in each line; a JSON Lines file of objects with a ``text``; or a folder or Hub id that `datasets`
-            reads, with a column ``text`` in its split ``train``. A configuration follows its id after a colon, as in
-            ``"wikimedia/wikipedia:20231101.en"``.
+        source: A file of one text in each line; a JSON Lines file of objects with a ``text``; or a folder or Hub id
+            that `datasets` reads, with a column ``text`` in its split ``train``. A configuration follows its id after
+            a colon, as in ``"wikimedia/wikipedia:20231101.en"``.
         limit: So many texts at most.
 
     Raises:
@@ -27,13 +27,17 @@ def read_texts(source: str | Path, limit: int = NUMBER) -> list[str]:
     path = Path(source)
     texts = _of_file(path, limit) if path.is_file() else _of_dataset(str(source), limit)
     if not texts:
-        raise ValueError(f"{source}: holds no text; give a corpus of one text in each line, or a dataset with a column {COLUMN!r}")
+        raise ValueError(
+            f"{source}: holds no text; give a corpus of one text in each line, or a dataset with a column {COLUMN!r}"
+        )
     return texts
 
 
 def _of_file(path: Path, limit: int) -> list[str]:
     if path.suffix in (".json", ".csv", ".parquet"):
-        raise ValueError(f"{path}: give a corpus as plain lines or JSON Lines (.jsonl), or a folder that `datasets` reads")
+        raise ValueError(
+            f"{path}: give a corpus as plain lines or JSON Lines (.jsonl), or a folder that `datasets` reads"
+        )
     with path.open(encoding="utf-8") as lines:
         filled = (line.strip() for line in lines if line.strip())
         if path.suffix not in (".jsonl", ".ndjson"):
@@ -41,7 +45,9 @@ def _of_file(path: Path, limit: int) -> list[str]:
         try:
             return [str(json.loads(line)[COLUMN]) for line in islice(filled, limit)]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: each line must be a JSON object with a {COLUMN!r} ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{path}: each line must be a JSON object with a {COLUMN!r} ({type(error).__name__}: {error})"
+            ) from error
 
 
 def _of_dataset(name: str, limit: int) -> list[str]:

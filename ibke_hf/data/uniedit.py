@@ -27,7 +27,9 @@ def read_uniedit(file: str | Path, skipped: Counter[str] | None = None) -> Itera
         RecordError: For any other unreadable record, naming file, record and field.
     """
     domain, counted = stem(file), Counter() if skipped is None else skipped
-    yield from read_each(file, "object", "UniEdit", lambda value, key: parse_record(value, f"{domain}-{key}", domain, counted))
+    yield from read_each(
+        file, "object", "UniEdit", lambda value, key: parse_record(value, f"{domain}-{key}", domain, counted)
+    )
 
 
 def parse_record(value: Json, record_id: str, domain: str, skipped: Counter[str]) -> EditRecord | None:
@@ -46,11 +48,17 @@ def parse_record(value: Json, record_id: str, domain: str, skipped: Counter[str]
     generality = [_case(case, fact, "uni_gen", skipped) for case in record["generality"].values()]
     locality = [_case(case, fact, "uni_loc", skipped) for case in record["locality"].values()]
     return EditRecord(
-        id=record_id, dataset="uniedit", domain=domain, requests=(request,), edits=(fact,),
-        generality=tuple(case for case in generality if case), locality=tuple(case for case in locality if case),
-        kind=record.text("kind"), relation=edit["property"].text("label"),
+        id=record_id,
+        dataset="uniedit",
+        domain=domain,
+        requests=(request,),
+        edits=(fact,),
+        generality=tuple(case for case in generality if case),
+        locality=tuple(case for case in locality if case),
+        kind=record.text("kind"),
+        relation=edit["property"].text("label"),
         metadata={"original": record.text("original")} if "original" in value else {},
-    )  # fmt: skip
+    )
 
 
 def _case(case: Field, edit: Hop, name: str, skipped: Counter[str]) -> EditCase | None:
@@ -68,20 +76,30 @@ def _case(case: Field, edit: Hop, name: str, skipped: Counter[str]) -> EditCase 
         skipped[f"{name} case with an empty supporting hop"] += 1
         return None
     return EditCase(
-        prompt=prompt + YES_NO if double else prompt, target=target,
+        prompt=prompt + YES_NO if double else prompt,
+        target=target,
         criteria=_generality(paths, double, hops) if name == "uni_gen" else _locality(paths, double, facts, edit),
-        hops=max(map(len, paths)), top_k=1 if double else 5, name=name, facts=facts, supporting=supporting,
+        hops=max(map(len, paths)),
+        top_k=1 if double else 5,
+        name=name,
+        facts=facts,
+        supporting=supporting,
         aliases=() if double else _other_names(hops[-1], target),
-    )  # fmt: skip
+    )
 
 
 def _hop(hop: Field) -> Hop:
     kind, value = hop["tail_entity"]["datatype"].of(str), hop["tail_entity"]["value"]
     item = kind == "wikibase-item"
     return Hop(
-        prompt=hop.text("prompt"), target=hop.text("target"), head=hop["head_entity"]["id"].of(str), property=hop["property"]["id"].of(str),
-        tail=value["id"].of(str) if item else f"{kind}:{value.value}", tail_is_item=item, subject=hop.text("subject").strip() or None,
-    )  # fmt: skip
+        prompt=hop.text("prompt"),
+        target=hop.text("target"),
+        head=hop["head_entity"]["id"].of(str),
+        property=hop["property"]["id"].of(str),
+        tail=value["id"].of(str) if item else f"{kind}:{value.value}",
+        tail_is_item=item,
+        subject=hop.text("subject").strip() or None,
+    )
 
 
 def _item_tail(hop: Field) -> Field | None:

@@ -12,17 +12,23 @@ from ..core.records import EditCase, EditRecord, EditRequest
 from .fields import Field, cases
 from .files import read_each, stem
 
-ANSWER = " The answer is: "  # as UniEdit's reader has it: with the target's own space, two spaces stand before the target
+ANSWER = (
+    " The answer is: "  # as UniEdit's reader has it: with the target's own space, two spaces stand before the target
+)
 EMPTY = "edit with an empty prompt or target"
-CRITERIA = {"Subject_Aliasing": "Subject Alias", "Forgetfulness": "1-N Forgotten"}  # KnowEdit's kinds that PROTOCOL names otherwise
+CRITERIA = {
+    "Subject_Aliasing": "Subject Alias",
+    "Forgetfulness": "1-N Forgotten",
+}  # KnowEdit's kinds that PROTOCOL names otherwise
 
 
 def read_zsre(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
     """Yield the records of one ZSRE file; a record's id is the file's name up to its first dot, and its position in the file.
 
-    MEND's form gives the lists ``rephrase`` (generality) and ``loc`` (locality); the edit goes toward ``alt``, and " The answer is: "
-    is appended to ``src`` and ``rephrase``. KnowEdit's form gives ``rephrase_prompt``, and a list for each kind of ``portability``
-    (generality) and ``locality``. A null or empty prompt or target is skipped and counted by reason in `skipped`.
+    MEND's form gives the lists ``rephrase`` (generality) and ``loc`` (locality); the edit goes toward ``alt``, and "
+    The answer is: " is appended to ``src`` and ``rephrase``. KnowEdit's form gives ``rephrase_prompt``, and a list for
+    each kind of ``portability`` (generality) and ``locality``. A null or empty prompt or target is skipped and counted
+    by reason in `skipped`.
 
     Raises:
         RecordError: For any other unreadable record, naming file, record and field.
@@ -44,11 +50,14 @@ def _mend(record: Field, skipped: Counter[str]) -> EditRecord | None:
         skipped[EMPTY] += 1
         return None
     return EditRecord(
-        record.record, "zsre", "", (EditRequest(source + ANSWER, new, record.text("subject") or None),),
+        record.record,
+        "zsre",
+        "",
+        (EditRequest(source + ANSWER, new, record.text("subject") or None),),
         generality=cases("rephrase", rephrase and rephrase + ANSWER, new, skipped, criteria=("Rephrase",)),
         locality=cases("loc", record.text("loc"), record.text("loc_ans"), skipped),
         metadata=_original(record["answers"].names()),
-    )  # fmt: skip
+    )
 
 
 def _knowedit(record: Field, skipped: Counter[str]) -> EditRecord | None:
@@ -59,12 +68,20 @@ def _knowedit(record: Field, skipped: Counter[str]) -> EditRecord | None:
         skipped[EMPTY] += 1
         return None
     rephrased = "rephrase_prompt" in record
-    rephrase = cases("rephrase_prompt", record.text("rephrase_prompt"), new, skipped, criteria=("Rephrase",)) if rephrased else ()
+    rephrase = (
+        cases("rephrase_prompt", record.text("rephrase_prompt"), new, skipped, criteria=("Rephrase",))
+        if rephrased
+        else ()
+    )
     return EditRecord(
-        record.record, "zsre", "", (EditRequest(prompt, new, record.text("subject") or None),),
-        generality=rephrase + _kinds(record, "portability", skipped), locality=_kinds(record, "locality", skipped),
+        record.record,
+        "zsre",
+        "",
+        (EditRequest(prompt, new, record.text("subject") or None),),
+        generality=rephrase + _kinds(record, "portability", skipped),
+        locality=_kinds(record, "locality", skipped),
         metadata=_original(record["ground_truth"].names() if "ground_truth" in record else ()),
-    )  # fmt: skip
+    )
 
 
 def _kinds(record: Field, group: str, skipped: Counter[str]) -> tuple[EditCase, ...]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .t_patcher import TPatcherConfig
 
 Patches = Mapping[str, Tensor]
-SAME = 0.02  # queries nearer than this fraction of their norm are one query: 16-bit models read the same prompt no more exactly
+# queries nearer than this fraction of their norm are one query: 16-bit models read the same prompt no more exactly
+SAME = 0.02
 
 
 class NewPatches:
@@ -25,13 +26,19 @@ class NewPatches:
     """
 
     def __init__(
-        self, config: TPatcherConfig, requests: Tensor, rows: Tensor, places: Tensor, mistakes: Tensor, outputs: Tensor,
+        self,
+        config: TPatcherConfig,
+        requests: Tensor,
+        rows: Tensor,
+        places: Tensor,
+        mistakes: Tensor,
+        outputs: Tensor,
         centre: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start from k_p = q/|q|², q = q_e - μ, so that the activation is 1 [paper: μ = 0], and v_p = 0.
 
-        μ (d,) is the centre of the memory; the bias is trained as b_p + μ·k_p. Queries of a language model have most of their
-        length in common, along which a patch would otherwise be pushed away from its own mistake too.
+        μ (d,) is the centre of the memory; the bias is trained as b_p + μ·k_p. Queries of a language model have most
+        of their length in common, along which a patch would otherwise be pushed away from its own mistake too.
         """
         self.config, self.requests, self.rows, self.places, self.mistakes = config, requests, rows, places, mistakes
         self._centre = centre
@@ -48,7 +55,9 @@ class NewPatches:
 
     def size(self) -> Tensor:
         """Return a number (P,) that is finite if the whole patch is."""
-        return torch.stack([part.detach().flatten(1).sum(-1) if part.ndim > 1 else part.detach() for part in self.parts()]).sum(0)
+        return torch.stack(
+            [part.detach().flatten(1).sum(-1) if part.ndim > 1 else part.detach() for part in self.parts()]
+        ).sum(0)
 
     def beside(self, patches: Patches) -> dict[str, Tensor]:
         """Return the sets with room for the new patches, and their queries."""
@@ -67,16 +76,22 @@ class NewPatches:
     def silent_on(self, memory: Tensor, queries: Tensor, real: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries (c, d) and which of them each patch must be silent on (P, c).
 
-        These are the memory (m, d), the other tokens of the batch (b, l, d) that its row carries, and the queries of earlier patches
-        (n, p, d) in its row, but for those that are its own query to rounding.
+        These are the memory (m, d), the other tokens of the batch (b, l, d) that its row carries, and the queries of
+        earlier patches (n, p, d) in its row, but for those that are its own query to rounding.
         """
         rows = self.rows.to(memory.device).unsqueeze(1)
         of_rows = torch.arange(len(earlier), device=memory.device)
-        owner = of_rows.repeat_interleave(real.shape[1]) if len(earlier) > 1 else torch.zeros_like(real.flatten(), dtype=torch.long)
+        owner = (
+            of_rows.repeat_interleave(real.shape[1])
+            if len(earlier) > 1
+            else torch.zeros_like(real.flatten(), dtype=torch.long)
+        )
         mine = (owner == rows) & real.flatten()
         before = (of_rows.repeat_interleave(earlier.shape[1]) == rows) & (earlier != 0).any(-1).flatten()
         others = torch.cat([memory, queries.flatten(0, 1), earlier.flatten(0, 1)])
-        allowed = torch.cat([torch.ones(len(rows), len(memory), dtype=torch.bool, device=memory.device), mine, before], 1)
+        allowed = torch.cat(
+            [torch.ones(len(rows), len(memory), dtype=torch.bool, device=memory.device), mine, before], 1
+        )
         same = torch.cdist(self.mistakes, others) <= SAME * self.mistakes.norm(dim=-1, keepdim=True)
         return others, allowed & ~same
 
@@ -87,7 +102,9 @@ class NewPatches:
         heard = (keys @ others.T + biases.unsqueeze(1)).masked_fill(~allowed, -torch.inf)
         silence = top_mean_exp(heard - config.activation_threshold, config.memory_top_k)
         margin = top_mean_exp(heard - own.unsqueeze(1) - config.activation_margin, config.memory_top_k)
-        return config.activation_weight * (-own).exp() + config.memory_weight * (silence + margin), heard.detach().amax(-1)
+        return config.activation_weight * (-own).exp() + config.memory_weight * (
+            silence + margin
+        ), heard.detach().amax(-1)
 
     def step(self, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor], learning: Tensor) -> None:
         """Take an optimizer step on the patches that are learning."""

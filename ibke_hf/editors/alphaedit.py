@@ -20,7 +20,9 @@ from .locate.editor import LocatingEditor
 from .locate.key_statistics import KeyStatistics
 from .locate.search import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
 
-IN_NULL_SPACE = 1e-3  # relative distance from the null space below which a row of an earlier edit is one of AlphaEdit's keys
+IN_NULL_SPACE = (
+    1e-3  # relative distance from the null space below which a row of an earlier edit is one of AlphaEdit's keys
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class AlphaEditConfig(LocateConfig):
     """Hyper-parameters of :class:`AlphaEditEditor`; those of the search for the value are :class:`LocateConfig`'s.
 
     Args:
-        null_threshold: Directions in which the corpus' keys have a second moment of at most this, relative to the mean over
-            all directions, belong to the null space.
+        null_threshold: Directions in which the corpus' keys have a second moment of at most this, relative to the mean
+            over all directions, belong to the null space.
         regularisation: Weight of ‖ΔP‖² in the objective (Eq. 12), relative to the mean ‖k‖² of the corpus' keys.
     """
 
@@ -47,13 +49,15 @@ class AlphaEditConfig(LocateConfig):
 class AlphaEditEditor(LocatingEditor):
     """AlphaEdit: moves hidden states to values that say the targets, without a change for what the corpus' keys hold.
 
-    P projects onto the null space of the second moment of the corpus' keys K_0. Per layer, with the keys K_1 of the requests,
-    those of earlier edits K_p and the residual R, the update is ΔP = R K_1ᵀP (K_p K_pᵀP + K_1 K_1ᵀP + λI)⁻¹ (Eq. 14). With
-    projected keys S = P [K_p, K_1] as columns that is R times K_1's rows of (SᵀS + λI)⁻¹ Sᵀ, so the edit has the projected
-    keys themselves as its input factors: it carries what the next edit has to protect. The change of the hidden states after
-    the last edited layer is spread evenly over the layers, each after those below it.
+    P projects onto the null space of the second moment of the corpus' keys K_0. Per layer, with the keys K_1 of the
+    requests, those of earlier edits K_p and the residual R, the update is ΔP = R K_1ᵀP (K_p K_pᵀP + K_1 K_1ᵀP + λI)⁻¹
+    (Eq. 14). With projected keys S = P [K_p, K_1] as columns that is R times K_1's rows of (SᵀS + λI)⁻¹ Sᵀ, so the
+    edit has the projected keys themselves as its input factors: it carries what the next edit has to protect. The
+    change of the hidden states after the last edited layer is spread evenly over the layers, each after those below
+    it.
 
-    Keys of earlier edits are protected: the input factors of `previous` that lie in the null space, as all of an earlier AlphaEdit do.
+    Keys of earlier edits are protected: the input factors of `previous` that lie in the null space, as all of an
+    earlier AlphaEdit do.
     """
 
     config_class = AlphaEditConfig
@@ -64,8 +68,15 @@ class AlphaEditEditor(LocatingEditor):
         self._occupied: dict[str, Tensor] = {}
 
     def _edit(
-        self, model: Any, modules: Mapping[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
-    ) -> LowRankEdit:  # fmt: skip
+        self,
+        model: Any,
+        modules: Mapping[str, nn.Module],
+        questions: Questions,
+        previous: Any,
+        names: Sequence[str],
+        *,
+        joint: bool,
+    ) -> LowRankEdit:
         block = last_block(model, self.config)
         carried = [] if previous is None else [previous]
         before = read_states(model, {HIDDEN: block}, questions.requests, carried, self.config.texts_at_once)[HIDDEN]
@@ -75,15 +86,21 @@ class AlphaEditEditor(LocatingEditor):
         outputs: dict[str, Tensor] = {}
         for place, (name, module) in enumerate(modules.items()):
             now = [*carried, LowRankEdit(dict(inputs), dict(outputs))] if inputs else carried
-            states = read_states(model, {name: module, HIDDEN: block}, questions.requests, now, self.config.texts_at_once)
+            states = read_states(
+                model, {name: module, HIDDEN: block}, questions.requests, now, self.config.texts_at_once
+            )
             keys, residual = states[name].inputs, (wanted - states[HIDDEN].outputs) / (len(modules) - place)
             axis = 0 if joint else 1
-            inputs[name], outputs[name] = self._update(name, module, keys.unsqueeze(axis), residual.to(keys).unsqueeze(axis), previous)
+            inputs[name], outputs[name] = self._update(
+                name, module, keys.unsqueeze(axis), residual.to(keys).unsqueeze(axis), previous
+            )
             owners = [", ".join(names)] if joint else names
             require_finite(outputs[name].flatten(1).sum(-1), f"the update of {name}", owners)
         return joined(previous, inputs, outputs)
 
-    def _update(self, name: str, module: nn.Module, keys: Tensor, residual: Tensor, previous: Any) -> tuple[Tensor, Tensor]:
+    def _update(
+        self, name: str, module: nn.Module, keys: Tensor, residual: Tensor, previous: Any
+    ) -> tuple[Tensor, Tensor]:
         """Return the factors of one layer's update: projected keys, those of `previous` first, and what they are mapped to."""
         occupied = self._occupied_by_corpus(name, module)
         projected = keys - (keys @ occupied) @ occupied.mT
@@ -102,8 +119,10 @@ class AlphaEditEditor(LocatingEditor):
             values, vectors = torch.linalg.eigh(precise(self.statistics.moments[name].to(device_of(module))))
             above = values > self.config.null_threshold * values.clamp(min=0).mean()
             if bool(above.all()):
-                raise ValueError(f"no direction of {name}'s keys is in the null space; raise null_threshold, "
-                                 f"found {self.config.null_threshold}")  # fmt: skip
+                raise ValueError(
+                    f"no direction of {name}'s keys is in the null space; raise null_threshold, "
+                    f"found {self.config.null_threshold}"
+                )
             self._occupied[name] = vectors[:, above].float()
         return self._occupied[name].to(device_of(module))
 
@@ -139,7 +158,9 @@ def joined(previous: LowRankEdit | None, inputs: Mapping[str, Tensor], outputs: 
             earlier = all_outputs[name].to(added)
             added = added + torch.nn.functional.pad(earlier, (0, 0, 0, added.shape[1] - earlier.shape[1]))
         all_outputs[name] = added
-        if all_inputs[name].shape[1] > all_inputs[name].shape[2]:  # keeps Sᵀû, and SᵀS, which is all that later edits need
+        if (
+            all_inputs[name].shape[1] > all_inputs[name].shape[2]
+        ):  # keeps Sᵀû, and SᵀS, which is all that later edits need
             q, all_inputs[name] = torch.linalg.qr(all_inputs[name])
             all_outputs[name] = q.mT @ added
     return LowRankEdit(all_inputs, all_outputs)

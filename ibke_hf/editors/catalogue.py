@@ -18,7 +18,8 @@ class Kind:
         class_name: Its class.
         trained: Whether it has weights, which are trained on edit records (the paper's ET; the others are its DE).
         several_layers: Whether it edits any number of layers; the others have one, or none.
-        needs_statistics: Whether it is built with the :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics` of a corpus.
+        needs_statistics: Whether it is built with the :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics` of
+            a corpus.
     """
 
     title: str
@@ -73,7 +74,9 @@ def register_trained() -> None:
         editor_class(name)
 
 
-def build_editor(name: str, model: Any, layers: Sequence[int] | None = None, *, statistics: Any = None, **settings: Any) -> Any:
+def build_editor(
+    name: str, model: Any, layers: Sequence[int] | None = None, *, statistics: Any = None, **settings: Any
+) -> Any:
     """Return an editor that fits a model, untrained if it has weights; None for ``"none"``.
 
     Args:
@@ -91,12 +94,17 @@ def build_editor(name: str, model: Any, layers: Sequence[int] | None = None, *, 
     if not kind.module:
         return None
     if kind.needs_statistics and statistics is None:
-        raise ValueError(f"{kind.title} needs statistics of the model's keys over a corpus; pass statistics=KeyStatistics.of(model, "
-                         "tokenizer, texts), on the command line --corpus")  # fmt: skip
+        raise ValueError(
+            f"{kind.title} needs statistics of the model's keys over a corpus; pass "
+            f"statistics=KeyStatistics.of(model, "
+            "tokenizer, texts), on the command line --corpus"
+        )
     given = {"statistics": statistics} if kind.needs_statistics else {}
     try:
         return editor_class(name).for_backbone(model, layers, **given, **settings)
     except TypeError as error:
         if "unexpected keyword" not in str(error):  # of a dataclass that lacks the field
             raise
-        raise ValueError(f"{kind.title}: {error}; the fields are those of its config, see {editor_class(name).__module__}") from error
+        raise ValueError(
+            f"{kind.title}: {error}; the fields are those of its config, see {editor_class(name).__module__}"
+        ) from error

@@ -42,7 +42,9 @@ class FTConfig:
         """Check the fields; a bad value names the field and what is allowed."""
         if not self.edited_layers or "{i}" not in self.edited_modules:
             found = f"{self.edited_layers} and {self.edited_modules!r}"
-            raise ValueError(f"FT needs edited_layers and edited_modules with {{i}} for the layer index, found {found}")
+            raise ValueError(
+                f"FT needs edited_layers and edited_modules with {{i}} for the layer index, found {found}"
+            )
         require_range(self, "learning_rate", 0.0, 10.0)
         require_range(self, "steps", 1, 100_000)
         require_range(self, "loss_scale", 1e-8, 1e8)
@@ -62,7 +64,7 @@ class FineTuningEditor:
     @classmethod
     def for_backbone(
         cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, **config: Any
-    ) -> FineTuningEditor:  # fmt: skip
+    ) -> FineTuningEditor:
         """Build an editor that fits a model.
 
         Args:
@@ -79,7 +81,13 @@ class FineTuningEditor:
         return cls(FTConfig(template, tuple(chosen), **config))
 
     def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: WeightEdit | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: WeightEdit | None = None,
     ) -> DenseEdit:
         """Return the update that makes the model answer the requests; the model is not changed.
 
@@ -87,9 +95,9 @@ class FineTuningEditor:
             model: The backbone.
             tokenizer: Its tokenizer.
             requests: One or more edit requests.
-            mode: ``"joint"``: one update from the sum of all requests' losses; ``"sequential"``: request after request,
-                each on the model that carries the updates before it, Adam starting afresh; ``"independent"``: request k
-                has an update of its own, row k of the result.
+            mode: ``"joint"``: one update from the sum of all requests' losses; ``"sequential"``: request after
+                request, each on the model that carries the updates before it, Adam starting afresh; ``"independent"``:
+                request k has an update of its own, row k of the result.
             previous: An edit that the model carries already. The result contains it.
 
         Raises:
@@ -112,11 +120,21 @@ class FineTuningEditor:
         return replace(edit, info=info)
 
     def _fit(
-        self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, previous: WeightEdit | None, *,
-        names: Sequence[str], number: int,
-    ) -> DenseEdit:  # fmt: skip
+        self,
+        model: Any,
+        modules: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        previous: WeightEdit | None,
+        *,
+        names: Sequence[str],
+        number: int,
+    ) -> DenseEdit:
         """Fit `number` updates: one for the whole batch, or one per row."""
-        with torch.inference_mode(False), evaluating(model), previous.attached(model) if previous is not None else nullcontext():
+        with (
+            torch.inference_mode(False),
+            evaluating(model),
+            previous.attached(model) if previous is not None else nullcontext(),
+        ):
             updates = {
                 name: torch.zeros(number, *dimensions(module), device=device_of(module), requires_grad=True)
                 for name, module in modules.items()
@@ -135,7 +153,7 @@ class FineTuningEditor:
 
     def _gradients(
         self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, edit: DenseEdit, names: Sequence[str]
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         """Gradient of the SUM over requests of each one's mean cross-entropy over its target tokens, by layer.
 
         The graph is cut below the lowest edited layer.

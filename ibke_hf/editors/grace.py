@@ -1,14 +1,15 @@
 """The GRACE baseline: a codebook of keys, values and radii beside one layer, each edit an entry of it.
 
-Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", NeurIPS. With x a layer's
-input at a token (the query), K the keys and ε the radii of the codebook, the layer's output there becomes
+Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", NeurIPS. With x a
+layer's input at a token (the query), K the keys and ε the radii of the codebook, the layer's output there becomes
 
     y = V_i  if d(x, K_i) < ε_i, i = argmin_j d(x, K_j), d the Euclidean distance;  y = layer(x)  otherwise: deferral.
 
-Who looks up: every token, for itself, and only its own output is replaced. The key of a request is the query of its last
-prompt token, the one token that the paper replaces for autoregressive models. A token's query depends on the tokens before it
-alone, so that token is found wherever the text goes on: teacher-forced, prefilled, or held in a KV cache; no step needs to
-know where the prompt ended. The layers above attend to the replaced output, which is how one value spells several tokens.
+Who looks up: every token, for itself, and only its own output is replaced. The key of a request is the query of its
+last prompt token, the one token that the paper replaces for autoregressive models. A token's query depends on the
+tokens before it alone, so that token is found wherever the text goes on: teacher-forced, prefilled, or held in a KV
+cache; no step needs to know where the prompt ended. The layers above attend to the replaced output, which is how one
+value spells several tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from .memory import MemoryEdit
 
 KeyTokens = Literal["prompt", "mistakes"]
 FREE = -1.0  # radius of a place of the codebook that holds no entry
-SAME = 0.01  # keys nearer than this fraction of their norm are one key: 16-bit models read the same prompt no more exactly
+# keys nearer than this fraction of their norm are one key: 16-bit models read the same prompt no more exactly
+SAME = 0.01
 INSIDE = 1.01  # a grown ball reaches a little past the key that it is grown to contain
 
 
@@ -41,14 +43,16 @@ class GRACEConfig:
     """Hyper-parameters of :class:`GRACEEditor`.
 
     Args:
-        edited_modules: Name template of the projections that a codebook may lie beside, ``{i}`` standing for the layer.
+        edited_modules: Name template of the projections that a codebook may lie beside, ``{i}`` standing for the
+            layer.
         edited_layer: Index of the layer that it does lie beside.
-        key_tokens: ``"prompt"``: the last prompt token alone [paper]; ``"mistakes"``: besides it the target tokens after which the
-            model, told the target so far, errs; they have keys and values of their own, and long targets need them in small models.
-        initial_radius: ε_init as a fraction of the key's norm, so that it means the same in every backbone [paper: absolute,
-            tuned for each model].
-        learning_rate: Adam's, in units of the root mean square of the layer's output at the key token, which a value starts
-            from [paper: 1, absolute].
+        key_tokens: ``"prompt"``: the last prompt token alone [paper]; ``"mistakes"``: besides it the target tokens
+            after which the model, told the target so far, errs; they have keys and values of their own, and long
+            targets need them in small models.
+        initial_radius: ε_init as a fraction of the key's norm, so that it means the same in every backbone [paper:
+            absolute, tuned for each model].
+        learning_rate: Adam's, in units of the root mean square of the layer's output at the key token, which a value
+            starts from [paper: 1, absolute].
         steps: Adam steps for each value at most.
         stop_loss: A value whose requests' losses are no higher is done.
         loss_scale: Multiplies the loss before backward and divides the gradient in fp32 after it, for fp16 backbones.
@@ -66,7 +70,9 @@ class GRACEConfig:
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
         if "{i}" not in self.edited_modules:
-            raise ValueError(f"edited_modules must contain {{i}} in place of the layer's index, found {self.edited_modules!r}")
+            raise ValueError(
+                f"edited_modules must contain {{i}} in place of the layer's index, found {self.edited_modules!r}"
+            )
         if self.key_tokens not in get_args(KeyTokens):
             raise ValueError(f"key_tokens must be one of {', '.join(get_args(KeyTokens))}, found {self.key_tokens!r}")
         require_range(self, "edited_layer", 0, 100_000)
@@ -86,8 +92,9 @@ class GRACEConfig:
 class GRACEEdit(MemoryEdit):
     """n independent codebooks of up to m entries beside one layer.
 
-    `memory` holds ``keys`` (n, m, d_in), ``values`` (n, m, d_out) and ``radii`` (n, m), -1 where a place is free, all fp32, and
-    ``targets`` (n, m, t): the token ids that each entry answers with, filled up with -100. `settings` names the ``module``.
+    `memory` holds ``keys`` (n, m, d_in), ``values`` (n, m, d_out) and ``radii`` (n, m), -1 where a place is free, all
+    fp32, and ``targets`` (n, m, t): the token ids that each entry answers with, filled up with -100. `settings` names
+    the ``module``.
     """
 
     kind = "grace"
@@ -97,7 +104,9 @@ class GRACEEdit(MemoryEdit):
         super().__post_init__()
         shapes = {name: tuple(self.memory[name].shape) for name in ("keys", "values", "radii", "targets")}
         if not isinstance(self.settings["module"], str) or [len(shape) for shape in shapes.values()] != [3, 3, 2, 3]:
-            raise ValueError(f"a codebook has keys and values (n, m, d), radii (n, m) and targets (n, m, t), found {shapes}")
+            raise ValueError(
+                f"a codebook has keys and values (n, m, d), radii (n, m) and targets (n, m, t), found {shapes}"
+            )
         if len({shape[:2] for shape in shapes.values()}) > 1:
             raise ValueError(f"keys, values, radii and targets must be of the same (n, m) entries, found {shapes}")
 
@@ -119,8 +128,10 @@ class GRACEEdit(MemoryEdit):
         module = modules_to_edit(model, [name])[name]
         wanted = (self.memory["keys"].shape[-1], self.memory["values"].shape[-1])
         if dimensions(module) != wanted:
-            raise BackboneError(f"the codebook expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
-                                f"{dimensions(module)[0]} to {dimensions(module)[1]}; it was made for another backbone")  # fmt: skip
+            raise BackboneError(
+                f"the codebook expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
+                f"{dimensions(module)[0]} to {dimensions(module)[1]}; it was made for another backbone"
+            )
         device = device_of(module)
         keys, values, radii = (self.memory[part].to(device) for part in ("keys", "values", "radii"))
         return {name: (module, _lookup(keys.float(), values, radii.float()))}
@@ -133,7 +144,9 @@ def _lookup(keys: Tensor, values: Tensor, radii: Tensor) -> LayerHook:
     def look_up(x: Tensor, y: Tensor) -> Tensor:
         require_row_per_edit(number, x)
         queries = x.detach().float().reshape(number, -1, x.shape[-1])  # one codebook serves all rows as one
-        distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")  # (n, tokens, m), exact near 0
+        distances = torch.cdist(
+            queries, keys, compute_mode="donot_use_mm_for_euclid_dist"
+        )  # (n, tokens, m), exact near 0
         distances = distances.masked_fill(radii.unsqueeze(1) <= 0, torch.inf)
         nearest = distances.argmin(-1)
         found = distances.amin(-1) < radii.gather(1, nearest)
@@ -159,7 +172,15 @@ class Codebooks:
         """Return codebooks of one free place each."""
         keys, values = (torch.zeros(number, 1, width, device=device) for width in widths)
         targets = torch.full((number, 1, 1), IGNORED, device=device)
-        return cls(module, {"keys": keys, "values": values, "radii": torch.full((number, 1), FREE, device=device), "targets": targets})
+        return cls(
+            module,
+            {
+                "keys": keys,
+                "values": values,
+                "radii": torch.full((number, 1), FREE, device=device),
+                "targets": targets,
+            },
+        )
 
     def __len__(self) -> int:
         return len(self.memory["keys"])
@@ -173,9 +194,16 @@ class Codebooks:
 
     def reserve(self, places: int) -> None:
         """Add free places to each codebook."""
-        pads = {"keys": (0, 0, 0, places), "values": (0, 0, 0, places), "radii": (0, places), "targets": (0, 0, 0, places)}
+        pads = {
+            "keys": (0, 0, 0, places),
+            "values": (0, 0, 0, places),
+            "radii": (0, places),
+            "targets": (0, 0, 0, places),
+        }
         fill = {"radii": FREE, "targets": IGNORED}
-        self.memory = {name: functional.pad(self.memory[name], pad, value=fill.get(name, 0)) for name, pad in pads.items()}
+        self.memory = {
+            name: functional.pad(self.memory[name], pad, value=fill.get(name, 0)) for name, pad in pads.items()
+        }
 
     def trim(self) -> None:
         """Remove places that are free in every codebook."""
@@ -185,8 +213,9 @@ class Codebooks:
     def file(self, row: int, key: Tensor, target: Tensor, initial_radius: float) -> tuple[int, bool]:
         """Add, expand or split for a key (d_in,) whose answer is `target` (t,); return its place and whether it is a new entry.
 
-        Far from all balls, the key is a new entry with a ball of its own. Near a key of the same target, that one's ball
-        grows to contain it. Near a key of another target, both balls end half-way; if the two keys are one, the later edit wins.
+        Far from all balls, the key is a new entry with a ball of its own. Near a key of the same target, that one's
+        ball grows to contain it. Near a key of another target, both balls end half-way; if the two keys are one, the
+        later edit wins.
         """
         keys, radii = self.memory["keys"][row], self.memory["radii"][row]
         norm = float(key.norm())
@@ -221,9 +250,9 @@ class Codebooks:
 class GRACEEditor:
     """Writes each request into a codebook beside one layer; only the values of new entries are trained.
 
-    Requests of one call in joint mode are filed in their order and their values trained at once; in sequential mode each
-    value is trained before the next request is filed, on the model with the codebook so far. An edit is made also where the
-    model is right already: the paper skips those.
+    Requests of one call in joint mode are filed in their order and their values trained at once; in sequential mode
+    each value is trained before the next request is filed, on the model with the codebook so far. An edit is made also
+    where the model is right already: the paper skips those.
     """
 
     supports_independent = True
@@ -234,13 +263,13 @@ class GRACEEditor:
     @classmethod
     def for_backbone(
         cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, **config: Any
-    ) -> GRACEEditor:  # fmt: skip
+    ) -> GRACEEditor:
         """Build an editor that fits a model.
 
         Args:
             model: Any decoder of the transformers library.
-            layers: The one layer that the codebook lies beside; by default the one just before the middle, above which a
-                value has layers left that carry it to the later tokens of a target.
+            layers: The one layer that the codebook lies beside; by default the one just before the middle, above which
+                a value has layers left that carry it to the later tokens of a target.
             edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
             config: Further fields of :class:`GRACEConfig`.
 
@@ -249,13 +278,24 @@ class GRACEEditor:
             ValueError: If several layers are given.
         """
         if layers is not None and len(layers) != 1:
-            raise ValueError(f"GRACE edits one layer, found layers={list(layers)}; give one, such as layers=[{max(layers, default=0)}]")
-        template, (layer,) = layers_to_edit(model, layers or [max(number_of_layers(model) // 2 - 1, 0)], edited_modules)
+            raise ValueError(
+                f"GRACE edits one layer, found layers={list(layers)}; give one, such as "
+                f"layers=[{max(layers, default=0)}]"
+            )
+        template, (layer,) = layers_to_edit(
+            model, layers or [max(number_of_layers(model) // 2 - 1, 0)], edited_modules
+        )
         modules_to_edit(model, [template.format(i=layer)])
         return cls(GRACEConfig(template, layer, **config))
 
     def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: Edit | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: Edit | None = None,
     ) -> GRACEEdit:
         """Return the codebook that makes the model answer the requests; the model is not changed.
 
@@ -263,10 +303,10 @@ class GRACEEditor:
             model: The backbone.
             tokenizer: Its tokenizer.
             requests: One or more edit requests.
-            mode: ``"joint"``: one codebook, its values trained at once; ``"sequential"``: one codebook, request after request;
-                ``"independent"``: request k has a codebook of its own, row k of the result.
-            previous: A codebook that the model carries already, or one for each request in independent mode. The result
-                contains it.
+            mode: ``"joint"``: one codebook, its values trained at once; ``"sequential"``: one codebook, request after
+                request; ``"independent"``: request k has a codebook of its own, row k of the result.
+            previous: A codebook that the model carries already, or one for each request in independent mode. The
+                result contains it.
 
         Raises:
             RequestError: If a request is unusable, naming it by its index; nothing is done then.
@@ -292,19 +332,28 @@ class GRACEEditor:
             return Codebooks.blank(self.config.module, number, dimensions(module), device_of(module))
         if not isinstance(previous, GRACEEdit) or previous.settings["module"] != self.config.module:
             found = previous.settings["module"] if isinstance(previous, GRACEEdit) else type(previous).__name__
-            raise ValueError(f"GRACE goes on from a codebook beside {self.config.module}, previous is one of {found}; attach both instead")
+            raise ValueError(
+                f"GRACE goes on from a codebook beside {self.config.module}, previous is one of {found}; attach "
+                f"both instead"
+            )
         require_length(previous, number)
         memory = previous.to(device_of(module)).memory
-        return Codebooks(self.config.module, {name: tensor.expand(number, *tensor.shape[1:]).clone() for name, tensor in memory.items()})
+        return Codebooks(
+            self.config.module,
+            {name: tensor.expand(number, *tensor.shape[1:]).clone() for name, tensor in memory.items()},
+        )
 
     def _write(
         self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, books: Codebooks, names: Sequence[str]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """File the key tokens of the requests, then train the values of the entries that are new."""
         inputs, outputs, wrong = self._read(model, modules, batch, books, names)
         judged = batch.labels != IGNORED
         columns = [row.nonzero().flatten().tolist() for row in judged]
-        filed = [[c for c in own if c == own[0] or (wrong[k, c] and self.config.key_tokens == "mistakes")] for k, own in enumerate(columns)]
+        filed = [
+            [c for c in own if c == own[0] or (wrong[k, c] and self.config.key_tokens == "mistakes")]
+            for k, own in enumerate(columns)
+        ]
         number = len(books)
         books.reserve(max(map(len, filed)) if number > 1 else sum(map(len, filed)))
         owners: dict[tuple[int, int], list[int]] = {}
@@ -324,7 +373,7 @@ class GRACEEditor:
 
     def _read(
         self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, books: Codebooks, names: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the layer's input (b, l, d_in), its output (b, l, d_out), and where the model errs (b, l), under the codebooks."""
         read: dict[str, Tensor] = {}
 
@@ -338,15 +387,23 @@ class GRACEEditor:
         judged = (batch.labels != IGNORED).to(logits.device)
         inputs, outputs = (read[part].float().reshape(*judged.shape, -1) for part in "xy")
         for what, values in (("input", inputs), ("output", outputs)):
-            require_finite(values.sum(-1).masked_fill(~judged.to(values.device), 0).sum(-1), f"the {what} of {name}", names)
+            require_finite(
+                values.sum(-1).masked_fill(~judged.to(values.device), 0).sum(-1), f"the {what} of {name}", names
+            )
         wrong = judged.clone()
         wrong[:, -labels.shape[1] :] &= logits.argmax(-1) != labels
         return inputs, outputs, wrong.cpu()
 
     def _train(
-        self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, books: Codebooks,
-        owners: Mapping[tuple[int, int], list[int]], start: Tensor, names: Sequence[str],
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        modules: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        books: Codebooks,
+        owners: Mapping[tuple[int, int], list[int]],
+        start: Tensor,
+        names: Sequence[str],
+    ) -> None:
         """Train the values of the entries (row, place), from `start` (e, d_out) on, for the requests that own them.
 
         An entry is done, and left alone from then on, once the losses of all its requests are low.

@@ -1,14 +1,16 @@
 """The LEMoE baseline: a mixture of experts beside one FFN, of which each batch of edits inserts one.
 
-Wang & Li 2024, "LEMoE: Advanced Mixture of Experts Adaptor for Lifelong Model Editing of Large Language Models", EMNLP.
+Wang & Li 2024, "LEMoE: Advanced Mixture of Experts Adaptor for Lifelong Model Editing of Large Language Models",
+EMNLP.
 
-Beside one FFN lies a mixture of small FFNs. Each batch of edits inserts an expert of its own and freezes those before it
-(module insertion); an expert is found by its keys, which the batch leaves behind as anchors (KV anchor routing); and the requests
-of one call are clustered, so that an expert gets like ones (order planning).
+Beside one FFN lies a mixture of small FFNs. Each batch of edits inserts an expert of its own and freezes those before
+it (module insertion); an expert is found by its keys, which the batch leaves behind as anchors (KV anchor routing);
+and the requests of one call are clustered, so that an expert gets like ones (order planning).
 
-Where the paper leaves room, or promises less, this is ours: a key is the value that a request was trained on, not a learned vector, so
-that routing in use is routing in training by construction; an input that is near to no key is routed nowhere and stays as it is, bit
-for bit; experts read values of unit length and start at zero, which makes the learning rate a property of no model.
+Where the paper leaves room, or promises less, this is ours: a key is the value that a request was trained on, not a
+learned vector, so that routing in use is routing in training by construction; an input that is near to no key is
+routed nowhere and stays as it is, bit for bit; experts read values of unit length and start at zero, which makes the
+learning rate a property of no model.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from ..core.tokens import IGNORED, TokenBatch, context_length, encode_requests
 from .memory import MemoryEdit
 
 EXPERT = ("down", "down_bias", "up", "up_bias")  # the weights of an expert
-TIE = 1e4  # scores that are equal to 1/TIE tie, and the newest expert wins: whoever edits a fact again means the last answer
+# scores that are equal to 1/TIE tie, and the newest expert wins: whoever edits a fact again means the last answer
+TIE = 1e4
 LLOYD_STEPS = 10
 
 
@@ -49,7 +52,8 @@ class LEMoEConfig:
         temperature: Divides the similarities in the softmax over the routed experts.
         learning_rate: Adam's learning rate.
         steps: Adam steps for each expert.
-        loss_floor: Loss of a request that is low enough; its gradient ends there, so that no answer is louder than it must be [ours].
+        loss_floor: Loss of a request that is low enough; its gradient ends there, so that no answer is louder than it
+            must be [ours].
         seed: Seed of the first layer of the experts.
         loss_scale: Multiplies the loss before backward and divides the gradient in fp32 after it, for fp16 backbones.
     """
@@ -69,7 +73,10 @@ class LEMoEConfig:
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
         if not self.edited_module:
-            raise ValueError("edited_module must name a layer, such as 'model.layers.4.mlp.down_proj'; or use LEMoEEditor.for_backbone")
+            raise ValueError(
+                "edited_module must name a layer, such as 'model.layers.4.mlp.down_proj'; or use "
+                "LEMoEEditor.for_backbone"
+            )
         for name in ("expert_width", "edits_per_expert", "top_k", "steps"):
             require_range(self, name, 1, 1_000_000)
         require_range(self, "routing_threshold", 1e-3, 1.0 - 1e-3)
@@ -84,8 +91,9 @@ class LEMoEEdit(MemoryEdit):
     """n independent mixtures of e experts beside one FFN.
 
     Attributes:
-        memory: ``keys`` (n, e, a, d_in): the anchors of each expert, of unit length, zero where one has fewer than a. ``down``
-            (n, e, d_in, w), ``down_bias`` (n, e, w), ``up`` (n, e, w, d_out), ``up_bias`` (n, e, d_out): E(v) = gelu(v down + b) up + c.
+        memory: ``keys`` (n, e, a, d_in): the anchors of each expert, of unit length, zero where one has fewer than a.
+            ``down`` (n, e, d_in, w), ``down_bias`` (n, e, w), ``up`` (n, e, w, d_out), ``up_bias`` (n, e, d_out): E(v)
+            = gelu(v down + b) up + c.
         settings: ``layer``, the hooked projection, ``top_k``, ``threshold`` and ``temperature``.
     """
 
@@ -113,8 +121,11 @@ class LEMoEEdit(MemoryEdit):
         module = modules_to_edit(model, [name])[name]
         wanted = (self.memory["down"].shape[2], self.memory["up"].shape[3])
         if dimensions(module) != wanted:
-            raise BackboneError(f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps {dimensions(module)[0]} to "
-                                f"{dimensions(module)[1]}; it was made for another backbone")  # fmt: skip
+            raise BackboneError(
+                f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
+                f"{dimensions(module)[0]} to "
+                f"{dimensions(module)[1]}; it was made for another backbone"
+            )
         return {name: (module, self._replace)}
 
     def _replace(self, layer_inputs: Tensor, output: Tensor) -> Tensor:
@@ -128,8 +139,8 @@ class LEMoEEdit(MemoryEdit):
     def gates(self, values: Tensor) -> Tensor:
         """Weight of each expert at each token: values (b, l, d_in) -> (b, l, e), all zero where a token is routed nowhere.
 
-        An expert's score is the cosine similarity of the value to the nearest of its keys. The `top_k` best experts that reach the
-        threshold share the token by a softmax over score / temperature.
+        An expert's score is the cosine similarity of the value to the nearest of its keys. The `top_k` best experts
+        that reach the threshold share the token by a softmax over score / temperature.
         """
         keys = self._at("keys", values)
         scores = (values @ keys.flatten(1, 2).mT).unflatten(-1, keys.shape[1:3]).amax(-1)
@@ -138,7 +149,9 @@ class LEMoEEdit(MemoryEdit):
         chosen = scores.shape[-1] - 1 - order
         best = scores.gather(-1, chosen)
         routed = best >= self.settings["threshold"]
-        weights = (best / self.settings["temperature"]).masked_fill(~routed, -math.inf).softmax(-1).masked_fill(~routed, 0.0)
+        weights = (
+            (best / self.settings["temperature"]).masked_fill(~routed, -math.inf).softmax(-1).masked_fill(~routed, 0.0)
+        )
         return torch.zeros_like(scores).scatter(-1, chosen, weights)
 
     def answer(self, values: Tensor, gates: Tensor) -> Tensor:
@@ -163,7 +176,8 @@ class LEMoEEdit(MemoryEdit):
         mine, others = (edit.memory["down"].shape[2:] for edit in (self, other))
         if self.settings != other.settings or mine != others:
             raise ValueError(
-                f"cannot add experts of {dict(other.settings)}, width {others[1]}, to {dict(self.settings)}, width {mine[1]}; "
+                f"cannot add experts of {dict(other.settings)}, width {others[1]}, to {dict(self.settings)}, "
+                f"width {mine[1]}; "
                 "use the same editor for all edits of a model"
             )
         number, anchors = max(len(self), len(other)), max(edit.memory["keys"].shape[2] for edit in (self, other))
@@ -173,7 +187,9 @@ class LEMoEEdit(MemoryEdit):
             memory = {**edit.memory, "keys": padded}
             parts.append({name: memory[name].expand(number, *memory[name].shape[1:]) for name in self.memory})
         device = self.memory["keys"].device
-        return replace(self, memory={name: torch.cat([part[name].to(device) for part in parts], 1) for name in self.memory})
+        return replace(
+            self, memory={name: torch.cat([part[name].to(device) for part in parts], 1) for name in self.memory}
+        )
 
 
 def unit(x: Tensor) -> Tensor:
@@ -206,14 +222,15 @@ class LEMoEEditor:
     @classmethod
     def for_backbone(
         cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, **config: Any
-    ) -> LEMoEEditor:  # fmt: skip
+    ) -> LEMoEEditor:
         """Build an editor that fits a model.
 
         Args:
             model: Any decoder of the transformers library.
             layers: The one layer that the experts lie beside; by default the one in the middle.
             edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
-            config: Further fields of :class:`LEMoEConfig`; `expert_width` is a sixth of the layer's output width by default, at least 16.
+            config: Further fields of :class:`LEMoEConfig`; `expert_width` is a sixth of the layer's output width by
+                default, at least 16.
 
         Raises:
             BackboneError: If the layer doesn't exist, there is more than one, or the projection is ambiguous.
@@ -227,7 +244,13 @@ class LEMoEEditor:
         return cls(LEMoEConfig(name, **{"expert_width": max(width // 6, 16), **config}))
 
     def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: LEMoEEdit | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: LEMoEEdit | None = None,
     ) -> LEMoEEdit:
         """Return the mixture that makes the model answer the requests; the model is not changed.
 
@@ -235,8 +258,9 @@ class LEMoEEditor:
             model: The backbone.
             tokenizer: Its tokenizer.
             requests: One or more edit requests.
-            mode: ``"joint"``: the requests are clustered and each cluster gets an expert; ``"sequential"``: every request gets an
-                expert, one after another; ``"independent"``: request k has a mixture of its own, row k of the result.
+            mode: ``"joint"``: the requests are clustered and each cluster gets an expert; ``"sequential"``: every
+                request gets an expert, one after another; ``"independent"``: request k has a mixture of its own, row k
+                of the result.
             previous: A mixture that the model carries already. Its experts are frozen, and the result contains them.
 
         Raises:
@@ -253,7 +277,9 @@ class LEMoEEditor:
         edit = previous
         with torch.inference_mode(False), evaluating(model):
             for rows in self._batches(model, module, batch, mode):
-                expert = self._fit(model, module, batch[rows], edit, number=number, names=[f"request {k}" for k in rows])
+                expert = self._fit(
+                    model, module, batch[rows], edit, number=number, names=[f"request {k}" for k in rows]
+                )
                 edit = expert if edit is None else edit.joined(expert)
         assert edit is not None
         return replace(edit, info=describe(model, module, requests, editor=type(self).__name__))
@@ -262,8 +288,11 @@ class LEMoEEditor:
         if previous is None:
             return
         if not isinstance(previous, LEMoEEdit):
-            raise ValueError(f"previous must be an edit of LEMoE, which inserts experts into it, found a {type(previous).__name__}; "
-                             "attach the other edit around the call instead")  # fmt: skip
+            raise ValueError(
+                f"previous must be an edit of LEMoE, which inserts experts into it, found a "
+                f"{type(previous).__name__}; "
+                "attach the other edit around the call instead"
+            )
         require_length(previous, number)
 
     def _batches(self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, mode: str) -> list[list[int]]:
@@ -280,7 +309,7 @@ class LEMoEEditor:
 
     def _values(
         self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, names: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Return the values (b, l, d_in) of a batch at the edited layer, which no expert changes, and the root mean square of y there."""
         found: list[Tensor] = []
 
@@ -292,14 +321,22 @@ class LEMoEEditor:
             target_logits(model, batch)
         judged = (batch.labels != IGNORED).to(found[0].device)
         for tensor in found:
-            require_finite((tensor * judged.unsqueeze(-1)).flatten(1).sum(-1), f"the layer {self.config.edited_module}", names)
+            require_finite(
+                (tensor * judged.unsqueeze(-1)).flatten(1).sum(-1), f"the layer {self.config.edited_module}", names
+            )
         scale = (found[1].square().mean(-1) * judged).sum(-1) / judged.sum(-1)
         return unit(found[0]), scale.sqrt().clamp(min=1e-6)
 
     def _fit(
-        self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, previous: LEMoEEdit | None, *, number: int,
+        self,
+        model: Any,
+        module: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        previous: LEMoEEdit | None,
+        *,
+        number: int,
         names: Sequence[str],
-    ) -> LEMoEEdit:  # fmt: skip
+    ) -> LEMoEEdit:
         """Train an expert on the requests of a batch, or one on each of them where `number` is more than 1."""
         values, scales = self._values(model, module, batch, names)
         keys = anchors(values, batch.labels)
@@ -313,12 +350,16 @@ class LEMoEEditor:
         optimizer = torch.optim.Adam(weights, lr=self.config.learning_rate)
         rows = {"frozen": frozen, "gates": gates, "values": values, "scale": scale[:, None, None]}
         for _ in range(self.config.steps):
-            for weight, gradient in zip(weights, self._gradients(model, module, batch, weights, rows, names), strict=True):
+            for weight, gradient in zip(
+                weights, self._gradients(model, module, batch, weights, rows, names), strict=True
+            ):
                 weight.grad = gradient / self.config.loss_scale
             optimizer.step()
         owners = names if number > 1 else [", ".join(names)]
         down, down_bias, up, up_bias = (weight.detach() for weight in weights)
-        trained = dict(zip(EXPERT, (down, down_bias, up * scale[:, None, None], up_bias * scale[:, None]), strict=True))
+        trained = dict(
+            zip(EXPERT, (down, down_bias, up * scale[:, None, None], up_bias * scale[:, None]), strict=True)
+        )
         for weight in trained.values():
             require_finite(weight.flatten(1).sum(-1), "the new expert", owners)
         return replace(fresh, memory={"keys": keys, **{name: weight.unsqueeze(1) for name, weight in trained.items()}})
@@ -327,17 +368,33 @@ class LEMoEEditor:
         """Return an expert that answers zero: keys (n, 1, a, d_in); each of the n starts from the same weights."""
         config, (d_in, d_out) = self.config, dims
         shape = (len(keys), 1, config.expert_width)
-        down = torch.randn(d_in, config.expert_width, generator=torch.Generator().manual_seed(config.seed)).to(keys.device)
-        memory = {"keys": keys, "down": down.expand(len(keys), 1, -1, -1).clone(), "down_bias": keys.new_zeros(shape),
-                  "up": keys.new_zeros(*shape, d_out), "up_bias": keys.new_zeros(*shape[:2], d_out)}  # fmt: skip
-        settings = {"layer": config.edited_module, "top_k": config.top_k, "threshold": config.routing_threshold,
-                    "temperature": config.temperature}  # fmt: skip
+        down = torch.randn(d_in, config.expert_width, generator=torch.Generator().manual_seed(config.seed)).to(
+            keys.device
+        )
+        memory = {
+            "keys": keys,
+            "down": down.expand(len(keys), 1, -1, -1).clone(),
+            "down_bias": keys.new_zeros(shape),
+            "up": keys.new_zeros(*shape, d_out),
+            "up_bias": keys.new_zeros(*shape[:2], d_out),
+        }
+        settings = {
+            "layer": config.edited_module,
+            "top_k": config.top_k,
+            "threshold": config.routing_threshold,
+            "temperature": config.temperature,
+        }
         return LEMoEEdit(memory, settings, EditInfo())
 
     def _gradients(
-        self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, weights: Sequence[Tensor], rows: Mapping[str, Tensor],
+        self,
+        model: Any,
+        module: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        weights: Sequence[Tensor],
+        rows: Mapping[str, Tensor],
         names: Sequence[str],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         """Gradient of the SUM over requests of each one's mean cross-entropy over its target tokens, by weight of the new expert."""
 
         def edited(_: Tensor, output: Tensor) -> Tensor:
@@ -348,7 +405,9 @@ class LEMoEEditor:
         with torch.no_grad(), graph_starting_at(module), hooked(module, dict.fromkeys(module, edited)):
             losses = case_losses(*target_logits(model, batch))
             require_finite(losses, "the loss of the edit request", names)
-            return torch.autograd.grad(losses.clamp(min=self.config.loss_floor).sum() * self.config.loss_scale, list(weights))
+            return torch.autograd.grad(
+                losses.clamp(min=self.config.loss_floor).sum() * self.config.loss_scale, list(weights)
+            )
 
 
 def anchors(values: Tensor, labels: Tensor) -> Tensor:

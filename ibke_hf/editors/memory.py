@@ -40,7 +40,9 @@ class MemoryEdit(EditValue):
         """Refuse tensors that do not belong together."""
         lengths = {name: len(tensor) for name, tensor in self.memory.items()}
         if not lengths or len(set(lengths.values())) > 1:
-            raise ValueError(f"every tensor of an edit must hold the same number of independent edits, found {lengths}")
+            raise ValueError(
+                f"every tensor of an edit must hold the same number of independent edits, found {lengths}"
+            )
 
     @abstractmethod
     def hooks(self, model: Any) -> Mapping[str, tuple[nn.Module, LayerHook]]:
@@ -65,7 +67,8 @@ class MemoryEdit(EditValue):
 
         Args:
             model: The backbone.
-            rows: (batch,) which edit each row of the batch carries; see :meth:`ibke_hf.core.edits.WeightEdit.attached`.
+            rows: (batch,) which edit each row of the batch carries; see
+                :meth:`ibke_hf.core.edits.WeightEdit.attached`.
 
         Raises:
             BackboneError: If the model does not fit.
@@ -73,7 +76,9 @@ class MemoryEdit(EditValue):
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
         found = edit.hooks(model)
-        with hooked({name: module for name, (module, _) in found.items()}, {name: hook for name, (_, hook) in found.items()}):
+        with hooked(
+            {name: module for name, (module, _) in found.items()}, {name: hook for name, (_, hook) in found.items()}
+        ):
             yield model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -93,9 +98,13 @@ class MemoryEdit(EditValue):
         """
         info, content = read_info(name_or_path, hub_arguments)
         if content.get("kind") != cls.kind:
-            raise AdapterError(f"{name_or_path}: holds an edit of kind {content.get('kind')!r}, {cls.__name__} reads {cls.kind!r}")
+            raise AdapterError(
+                f"{name_or_path}: holds an edit of kind {content.get('kind')!r}, {cls.__name__} reads {cls.kind!r}"
+            )
         weights = read_weights(name_or_path, WEIGHTS, hub_arguments)
         try:
             return cls(weights, content["settings"], info)
         except (KeyError, ValueError) as error:
-            raise AdapterError(f"{name_or_path}/{WEIGHTS}: not a {cls.kind} edit ({error}); save the edit again") from error
+            raise AdapterError(
+                f"{name_or_path}/{WEIGHTS}: not a {cls.kind} edit ({error}); save the edit again"
+            ) from error

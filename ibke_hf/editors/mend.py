@@ -37,7 +37,9 @@ class MENDConfig(GradientEditorConfig):
         require_range(self, "blocks", 1, 64)
 
     @staticmethod
-    def hidden_dim_for(parameters: int, input_dims: Sequence[int], output_dims: Sequence[int], *, blocks: int = 1) -> int:
+    def hidden_dim_for(
+        parameters: int, input_dims: Sequence[int], output_dims: Sequence[int], *, blocks: int = 1
+    ) -> int:
         """Return the hidden_dim whose MEND has about the given number of parameters, to compare editors of equal size.
 
         A layer of width w = d_in + d_out has blocks · (hidden_dim · (2 w + 1) + w) of them.
@@ -102,7 +104,9 @@ class MENDEditor(GradientEditor):
 
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
-        if isinstance(module, ZeroLinear):  # transformers skips modules without parameters of their own, such as the block
+        if isinstance(
+            module, ZeroLinear
+        ):  # transformers skips modules without parameters of their own, such as the block
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 

@@ -21,7 +21,8 @@ from .locate.editor import LocatingEditor
 from .locate.key_statistics import KeyStatistics
 from .locate.search import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
 
-SAME_KEY = 1e-4  # relative size below which the Gram matrix of joint keys counts as singular: keys of one subject, for example
+# relative size below which the Gram matrix of joint keys counts as singular: keys of one subject, for example
+SAME_KEY = 1e-4
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class ROMEEditor(LocatingEditor):
     """Rank-One Model Editing: one layer is made to map the subject's key k* to the value v* that says the target.
 
     With the key averaged over random prefixes (Eq. 3) and v* = v + δ optimised (Eq. 4), the update is
-    ΔW = δ (C⁻¹k*)ᵀ / (C⁻¹k*)ᵀk* (Eq. 2), C being the second moment of the keys over a corpus. The value v = W k* is averaged
-    over the same prefixes as the key, as Eq. 2 has it (Gupta et al. 2024, "Rebuilding ROME", show that mixing averaged with
-    bare keys breaks models).
+    ΔW = δ (C⁻¹k*)ᵀ / (C⁻¹k*)ᵀk* (Eq. 2), C being the second moment of the keys over a corpus. The value v = W k* is
+    averaged over the same prefixes as the key, as Eq. 2 has it (Gupta et al. 2024, "Rebuilding ROME", show that mixing
+    averaged with bare keys breaks models).
 
-    In joint mode the smallest update (weighed by C) maps all keys to their values, Eq. 2 for several; keys of one subject share the mean
-    of their values.
+    In joint mode the smallest update (weighed by C) maps all keys to their values, Eq. 2 for several; keys of one
+    subject share the mean of their values.
     """
 
     config_class = ROMEConfig
@@ -62,8 +63,15 @@ class ROMEEditor(LocatingEditor):
         self._factor: Tensor | None = None
 
     def _edit(
-        self, model: Any, modules: Mapping[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
-    ) -> LowRankEdit:  # fmt: skip
+        self,
+        model: Any,
+        modules: Mapping[str, nn.Module],
+        questions: Questions,
+        previous: Any,
+        names: Sequence[str],
+        *,
+        joint: bool,
+    ) -> LowRankEdit:
         ((name, module),) = modules.items()
         carried = [] if previous is None else [previous]
         read = {**modules, HIDDEN: last_block(model, self.config)}
@@ -85,8 +93,11 @@ class ROMEEditor(LocatingEditor):
             moment.diagonal().add_(self.config.ridge * moment.diagonal().mean())
             factor, failed = torch.linalg.cholesky_ex(moment)
             if int(failed):
-                raise ValueError(f"the covariance of the keys of {name} is singular: {self.statistics.tokens} tokens for {len(moment)} "
-                                 "dimensions; measure the keys on more texts, or raise ridge")  # fmt: skip
+                raise ValueError(
+                    f"the covariance of the keys of {name} is singular: {self.statistics.tokens} tokens for "
+                    f"{len(moment)} "
+                    "dimensions; measure the keys on more texts, or raise ridge"
+                )
             self._factor = factor.float()
         return self._factor.to(device_of(module))
 
@@ -94,7 +105,8 @@ class ROMEEditor(LocatingEditor):
 def rank_one_update(keys: Tensor, change: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors of the smallest update, weighed by C = L Lᵀ, that adds δ to what the layer maps the keys to.
 
-    ΔW = (C⁻¹K)ᵀ (K C⁻¹Kᵀ)⁻¹ δ for keys K as rows, Meng et al. 2022, Eq. 2, for one key; keys alike get the mean of their δ.
+    ΔW = (C⁻¹K)ᵀ (K C⁻¹Kᵀ)⁻¹ δ for keys K as rows, Meng et al. 2022, Eq. 2, for one key; keys alike get the mean of
+    their δ.
 
     Args:
         keys: (n, m, d_in) for n independent updates of m keys each.

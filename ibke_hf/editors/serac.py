@@ -2,14 +2,14 @@
 
 Mitchell et al. 2022, "Memory-Based Model Editing at Scale", ICML.
 
-A scope classifier g compares what the model is asked with every request in the memory; in scope of the best one, a small
-counterfactual model h that reads this request before the prompt answers in place of the model; out of scope, the model's own
-answer stands, bit for bit. g and h are trained once, on edit records, without the model:
+A scope classifier g compares what the model is asked with every request in the memory; in scope of the best one, a
+small counterfactual model h that reads this request before the prompt answers in place of the model; out of scope, the
+model's own answer stands, bit for bit. g and h are trained once, on edit records, without the model:
 :class:`ibke_hf.training.serac.SERACTrainer`. Editing is nothing but writing requests into the memory.
 
-Where the paper leaves room this is ours: g and h are causal decoders on the backbone's own tokens, so that a decision at a token
-never sees what comes after it; the embedding form scores by sigmoid(b - s·‖φ(z) - φ(x)‖²), which unlike exp(-‖·‖²) can be trained
-from any start.
+Where the paper leaves room this is ours: g and h are causal decoders on the backbone's own tokens, so that a decision
+at a token never sees what comes after it; the embedding form scores by sigmoid(b - s·‖φ(z) - φ(x)‖²), which unlike
+exp(-‖·‖²) can be trained from any start.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class SERACConfig(PreTrainedConfig):
         backbone: Name or path of the model that the editor belongs to.
         scope_model: Config of the decoder that the scope classifier reads with, as a dict with its ``model_type``.
         counterfactual_model: Config of the counterfactual model, likewise.
-        scope_form: ``"embedding"``: requests and prompts are embedded apart, so that a memory costs one pass over the prompt; or
-            ``"cross"``: the classifier reads request and prompt together, once for each request in the memory.
+        scope_form: ``"embedding"``: requests and prompts are embedded apart, so that a memory costs one pass over the
+            prompt; or ``"cross"``: the classifier reads request and prompt together, once for each request in the
+            memory.
         embedding_dim: Width of the embeddings.
         threshold: Least probability of being in scope [paper: 0.5].
         separator: Id of the token between request and prompt.
@@ -82,7 +83,8 @@ class ScopesAndAnswers:
 
     Attributes:
         scopes: (p, m) logit of being in scope of each of m requests, at the p judged positions, case after case.
-        answers: (q, vocabulary) logits of the counterfactual model at the judged positions of the pairs, pair after pair.
+        answers: (q, vocabulary) logits of the counterfactual model at the judged positions of the pairs, pair after
+            pair.
     """
 
     scopes: Tensor
@@ -98,12 +100,16 @@ class SERACEditor(PreTrainedModel):
     main_input_name = "cases"
     supports_independent = True
     is_calibrated = True  # nothing is measured before training
-    card_summary = "a memory of edit requests, a classifier of what they bear on, and a small model that answers it in its place."
+    card_summary = (
+        "a memory of edit requests, a classifier of what they bear on, and a small model that answers it in its place."
+    )
 
     def __init__(self, config: SERACConfig) -> None:
         super().__init__(config)
         if not config.scope_model or not config.counterfactual_model:
-            raise ValueError("the config names no scope_model and counterfactual_model; use SERACEditor.for_backbone(model)")
+            raise ValueError(
+                "the config names no scope_model and counterfactual_model; use SERACEditor.for_backbone(model)"
+            )
         scope = AutoConfig.for_model(**config.scope_model)
         width = int(scope.get_text_config().hidden_size)
         self.scope = AutoModel.from_config(scope)
@@ -125,17 +131,23 @@ class SERACEditor(PreTrainedModel):
 
     @classmethod
     def for_backbone(
-        cls, model: Any, layers: Sequence[int] | None = None, *, scope: Any = None, counterfactual: Any = None, **config: Any
-    ) -> SERACEditor:  # fmt: skip
+        cls,
+        model: Any,
+        layers: Sequence[int] | None = None,
+        *,
+        scope: Any = None,
+        counterfactual: Any = None,
+        **config: Any,
+    ) -> SERACEditor:
         """Build an untrained editor for a model.
 
         Args:
             model: Any decoder of the transformers library.
             layers: None, SERAC edits no layer.
-            scope: A causal decoder with the backbone's tokens whose body the scope classifier starts from (it is copied); by default
-                a small one with random weights.
-            counterfactual: A causal decoder with the backbone's tokens that the counterfactual model starts from, likewise. A small
-                backbone may serve for both.
+            scope: A causal decoder with the backbone's tokens whose body the scope classifier starts from (it is
+                copied); by default a small one with random weights.
+            counterfactual: A causal decoder with the backbone's tokens that the counterfactual model starts from,
+                likewise. A small backbone may serve for both.
             config: Further fields of :class:`SERACConfig`.
 
         Raises:
@@ -147,11 +159,20 @@ class SERACEditor(PreTrainedModel):
         starts = {"scope_model": scope, "counterfactual_model": counterfactual}
         for name, start in starts.items():
             if start is not None and _vocabulary(start) != _vocabulary(model):
-                raise BackboneError(f"{name} predicts {_vocabulary(start)} tokens, the backbone {_vocabulary(model)}; they must share one "
-                                    "tokenizer")  # fmt: skip
-        models = {name: _small_config(model) if start is None else _plain_config(start) for name, start in starts.items()}
+                raise BackboneError(
+                    f"{name} predicts {_vocabulary(start)} tokens, the backbone {_vocabulary(model)}; they must "
+                    f"share one "
+                    "tokenizer"
+                )
+        models = {
+            name: _small_config(model) if start is None else _plain_config(start) for name, start in starts.items()
+        }
         end = model.config.get_text_config().eos_token_id
-        fields = {"backbone": model.config.name_or_path, "separator": int((end[0] if isinstance(end, list) else end) or 0), **models}
+        fields = {
+            "backbone": model.config.name_or_path,
+            "separator": int((end[0] if isinstance(end, list) else end) or 0),
+            **models,
+        }
         editor = cls(SERACConfig(**{**fields, **config}))
         if scope is not None:
             editor.scope.load_state_dict(_body(scope).state_dict())
@@ -166,8 +187,11 @@ class SERACEditor(PreTrainedModel):
             BackboneError: If the backbone has another vocabulary than the counterfactual model.
         """
         if _vocabulary(model) != _vocabulary(self.counterfactual):
-            raise BackboneError(f"this editor was built for {self.config.backbone or 'a backbone'} with {_vocabulary(self.counterfactual)} "
-                                f"tokens; the given model has {_vocabulary(model)}")  # fmt: skip
+            raise BackboneError(
+                f"this editor was built for {self.config.backbone or 'a backbone'} with "
+                f"{_vocabulary(self.counterfactual)} "
+                f"tokens; the given model has {_vocabulary(model)}"
+            )
         given = getattr(model.config, "name_or_path", "")
         if self.config.backbone and given and given != self.config.backbone:
             logger.warning_once(f"the editor was trained for {self.config.backbone!r} and is used on {given!r}")
@@ -175,7 +199,9 @@ class SERACEditor(PreTrainedModel):
 
     # --- pure ---------------------------------------------------------------------------------------------------
 
-    def forward(self, requests: Sequence[Sequence[int]], cases: TokenBatch, pairs: Sequence[tuple[int, int]]) -> ScopesAndAnswers:
+    def forward(
+        self, requests: Sequence[Sequence[int]], cases: TokenBatch, pairs: Sequence[tuple[int, int]]
+    ) -> ScopesAndAnswers:
         """Score every case against every request, and answer some cases by a request each.
 
         Args:
@@ -199,11 +225,15 @@ class SERACEditor(PreTrainedModel):
         """
         if embedded is not None:
             own = self._features(cases)[(cases.labels != IGNORED).to(embedded.device)]
-            distances = torch.cdist(own, embedded, compute_mode="donot_use_mm_for_euclid_dist").square() / own.shape[-1]
+            distances = (
+                torch.cdist(own, embedded, compute_mode="donot_use_mm_for_euclid_dist").square() / own.shape[-1]
+            )
             return self.bias - self.log_scale.exp() * distances
         every = [(case, request) for case in range(len(cases)) for request in range(len(requests))]
         read = self._reading([requests[request] for _, request in every], cases[[case for case, _ in every]])
-        scores = self._features(read).squeeze(-1)[:, -cases.labels.shape[1] :].unflatten(0, (len(cases), len(requests)))
+        scores = (
+            self._features(read).squeeze(-1)[:, -cases.labels.shape[1] :].unflatten(0, (len(cases), len(requests)))
+        )
         return scores.transpose(1, 2)[(cases.labels != IGNORED).to(scores.device)]
 
     def answers(self, requests: Sequence[Sequence[int]], cases: TokenBatch) -> Tensor:
@@ -219,10 +249,15 @@ class SERACEditor(PreTrainedModel):
         What is longer than the readers' context loses the beginning of the request, never of the case.
         """
         separator = self.config.separator
-        width, limits = cases.input_ids.shape[1], [context_length(model) for model in (self.scope, self.counterfactual)]
+        width, limits = (
+            cases.input_ids.shape[1],
+            [context_length(model) for model in (self.scope, self.counterfactual)],
+        )
         limit = min((limit for limit in limits if limit is not None), default=None)
         rows, marks = [], []
-        for request, ids, mask, labels in zip(requests, cases.input_ids, cases.attention_mask.bool(), cases.labels, strict=True):
+        for request, ids, mask, labels in zip(
+            requests, cases.input_ids, cases.attention_mask.bool(), cases.labels, strict=True
+        ):
             own = ids[mask].tolist()
             room = len(request) + 1 if limit is None else max(limit - len(own), 0)
             rows.append([*request, separator][-room:] * (room > 0) + own)
@@ -237,14 +272,22 @@ class SERACEditor(PreTrainedModel):
         mask = batch.attention_mask.unsqueeze(-1)
         accepted = inspect.signature(self.scope.forward).parameters
         extra = {"position_ids": batch.position_ids} if "position_ids" in accepted else {}
-        states = self.scope(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra).last_hidden_state
+        states = self.scope(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
+        ).last_hidden_state
         means = (states * mask).float().cumsum(1) / mask.cumsum(1).clamp(min=1)
         return self.project(torch.cat((states, means.to(states.dtype)), -1)).float()
 
     # --- with a backbone ----------------------------------------------------------------------------------------
 
     def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: SERACEdit | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: SERACEdit | None = None,
     ) -> SERACEdit:
         """Return the memory that makes the model answer the requests; the model is not run.
 
@@ -252,8 +295,8 @@ class SERACEditor(PreTrainedModel):
             model: The backbone.
             tokenizer: Its tokenizer.
             requests: One or more edit requests.
-            mode: ``"joint"`` and ``"sequential"``: one memory of all requests, of which the newest of one prompt counts;
-                ``"independent"``: request k has a memory of its own, row k of the result.
+            mode: ``"joint"`` and ``"sequential"``: one memory of all requests, of which the newest of one prompt
+                counts; ``"independent"``: request k has a memory of its own, row k of the result.
             previous: A memory that the model carries already. The result contains it.
 
         Raises:
@@ -266,17 +309,26 @@ class SERACEditor(PreTrainedModel):
             raise RequestError("no edit request was given; pass at least one EditRequest(prompt, target)")
         limit = context_length(model)
         entries: list[Entry] = [
-            encode(tokenizer, r.prompt, r.target, name=f"request {i}", max_length=limit) for i, r in enumerate(requests)
+            encode(tokenizer, r.prompt, r.target, name=f"request {i}", max_length=limit)
+            for i, r in enumerate(requests)
         ]
         rows = [[entry] for entry in entries] if mode == "independent" else [entries]
         if previous is not None and not isinstance(previous, SERACEdit):
-            raise ValueError(f"previous must be a memory of SERAC, found a {type(previous).__name__}; attach the other edit outside of it")
+            raise ValueError(
+                f"previous must be a memory of SERAC, found a {type(previous).__name__}; attach the other edit "
+                f"outside of it"
+            )
         if previous is not None:
             require_length(previous, len(rows))
         carried = [[]] * len(rows) if previous is None else previous.entries()
         carried = carried * len(rows) if len(carried) == 1 else carried
-        info = describe(model, self.modules_of(model), requests, editor=self.config.name_or_path or type(self).__name__,
-                        backbone=self.config.backbone)  # fmt: skip
+        info = describe(
+            model,
+            self.modules_of(model),
+            requests,
+            editor=self.config.name_or_path or type(self).__name__,
+            backbone=self.config.backbone,
+        )
         return SERACEdit(memory_of([old + new for old, new in zip(carried, rows, strict=True)]), {}, info, self)
 
     @torch.no_grad()
@@ -286,7 +338,9 @@ class SERACEditor(PreTrainedModel):
             return self.embed_requests([ids for ids, _ in entries])
 
     @torch.no_grad()
-    def decide(self, embedded: Tensor | None, entries: Sequence[Entry], owners: Tensor, cases: TokenBatch, rows: Tensor) -> Tensor:
+    def decide(
+        self, embedded: Tensor | None, entries: Sequence[Entry], owners: Tensor, cases: TokenBatch, rows: Tensor
+    ) -> Tensor:
         """Return the entry that each judged position is in scope of, -1 for none: (p,).
 
         The entry of the highest probability counts, if this reaches the threshold; the newer of two equal ones.
@@ -356,9 +410,17 @@ def _small_config(model: Any) -> dict[str, Any]:
     """Return the config of a small decoder with the backbone's tokens: at most 512 wide and six layers deep."""
     config = model.config.get_text_config()
     heads = max(1, min(int(config.hidden_size), 512) // 64)
-    return {"model_type": "llama", "vocab_size": int(config.vocab_size), "hidden_size": 64 * heads, "intermediate_size": 192 * heads,
-            "num_hidden_layers": min(int(config.num_hidden_layers), 6), "num_attention_heads": heads, "num_key_value_heads": heads,
-            "max_position_embeddings": 2 * (context_length(model) or 1024), "tie_word_embeddings": True}  # fmt: skip
+    return {
+        "model_type": "llama",
+        "vocab_size": int(config.vocab_size),
+        "hidden_size": 64 * heads,
+        "intermediate_size": 192 * heads,
+        "num_hidden_layers": min(int(config.num_hidden_layers), 6),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 2 * (context_length(model) or 1024),
+        "tie_word_embeddings": True,
+    }
 
 
 AutoConfig.register("serac", SERACConfig, exist_ok=True)

@@ -35,9 +35,10 @@ class SERACEdit(MemoryEdit):
     """n independent memories of requests. The weights that read them are the editor's, and are not saved with the edit.
 
     Attributes:
-        memory: ``ids`` (n, m, t) token ids of each request, ``lengths`` (n, m), 0 where there is none, ``starts`` (n, m), the place of
-            the first target token.
-        editor: The :class:`~ibke_hf.editors.serac.SERACEditor`; an edit that was loaded gets it by :meth:`with_editor`.
+        memory: ``ids`` (n, m, t) token ids of each request, ``lengths`` (n, m), 0 where there is none, ``starts`` (n,
+            m), the place of the first target token.
+        editor: The :class:`~ibke_hf.editors.serac.SERACEditor`; an edit that was loaded gets it by
+            :meth:`with_editor`.
     """
 
     kind = "serac"
@@ -48,7 +49,10 @@ class SERACEdit(MemoryEdit):
         """Refuse tensors that do not belong together."""
         super().__post_init__()
         shapes = {name: tuple(tensor.shape) for name, tensor in self.memory.items()}
-        if set(shapes) != {"ids", "lengths", "starts"} or not shapes["ids"][:2] == shapes["lengths"] == shapes["starts"]:
+        if (
+            set(shapes) != {"ids", "lengths", "starts"}
+            or not shapes["ids"][:2] == shapes["lengths"] == shapes["starts"]
+        ):
             raise ValueError(f"a memory needs ids (n, m, t), lengths and starts (n, m), found {shapes}")
 
     def entries(self) -> list[list[Entry]]:
@@ -91,27 +95,30 @@ class SERACEdit(MemoryEdit):
             ValueError: If the edit has none.
         """
         if self.editor is None:
-            raise ValueError("this memory was loaded without the editor whose weights read it; use SERACEdit.from_pretrained(name, "
-                             "editor=...) or edit.with_editor(editor)")  # fmt: skip
+            raise ValueError(
+                "this memory was loaded without the editor whose weights read it; use SERACEdit.from_pretrained(name, "
+                "editor=...) or edit.with_editor(editor)"
+            )
         return self.editor
 
     @contextmanager
     def attached(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[nn.Module]:
         """Edit the model for the code inside the block; logits of what is out of scope are the model's own, bit for bit.
 
-        A forward pass over several tokens decides for each of them by what is before it, so that a target that is fed tells nothing. In
-        a generation the decision falls at the end of the prompt and stays. The block must hold the whole generation, and the model
-        itself must be called, since the ids are read from its arguments.
+        A forward pass over several tokens decides for each of them by what is before it, so that a target that is fed
+        tells nothing. In a generation the decision falls at the end of the prompt and stays. The block must hold the
+        whole generation, and the model itself must be called, since the ids are read from its arguments.
 
         Args:
             model: The backbone.
-            rows: (batch,) which edit each row of the batch carries; see :meth:`ibke_hf.core.edits.WeightEdit.attached`.
+            rows: (batch,) which edit each row of the batch carries; see
+                :meth:`ibke_hf.core.edits.WeightEdit.attached`.
 
         Raises:
             BackboneError: If the model has another vocabulary than the editor.
             IndexError: If `rows` names an edit that does not exist.
-            ValueError: If there is no editor; on a forward pass without token ids, with labels, of another number of rows than edits, or
-                that goes on from a prompt that was read outside of the block.
+            ValueError: If there is no editor; on a forward pass without token ids, with labels, of another number of
+                rows than edits, or that goes on from a prompt that was read outside of the block.
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
         edit.hooks(model)
@@ -145,7 +152,9 @@ class _Reading:
         chosen = self._choose(ids, mask, wanted.bool(), going_on=before > 0)
         if not (chosen >= 0).any():
             return output
-        pairs = sorted({(row, entry) for row, column in (chosen >= 0).nonzero().tolist() for entry in [int(chosen[row, column])]})
+        pairs = sorted(
+            {(row, entry) for row, column in (chosen >= 0).nonzero().tolist() for entry in [int(chosen[row, column])]}
+        )
         rows = torch.tensor([row for row, _ in pairs])
         here = chosen[rows] == torch.tensor([[entry] for _, entry in pairs])
         cases = TokenBatch(ids[rows], mask[rows], torch.where(here, 0, IGNORED))
@@ -167,8 +176,11 @@ class _Reading:
         ids, own = ids.detach().cpu(), cache if cache is not None else getattr(output, "past_key_values", None)
         before = int(own.get_seq_length()) - ids.shape[1] if own is not None else 0
         if before and (len(self.ids) != len(ids) or self.ids.shape[1] < before):
-            raise ValueError(f"the model goes on from {before} tokens that it read before the edit was attached, or of other rows; attach "
-                             "the edit around the whole generation")  # fmt: skip
+            raise ValueError(
+                f"the model goes on from {before} tokens that it read before the edit was attached, or of other "
+                f"rows; attach "
+                "the edit around the whole generation"
+            )
         past = (self.ids[:, :before], self.mask[:, :before]) if before else (ids[:, :0], ids[:, :0])
         fresh = torch.cat((past[1], torch.ones_like(ids)), 1)
         self.ids = torch.cat((past[0], ids), 1)
@@ -198,11 +210,15 @@ class _Reading:
         def reorder_both(beams: Tensor) -> None:
             reorder(beams)
             own = beams.cpu()
-            self.ids, self.mask, self.decided = (tensor.index_select(0, own) for tensor in (self.ids, self.mask, self.decided))
+            self.ids, self.mask, self.decided = (
+                tensor.index_select(0, own) for tensor in (self.ids, self.mask, self.decided)
+            )
 
         cache.reorder_cache = reorder_both
 
 
 def _columns(kept: Any, number: int, width: int) -> Tensor:
     """Return which of the `width` columns of a call its `number` columns of logits belong to."""
-    return kept.detach().cpu().long() if isinstance(kept, Tensor) and kept.ndim else torch.arange(width - number, width)
+    return (
+        kept.detach().cpu().long() if isinstance(kept, Tensor) and kept.ndim else torch.arange(width - number, width)
+    )

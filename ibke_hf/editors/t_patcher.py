@@ -1,7 +1,7 @@
 """The T-Patcher baseline: one trained neuron in the last FFN for each token that the model gets wrong.
 
-Huang et al. 2023, "Transformer-Patcher: One Mistake worth One Neuron", ICLR. With q the input of the last FFN at a token, patches
-(k_p, b_p, v_p) change its output to
+Huang et al. 2023, "Transformer-Patcher: One Mistake worth One Neuron", ICLR. With q the input of the last FFN at a
+token, patches (k_p, b_p, v_p) change its output to
 
     FFN_p(q) = FFN(q) + Σ_p Act(q·k_p + b_p) v_p
 
@@ -55,15 +55,15 @@ class TPatcherConfig:
     """Hyper-parameters of :class:`TPatcherEditor`.
 
     Args:
-        edited_modules: Name template of the FFN output projections, ``{i}`` standing for the layer; the patches join the FFN
-            module that it is part of.
+        edited_modules: Name template of the FFN output projections, ``{i}`` standing for the layer; the patches join
+            the FFN module that it is part of.
         edited_layer: Index of the layer [paper: the last].
-        memory: Texts whose tokens the patches must stay silent on [paper: training data]. By default the model writes them
-            itself, 64 of 32 tokens from a fixed seed.
+        memory: Texts whose tokens the patches must stay silent on [paper: training data]. By default the model writes
+            them itself, 64 of 32 tokens from a fixed seed.
         memory_size: Number of memory queries at most, spread evenly over the texts.
         activation: Act of the patches; only with ``"relu"`` silence is exact.
-        learning_rate: Adam's, in units of what each part starts from, so that it means the same in every backbone: the root mean
-            square of k_p, 1 for b_p, the root mean square of the FFN's output for v_p.
+        learning_rate: Adam's, in units of what each part starts from, so that it means the same in every backbone: the
+            root mean square of k_p, 1 for b_p, the root mean square of the FFN's output for v_p.
         steps: Adam steps at most for each request.
         stop_loss: A request is done once its loss is no higher and its patches are silent on all of the memory.
         activation_weight: a [paper: 1].
@@ -92,16 +92,26 @@ class TPatcherConfig:
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
         if "{i}" not in self.edited_modules:
-            raise ValueError(f"edited_modules must contain {{i}} in place of the layer's index, found {self.edited_modules!r}")
+            raise ValueError(
+                f"edited_modules must contain {{i}} in place of the layer's index, found {self.edited_modules!r}"
+            )
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, found {self.activation!r}")
         if isinstance(self.memory, str) or not all(isinstance(text, str) and text.strip() for text in self.memory):
             raise ValueError("memory must be a sequence of texts, each with at least one word")
         for name, low, high in (
-            ("edited_layer", 0, 100_000), ("memory_size", 1, 10_000_000), ("learning_rate", 0, 1e6), ("steps", 1, 100_000),
-            ("stop_loss", 0, 100), ("activation_weight", 0, 1e6), ("memory_weight", 0, 1e6), ("activation_threshold", -50, 50),
-            ("activation_margin", -50, 50), ("memory_top_k", 1, 10_000_000), ("loss_scale", 1e-8, 1e8),
-        ):  # fmt: skip
+            ("edited_layer", 0, 100_000),
+            ("memory_size", 1, 10_000_000),
+            ("learning_rate", 0, 1e6),
+            ("steps", 1, 100_000),
+            ("stop_loss", 0, 100),
+            ("activation_weight", 0, 1e6),
+            ("memory_weight", 0, 1e6),
+            ("activation_threshold", -50, 50),
+            ("activation_margin", -50, 50),
+            ("memory_top_k", 1, 10_000_000),
+            ("loss_scale", 1e-8, 1e8),
+        ):
             require_range(self, name, low, high)
 
     @property
@@ -114,9 +124,9 @@ class TPatcherConfig:
 class TPatcherEdit(MemoryEdit):
     """n independent sets of up to p patches of one FFN.
 
-    `memory` holds ``keys`` (n, p, d), ``biases`` (n, p) and ``values`` (n, p, d_out) of the patches, and the ``queries``
-    (n, p, d) that they were trained to fire on, which later patches stay silent on; all are zero where a set has fewer patches.
-    `settings` names the ``module`` (the FFN's output projection) and the ``activation``.
+    `memory` holds ``keys`` (n, p, d), ``biases`` (n, p) and ``values`` (n, p, d_out) of the patches, and the
+    ``queries`` (n, p, d) that they were trained to fire on, which later patches stay silent on; all are zero where a
+    set has fewer patches. `settings` names the ``module`` (the FFN's output projection) and the ``activation``.
     """
 
     kind = "t_patcher"
@@ -128,7 +138,9 @@ class TPatcherEdit(MemoryEdit):
         number = shapes["biases"]
         expected = {"keys": (*number, shapes["keys"][-1]), "biases": number, "values": (*number, shapes["values"][-1])}
         if len(number) != 2 or shapes != expected | {"queries": expected["keys"]}:
-            raise ValueError(f"patches have keys and queries (n, p, d), biases (n, p) and values (n, p, d_out), found {shapes}")
+            raise ValueError(
+                f"patches have keys and queries (n, p, d), biases (n, p) and values (n, p, d_out), found {shapes}"
+            )
         if self.settings["activation"] not in get_args(Activation) or not isinstance(self.settings["module"], str):
             raise ValueError(f"the settings must name the module and the activation, found {dict(self.settings)}")
 
@@ -141,11 +153,19 @@ class TPatcherEdit(MemoryEdit):
     def hooks(self, model: Any) -> Mapping[str, tuple[nn.Module, LayerHook]]:
         """Return the FFN and its patches."""
         name, module = patched_ffn(model, self.settings["module"])
-        wanted, found = (self.memory["keys"].shape[-1], self.memory["values"].shape[-1]), _widths(model, self.settings["module"])
+        wanted, found = (
+            (self.memory["keys"].shape[-1], self.memory["values"].shape[-1]),
+            _widths(model, self.settings["module"]),
+        )
         if wanted != found:
-            raise BackboneError(f"the patches expect {name} to map {wanted[0]} to {wanted[1]}, the model's maps {found[0]} to {found[1]}; "
-                                "they were made for another backbone")  # fmt: skip
-        keys, biases, values = (self.memory[part].to(device_of(module)).float() for part in ("keys", "biases", "values"))
+            raise BackboneError(
+                f"the patches expect {name} to map {wanted[0]} to {wanted[1]}, the model's maps {found[0]} to "
+                f"{found[1]}; "
+                "they were made for another backbone"
+            )
+        keys, biases, values = (
+            self.memory[part].to(device_of(module)).float() for part in ("keys", "biases", "values")
+        )
         return {name: (module, _patched(keys, biases, values, getattr(functional, self.settings["activation"])))}
 
 
@@ -166,12 +186,16 @@ def patched_ffn(model: Any, projection: str) -> tuple[str, nn.Module]:
     """Return, by name, the FFN module that an output projection is part of.
 
     Raises:
-        BackboneError: If the model lacks the projection, or it lies in the decoder block itself, without an FFN module around it.
+        BackboneError: If the model lacks the projection, or it lies in the decoder block itself, without an FFN module
+            around it.
     """
     modules_to_edit(model, [projection])
     name = projection.rpartition(".")[0]
     if name.rpartition(".")[2].isdigit() or not name:
-        raise BackboneError(f"{projection} lies in the decoder block {name!r} itself; T-Patcher needs an FFN that is a module of its own")
+        raise BackboneError(
+            f"{projection} lies in the decoder block {name!r} itself; T-Patcher needs an FFN that is a module of "
+            f"its own"
+        )
     found = next(module for full, module in model.named_modules() if plain_name(full) == name)
     return name, found
 
@@ -186,8 +210,9 @@ def _widths(model: Any, projection: str) -> tuple[int, int]:
 class TPatcherEditor:
     """Adds a neuron for every target token that the model, told the target so far, does not predict.
 
-    A patch is trained to stay silent on the memory, on the other tokens of its request, on the queries of the patches that
-    `previous` holds, and in joint mode on the other requests. What the model predicts right already gets no patch.
+    A patch is trained to stay silent on the memory, on the other tokens of its request, on the queries of the patches
+    that `previous` holds, and in joint mode on the other requests. What the model predicts right already gets no
+    patch.
     """
 
     supports_independent = True
@@ -198,9 +223,14 @@ class TPatcherEditor:
 
     @classmethod
     def for_backbone(
-        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, *, memory: Sequence[str] = (),
+        cls,
+        model: Any,
+        layers: Sequence[int] | None = None,
+        edited_modules: str | None = None,
+        *,
+        memory: Sequence[str] = (),
         **config: Any,
-    ) -> TPatcherEditor:  # fmt: skip
+    ) -> TPatcherEditor:
         """Build an editor that fits a model.
 
         Args:
@@ -215,14 +245,23 @@ class TPatcherEditor:
             ValueError: If several layers are given, or a hyper-parameter is out of range.
         """
         if layers is not None and len(layers) != 1:
-            raise ValueError(f"T-Patcher patches one layer, found layers={list(layers)}; give one, such as [{number_of_layers(model) - 1}]")
+            raise ValueError(
+                f"T-Patcher patches one layer, found layers={list(layers)}; give one, such as "
+                f"[{number_of_layers(model) - 1}]"
+            )
         template, (layer,) = layers_to_edit(model, layers or [number_of_layers(model) - 1], edited_modules)
         made = TPatcherConfig(template, layer, memory if isinstance(memory, str) else tuple(memory), **config)  # type: ignore[arg-type]
         patched_ffn(model, made.module)
         return cls(made)
 
     def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: Edit | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: Edit | None = None,
     ) -> TPatcherEdit:
         """Return the patches that make the model answer the requests; the model is not changed.
 
@@ -230,10 +269,11 @@ class TPatcherEditor:
             model: The backbone.
             tokenizer: Its tokenizer.
             requests: One or more edit requests.
-            mode: ``"joint"``: one set of patches, trained at once; ``"sequential"``: request after request, each on the model that
-                carries the patches before it; ``"independent"``: request k has a set of its own, row k of the result.
-            previous: Patches that the model carries already, or one set for each request in independent mode. The result
-                contains them, unchanged.
+            mode: ``"joint"``: one set of patches, trained at once; ``"sequential"``: request after request, each on
+                the model that carries the patches before it; ``"independent"``: request k has a set of its own, row k
+                of the result.
+            previous: Patches that the model carries already, or one set for each request in independent mode. The
+                result contains them, unchanged.
 
         Raises:
             RequestError: If a request is unusable, naming it by its index; nothing is done then.
@@ -261,16 +301,23 @@ class TPatcherEditor:
     def _settings(self) -> dict[str, str]:
         return {"module": self.config.module, "activation": self.config.activation}
 
-    def _patches_of(self, previous: Edit | None, number: int, widths: tuple[int, int], device: torch.device) -> Patches:
+    def _patches_of(
+        self, previous: Edit | None, number: int, widths: tuple[int, int], device: torch.device
+    ) -> Patches:
         """Return the patches that `previous` holds, or none; `number` sets of them."""
         if previous is None:
             keys, values = (torch.zeros(number, 0, width, device=device) for width in widths)
             return {"keys": keys, "biases": keys.sum(-1), "values": values, "queries": torch.zeros_like(keys)}
         if not isinstance(previous, TPatcherEdit) or dict(previous.settings) != self._settings():
             found = dict(previous.settings) if isinstance(previous, TPatcherEdit) else type(previous).__name__
-            raise ValueError(f"T-Patcher goes on from patches of {self._settings()}, previous holds {found}; attach both instead")
+            raise ValueError(
+                f"T-Patcher goes on from patches of {self._settings()}, previous holds {found}; attach both instead"
+            )
         require_length(previous, number)
-        return {name: tensor.expand(number, *tensor.shape[1:]).clone() for name, tensor in previous.to(device).memory.items()}
+        return {
+            name: tensor.expand(number, *tensor.shape[1:]).clone()
+            for name, tensor in previous.to(device).memory.items()
+        }
 
     def _memory(self, model: Any, tokenizer: Any, ffn: Mapping[str, nn.Module]) -> Tensor:
         """Return the memory queries M (c, d); they are read once for each model."""
@@ -290,8 +337,14 @@ class TPatcherEditor:
         return self._memories[model]
 
     def _add(
-        self, model: Any, ffn: Mapping[str, nn.Module], batch: TokenBatch, patches: Patches, memory: Tensor, names: Sequence[str]
-    ) -> Patches:  # fmt: skip
+        self,
+        model: Any,
+        ffn: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        patches: Patches,
+        memory: Tensor,
+        names: Sequence[str],
+    ) -> Patches:
         """Add a trained patch for each mistake in the batch."""
         with self._edit_of(patches).attached(model):
             queries, outputs, logits = _run(model, ffn, batch)
@@ -312,9 +365,15 @@ class TPatcherEditor:
         return self._train(model, ffn, batch, fresh.beside(patches), fresh, silent, names)
 
     def _train(
-        self, model: Any, ffn: Mapping[str, nn.Module], batch: TokenBatch, patches: Patches, fresh: NewPatches,
-        silent: tuple[Tensor, Tensor], names: Sequence[str],
-    ) -> Patches:  # fmt: skip
+        self,
+        model: Any,
+        ffn: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        patches: Patches,
+        fresh: NewPatches,
+        silent: tuple[Tensor, Tensor],
+        names: Sequence[str],
+    ) -> Patches:
         """Train the new patches; those of a request stop, and are left alone, once it is answered and they are silent."""
         learning = torch.ones(len(fresh.requests), dtype=torch.bool)
         optimizer = torch.optim.Adam(fresh.changes, lr=self.config.learning_rate)

@@ -32,16 +32,24 @@ class Editing:
         requests: Number of those requests.
     """
 
-    def __init__(self, editor: Any, model: Any, tokenizer: PreTrainedTokenizerBase, mode: GroupMode, batch_size: int) -> None:
-        self.editor, self.model, self.tokenizer, self.mode, self.batch_size = editor, model, tokenizer, mode, batch_size
+    def __init__(
+        self, editor: Any, model: Any, tokenizer: PreTrainedTokenizerBase, mode: GroupMode, batch_size: int
+    ) -> None:
+        self.editor, self.model, self.tokenizer, self.mode, self.batch_size = (
+            editor,
+            model,
+            tokenizer,
+            mode,
+            batch_size,
+        )
         self.at_once = bool(getattr(editor, "supports_independent", True))
         self.seconds, self.requests = 0.0, 0
 
     def edit_groups(self, groups: Sequence[Group]) -> Iterator[Carried]:
         """Apply the requests of each group one after another, each on the model edited so far (or jointly).
 
-        If the editor makes independent edits, request k of every group is one batch of them; else one group's edit is made,
-        yielded and forgotten before the next.
+        If the editor makes independent edits, request k of every group is one batch of them; else one group's edit is
+        made, yielded and forgotten before the next.
 
         Yields:
             Edits whose members are the groups, by index.
@@ -112,7 +120,9 @@ class Editing:
     def _edit(self, requests: Sequence[Named], mode: str, previous: Edit | None) -> Edit:
         """Edit, and let errors name the records instead of places in a batch."""
         try:
-            return self.editor.edit(self.model, self.tokenizer, [request for _, request in requests], mode=mode, previous=previous)
+            return self.editor.edit(
+                self.model, self.tokenizer, [request for _, request in requests], mode=mode, previous=previous
+            )
         except (RequestError, NonFiniteError) as error:
             places = [int(place) for place in re.findall(r"\brequest (\d+)\b", str(error))]
             names = [requests[place][0] for place in places if place < len(requests)] or [name for name, _ in requests]

@@ -17,12 +17,16 @@ Attach = Callable[[Any, Sequence[int]], AbstractContextManager[Any]]
 
 
 def generate_texts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, asked: Mapping[int, tuple[str, int]], batch_size: int, attach: Attach
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Mapping[int, tuple[str, int]],
+    batch_size: int,
+    attach: Attach,
 ) -> dict[int, str]:
     """Continue prompts greedily, up to target length + 3 tokens each.
 
-    Prompts with targets of similar length share a batch; each answer is cut to its own length, so that the batch it is in
-    does not matter.
+    Prompts with targets of similar length share a batch; each answer is cut to its own length, so that the batch it is
+    in does not matter.
 
     Args:
         model: The backbone.
@@ -44,7 +48,9 @@ def generate_texts(
     return texts
 
 
-def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+def _generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int
+) -> list[list[int]]:
     """Greedy continuations of left-padded prompts, whatever sampling the model's own generation config asks for."""
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batch = pad_and_label([([*ids, pad], len(ids)) for ids in prompts], pad=pad).to(input_device(model))
@@ -52,9 +58,13 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[
     if limit is not None:
         new_tokens = min(new_tokens, limit - batch.input_ids.shape[1] + 1)
     config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=pad
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=pad,
     )
     with torch.no_grad():
         ids = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config)
     return ids[:, batch.input_ids.shape[1] :].tolist()  # type: ignore[no-any-return]
-

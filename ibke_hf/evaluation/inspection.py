@@ -28,5 +28,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 16) ->
     ids = batch["input_ids"].to(input_device(model))
     mask = batch["attention_mask"].to(ids.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    generated = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    generated = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+    )
     return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -87,20 +87,28 @@ class Judge:
         for members, logits, parts in self._batches({i: q.tokens for i, q in enumerate(questions)}, unedited):
             ids = logits.float().argmax(-1).cpu()
             for member, part in zip(members, parts, strict=True):
-                found[member] = Prediction(ids[part], logits[part].cpu() if questions[member].role == "locality" else None)
+                found[member] = Prediction(
+                    ids[part], logits[part].cpu() if questions[member].role == "locality" else None
+                )
         return [found[i] for i in range(len(questions))]
 
     def unknown(self, hops: Mapping[int, Tokens], carried: Carried) -> list[int]:
         """Return the members whose hop has ANY target token outside the top 5 of the model that they carry."""
         missing = []
         for members, logits, parts in self._batches(hops, carried):
-            targets = torch.tensor([token for member in members for token in _target_ids(hops[member])], device=logits.device)
+            targets = torch.tensor(
+                [token for member in members for token in _target_ids(hops[member])], device=logits.device
+            )
             outside = (scores.token_ranks(logits, targets) >= KNOWN_WITHIN).cpu()
             missing += [member for member, part in zip(members, parts, strict=True) if bool(outside[part].any())]
         return sorted(missing)
 
     def rows(
-        self, questions: Sequence[Question], before: Sequence[Prediction], carried: Carried, edited_hops: Mapping[int, int]
+        self,
+        questions: Sequence[Question],
+        before: Sequence[Prediction],
+        carried: Carried,
+        edited_hops: Mapping[int, int],
     ) -> dict[int, Row]:
         """Ask the questions that are members of `carried`, each under its own edit, and return their rows by index.
 
@@ -123,14 +131,20 @@ class Judge:
                 if question.role == "locality" and self.locality_match == "string":
                     hits, first = self._equal_strings(logits[part], expected[part], question.top_k)
                 rows[i] = {
-                    **described(question), **scores.case_scores(hits, first),
+                    **described(question),
+                    **scores.case_scores(hits, first),
                     "exact_match": scores.exact_match(answers[i], question.names) if i in answers else None,
-                    "before": self._text(before[i].ids), "after": self._text(top[part]), "generated": answers.get(i),
-                    "js_similarity": similarity, "edited_hops": edited_hops.get(i, 0),
-                }  # fmt: skip
+                    "before": self._text(before[i].ids),
+                    "after": self._text(top[part]),
+                    "generated": answers.get(i),
+                    "js_similarity": similarity,
+                    "edited_hops": edited_hops.get(i, 0),
+                }
         return rows
 
-    def _batches(self, tokens: Mapping[int, Tokens], carried: Carried) -> Iterator[tuple[list[int], Tensor, list[slice]]]:
+    def _batches(
+        self, tokens: Mapping[int, Tokens], carried: Carried
+    ) -> Iterator[tuple[list[int], Tensor, list[slice]]]:
         """Yield members, the logits (p, vocabulary) of all their target positions, and which of the p are each one's."""
         order = sorted(tokens, key=lambda member: len(tokens[member][0]))
         for start in range(0, len(order), self.batch_size):
@@ -165,10 +179,18 @@ def described(question: Question) -> Row:
     record, asked = question.record, question.asked
     case = asked if isinstance(asked, EditCase) else EditCase(asked.prompt, asked.target, name="requests")
     return {
-        "record": record.id, "domain": record.domain, "dataset": record.dataset, "kind": record.kind, "role": question.role,
-        "list": case.name or question.role, "case": question.index, "criteria": list(case.criteria), "hops": case.hops,
-        "prompt": case.prompt, "target": case.target,
-    }  # fmt: skip
+        "record": record.id,
+        "domain": record.domain,
+        "dataset": record.dataset,
+        "kind": record.kind,
+        "role": question.role,
+        "list": case.name or question.role,
+        "case": question.index,
+        "criteria": list(case.criteria),
+        "hops": case.hops,
+        "prompt": case.prompt,
+        "target": case.target,
+    }
 
 
 def _target_ids(tokens: Tokens) -> list[int]:

@@ -1,7 +1,7 @@
 """The page of the metric ``edit_quality``: one pastes predictions and sees the scores.
 
-Imports nothing of ours: a Space holds this file beside the metric, where this package is not installed. Whether a case can be scored
-and what its score is, is the metric's to say; here a text becomes cases, and scores become a page.
+Imports nothing of ours: a Space holds this file beside the metric, where this package is not installed. Whether a case
+can be scored and what its score is, is the metric's to say; here a text becomes cases, and scores become a page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-NAMES = {"predictions": "prediction", "references": "reference"}  # a line may use the names of the metric's columns too
+NAMES = {
+    "predictions": "prediction",
+    "references": "reference",
+}  # a line may use the names of the metric's columns too
 FIELDS = ("role", "reference", "prediction", "criterion", "top_k")
 NOTES = ("prompt", "id")  # for whoever reads the lines; not scored
 MOST = 8  # bad lines that are listed
@@ -178,8 +181,10 @@ def _case(found: Any, ids: dict[int | str, int]) -> dict[str, Any]:
     return {
         "predictions": [[ids.setdefault(token, len(ids)) for token in best] for best in ranked],
         "references": [ids.setdefault(token, len(ids)) for token in reference],
-        "role": case["role"], "criterion": _criterion(case.get("criterion")), "top_k": top_k,
-    }  # fmt: skip
+        "role": case["role"],
+        "criterion": _criterion(case.get("criterion")),
+        "top_k": top_k,
+    }
 
 
 def _tokens(reference: Any, prediction: Any) -> tuple[list[Any], list[list[Any]]]:
@@ -246,9 +251,15 @@ def render_scores(result: Mapping[str, Any], cases: Mapping[str, int]) -> str:
     """
     number = sum(cases.values())
     counted = ", ".join(f"{many} {role}" for role, many in cases.items())
-    parts = [f"<p>{number} case{'' if number == 1 else 's'} scored: {counted}. In percent.</p>", _table(_named(SCORES, result), "main")]
-    cells = [(name, f"{role}, {cell['cases']} case{'' if cell['cases'] == 1 else 's'}", cell["score"])
-             for role, named in result["by_criterion"].items() for name, cell in named.items()]  # fmt: skip
+    parts = [
+        f"<p>{number} case{'' if number == 1 else 's'} scored: {counted}. In percent.</p>",
+        _table(_named(SCORES, result), "main"),
+    ]
+    cells = [
+        (name, f"{role}, {cell['cases']} case{'' if cell['cases'] == 1 else 's'}", cell["score"])
+        for role, named in result["by_criterion"].items()
+        for name, cell in named.items()
+    ]
     parts += ["<h3>By criterion</h3>", _table(cells)] if cells else []
     parts += ["<h3>Stricter</h3>", _table(_named(STRICT, result))]
     parts.append(f"<details><summary>As JSON</summary><pre>{escape(json.dumps(result, indent=1))}</pre></details>")
@@ -264,7 +275,10 @@ def render_problems(problems: Sequence[str]) -> str:
     """Return what is wrong with a pasted text as HTML."""
     shown = [f"<li>{escape(problem[:400])}</li>" for problem in problems[:MOST]]
     more = f"<p>And {len(problems) - MOST} more lines.</p>" if len(problems) > MOST else ""
-    return f'<div class="eq"><div class="bad" role="alert"><strong>Not scored</strong><ul>{"".join(shown)}</ul>{more}</div></div>'
+    return (
+        f'<div class="eq"><div class="bad" role="alert"><strong>Not '
+        f"scored</strong><ul>{''.join(shown)}</ul>{more}</div></div>"
+    )
 
 
 def _named(names: Mapping[str, tuple[str, str]], result: Mapping[str, Any]) -> list[tuple[str, str, float | None]]:
@@ -277,8 +291,10 @@ def _table(rows: Sequence[tuple[str, str, float | None]], kind: str = "") -> str
     for name, meaning, value in rows:
         shown = "–" if value is None else f"{value:.1f}"
         bar = f'<div><span style="width:{value or 0:.1f}%"></span></div>'
-        lines.append(f'<tr><th scope="row">{escape(name)}<small>{escape(meaning)}</small></th>'
-                     f'<td class="bar" aria-hidden="true">{bar}</td><td class="value">{shown}</td></tr>')  # fmt: skip
+        lines.append(
+            f'<tr><th scope="row">{escape(name)}<small>{escape(meaning)}</small></th>'
+            f'<td class="bar" aria-hidden="true">{bar}</td><td class="value">{shown}</td></tr>'
+        )
     return f'<table class="{kind}"><tbody>{"".join(lines)}</tbody></table>'
 
 

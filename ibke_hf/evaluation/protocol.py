@@ -1,7 +1,8 @@
 """The procedure of PROTOCOL: records + editor + model -> a row for every request and case, and their summary.
 
-Clause by clause: unedited predictions first; groups of whole records; requests one after another; reliability; generality,
-with unknown supporting hops edited in for one case; locality; undo, which is nothing but the end of a `with` block.
+Clause by clause: unedited predictions first; groups of whole records; requests one after another; reliability;
+generality, with unknown supporting hops edited in for one case; locality; undo, which is nothing but the end of a
+`with` block.
 """
 
 from __future__ import annotations
@@ -68,15 +69,16 @@ def evaluate_records(
 ) -> Evaluation:
     """Score an editor on records; the model is bit-identical afterwards.
 
-    A row is JSON-able: record, domain, dataset, kind, role (reliability, generality, locality), list, case (its index in the
-    record), criteria, hops, prompt, target; score, top1 and first_token as fractions; exact_match (requests and
-    generality, None if not generated); js_similarity (locality); before and after, the teacher-forced top-1 text at the target
-    positions; generated, the answer that exact_match judges; and edited_hops, the number of supporting hops that were edited in.
+    A row is JSON-able: record, domain, dataset, kind, role (reliability, generality, locality), list, case (its index
+    in the record), criteria, hops, prompt, target; score, top1 and first_token as fractions; exact_match (requests and
+    generality, None if not generated); js_similarity (locality); before and after, the teacher-forced top-1 text at
+    the target positions; generated, the answer that exact_match judges; and edited_hops, the number of supporting hops
+    that were edited in.
 
     Args:
         editor: Has ``edit(model, tokenizer, requests, *, mode, previous) -> Edit``. Unless it says
-            ``supports_independent = False``, up to `batch_size` edits are made and asked at once, for which its edits need
-            ``select(rows)`` (every :class:`~ibke_hf.core.edits.WeightEdit` has it). None: the unedited model.
+            ``supports_independent = False``, up to `batch_size` edits are made and asked at once, for which its edits
+            need ``select(rows)`` (every :class:`~ibke_hf.core.edits.WeightEdit` has it). None: the unedited model.
         model: The backbone.
         tokenizer: Its tokenizer.
         records: The selection; for locality collisions it counts as a whole.
@@ -90,8 +92,8 @@ def evaluate_records(
         generate: Generate answers greedily, for exact match.
         progress: Show a progress bar.
         on_row: Called with each row as it is made, in the order of the records within each lot of groups.
-        on_skip: Called with a dict (record, dataset, domain, role, list, case, prompt, reason) for each case that is dropped,
-            before anything is run, and again when a run is resumed.
+        on_skip: Called with a dict (record, dataset, domain, role, list, case, prompt, reason) for each case that is
+            dropped, before anything is run, and again when a run is resumed.
         finished: Rows of a run that was killed. Lots of groups of which every row is among them are not run again, and
             `on_row` is called for missing rows only; the result holds all of them.
 
@@ -100,9 +102,17 @@ def evaluate_records(
         NonFiniteError: If an edit is not finite; names record and request.
         ValueError: For an option out of range.
     """
-    _check(sequential, batch_size, mode=(mode, GroupMode), collision_scope=(collision_scope, CollisionScope),
-           locality_match=(locality_match, LocalityMatch), span=(span, Span))  # fmt: skip
-    groups = _groups(list(records), sequential, collision_scope, Reader(tokenizer, span, context_length(model), supporting_hops))
+    _check(
+        sequential,
+        batch_size,
+        mode=(mode, GroupMode),
+        collision_scope=(collision_scope, CollisionScope),
+        locality_match=(locality_match, LocalityMatch),
+        span=(span, Span),
+    )
+    groups = _groups(
+        list(records), sequential, collision_scope, Reader(tokenizer, span, context_length(model), supporting_hops)
+    )
     done = {row_key(row): row for row in finished}
     editing = Editing(editor, model, tokenizer, mode, batch_size)
     judge = Judge(model, tokenizer, batch_size, locality_match, generate)
@@ -110,8 +120,13 @@ def evaluate_records(
     if on_skip is not None:
         for dropped in (dropped for group in groups for dropped in group.dropped):
             on_skip(dropped)
-    with evaluating(model), tqdm(total=sum(len(group.records) for group in groups), unit="record", disable=not progress) as bar:
-        for lot in fill_lots(groups, batch_size):  # the same lots after a kill: what shares a batch moves the last bits of a score
+    with (
+        evaluating(model),
+        tqdm(total=sum(len(group.records) for group in groups), unit="record", disable=not progress) as bar,
+    ):
+        for lot in fill_lots(
+            groups, batch_size
+        ):  # the same lots after a kill: what shares a batch moves the last bits of a score
             if any(question.key not in done for group in lot for question in group.questions):
                 for row in _run(lot, editing, judge):
                     made[row_key(row)] = row
@@ -121,10 +136,12 @@ def evaluate_records(
     rows = [done.get(question.key) or made[question.key] for group in groups for question in group.questions]
     last = len(groups[-1].requests) if groups else 0
     return Evaluation(
-        rows=tuple(rows), summary=summarise(rows), skipped=dict(Counter(d["reason"] for group in groups for d in group.dropped)),
+        rows=tuple(rows),
+        summary=summarise(rows),
+        skipped=dict(Counter(d["reason"] for group in groups for d in group.dropped)),
         edit_seconds=editing.seconds / editing.requests if editing.requests else None,
         incomplete_group=last if last < sequential else 0,
-    )  # fmt: skip
+    )
 
 
 def row_key(row: Row) -> RowKey:
@@ -148,10 +165,14 @@ def _run(lot: Sequence[Group], editing: Editing, judge: Judge) -> list[Row]:
 
 def _groups(records: Sequence[EditRecord], sequential: int, scope: CollisionScope, reader: Reader) -> list[Group]:
     """Fill groups and tokenise all that they ask; say so if the last one is incomplete."""
-    repeated = [key for key, number in Counter((record.dataset, record.id) for record in records).items() if number > 1]
+    repeated = [
+        key for key, number in Counter((record.dataset, record.id) for record in records).items() if number > 1
+    ]
     if repeated:
         dataset, record_id = repeated[0]
-        raise ValueError(f"record {record_id!r} of {dataset!r} was given more than once; give each record an id of its own")
+        raise ValueError(
+            f"record {record_id!r} of {dataset!r} was given more than once; give each record an id of its own"
+        )
     filled = list(fill_groups(records, sequential))
     everything = fact_keys(records)
     groups = [reader.group(group, everything if scope == "set" else fact_keys(group)) for group in filled]

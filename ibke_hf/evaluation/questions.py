@@ -88,7 +88,9 @@ class Group:
     @property
     def requests(self) -> list[tuple[str, EditRequest]]:
         """The requests to be edited in, each with its name."""
-        return [(question_name(r, "reliability", i), request) for r in self.records for i, request in enumerate(r.requests)]
+        return [
+            (question_name(r, "reliability", i), request) for r in self.records for i, request in enumerate(r.requests)
+        ]
 
 
 @dataclass(frozen=True)
@@ -109,31 +111,50 @@ class Reader:
         questions: list[Question] = []
         dropped: list[dict[str, Any]] = []
         for record in records:
-            questions += [self._question(record, "reliability", i, request) for i, request in enumerate(record.requests)]
+            questions += [
+                self._question(record, "reliability", i, request) for i, request in enumerate(record.requests)
+            ]
             questions += [self._question(record, "generality", i, case) for i, case in enumerate(record.generality)]
             for i, case in enumerate(record.locality):
                 if any(hop.key() in edited for hop in case.facts):
                     dropped.append(
-                        {"record": record.id, "dataset": record.dataset, "domain": record.domain, "role": "locality", "list": case.name,
-                         "case": i, "prompt": case.prompt, "reason": COLLISION}
-                    )  # fmt: skip
+                        {
+                            "record": record.id,
+                            "dataset": record.dataset,
+                            "domain": record.domain,
+                            "role": "locality",
+                            "list": case.name,
+                            "case": i,
+                            "prompt": case.prompt,
+                            "reason": COLLISION,
+                        }
+                    )
                 else:
                     questions.append(self._question(record, "locality", i, case))
         return Group(tuple(records), tuple(questions), tuple(dropped))
 
     def _question(self, record: EditRecord, role: Role, index: int, asked: EditRequest | EditCase) -> Question:
         name = question_name(record, role, index)
-        supporting = asked.supporting if self.supporting_hops and role == "generality" and isinstance(asked, EditCase) else ()
-        hops = tuple(self._encode(hop.prompt, hop.target, f"{name}, supporting hop {i}") for i, hop in enumerate(supporting))
+        supporting = (
+            asked.supporting if self.supporting_hops and role == "generality" and isinstance(asked, EditCase) else ()
+        )
+        hops = tuple(
+            self._encode(hop.prompt, hop.target, f"{name}, supporting hop {i}") for i, hop in enumerate(supporting)
+        )
         return Question(record, role, index, asked, self._encode(asked.prompt, asked.target, name), hops)
 
     def _encode(self, prompt: str, target: str, name: str) -> Tokens:
-        return encode(self.tokenizer, prompt or "", target or "", name=name, span=self.span, max_length=self.max_length)
+        return encode(
+            self.tokenizer, prompt or "", target or "", name=name, span=self.span, max_length=self.max_length
+        )
 
 
 def question_name(record: EditRecord, role: Role, index: int) -> str:
     """Name a request or case in errors."""
-    return f"record {record.id!r} of {record.dataset or 'no dataset'}, {'request' if role == 'reliability' else f'{role} case'} {index}"
+    return (
+        f"record {record.id!r} of {record.dataset or 'no dataset'}, "
+        f"{'request' if role == 'reliability' else f'{role} case'} {index}"
+    )
 
 
 def fact_keys(records: Iterable[EditRecord]) -> frozenset[Hashable]:

@@ -1,7 +1,7 @@
 """A folder of results: settings, rows as they are made, scores, and a page of the rows.
 
-``settings.json`` comes first, ``rows.jsonl`` grows row by row, ``skipped.jsonl`` names the cases that were not asked, and
-``results.json`` and ``rows.html`` come last. A killed run goes on where it stopped when it is called once more.
+``settings.json`` comes first, ``rows.jsonl`` grows row by row, ``skipped.jsonl`` names the cases that were not asked,
+and ``results.json`` and ``rows.html`` come last. A killed run goes on where it stopped when it is called once more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from .protocol import Evaluation, RowKey, evaluate_records, row_key
 from .report.page import write_page
 
 SETTINGS, ROWS, SKIPPED, RESULTS, PAGE = "settings.json", "rows.jsonl", "skipped.jsonl", "results.json", "rows.html"
-NOT_SETTINGS = ("batch_size", "progress")  # they decide how fast rows are made, not which: a resumed run may change them
+NOT_SETTINGS = (
+    "batch_size",
+    "progress",
+)  # they decide how fast rows are made, not which: a resumed run may change them
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,7 +60,9 @@ class ResultsFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         found = self._found_settings()
         self.rows: tuple[Row, ...] = tuple(_read_rows(self.folder / ROWS))
-        if found is None or not (self.rows or (self.folder / RESULTS).exists()):  # nothing that other settings would spoil
+        if found is None or not (
+            self.rows or (self.folder / RESULTS).exists()
+        ):  # nothing that other settings would spoil
             write_json(self.folder / SETTINGS, self.settings)
         else:
             require_same(self.folder, found, self.settings)
@@ -69,7 +74,9 @@ class ResultsFolder:
         self._skipped = (self.folder / SKIPPED).open("w", encoding="utf-8")  # all of them are named again
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in (self._rows, self._skipped):
             if file is not None:
                 file.close()
@@ -103,7 +110,10 @@ class ResultsFolder:
             return read_json(self.folder / SETTINGS)
         others = [name for name in (ROWS, SKIPPED, RESULTS, PAGE) if (self.folder / name).exists()]
         if others:
-            raise ResultsError(f"{self.folder}: holds {others[0]} but no {SETTINGS}, so it is not of this command; choose another folder")
+            raise ResultsError(
+                f"{self.folder}: holds {others[0]} but no {SETTINGS}, so it is not of this command; choose "
+                f"another folder"
+            )
         return None
 
 
@@ -126,15 +136,15 @@ def evaluate_to_folder(
         model: The backbone.
         tokenizer: Its tokenizer.
         records: The selection.
-        settings: Names of dataset, model, editor and what else tells this evaluation from others, as JSON values. The options
-            below and fingerprints of records, model and editor are added to them.
+        settings: Names of dataset, model, editor and what else tells this evaluation from others, as JSON values. The
+            options below and fingerprints of records, model and editor are added to them.
         unread: Number of records and cases that were skipped on reading, by reason.
         options: Further arguments of :func:`~ibke_hf.evaluation.protocol.evaluate_records`.
 
     Returns:
         What ``results.json`` holds: ``overall``, ``by_criterion``, ``by_hops``, ``by_domain`` (see
-        :func:`~ibke_hf.evaluation.scores.summarise`), ``records``, ``cases`` by role, ``skipped`` by reason, ``incomplete_group``,
-        ``edit_seconds`` and ``settings``.
+        :func:`~ibke_hf.evaluation.scores.summarise`), ``records``, ``cases`` by role, ``skipped`` by reason,
+        ``incomplete_group``, ``edit_seconds`` and ``settings``.
 
     Raises:
         ResultsError: If the folder holds results of other settings, or no record is selected.
@@ -145,10 +155,21 @@ def evaluate_to_folder(
     if not records:
         raise ResultsError("no record is selected; widen the selection, or look at the dataset")
     deciding = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
-    prints = {"records": fingerprint_of_records(records), "model_weights": fingerprint_of(model), "editor_weights": fingerprint_of(editor)}
+    prints = {
+        "records": fingerprint_of_records(records),
+        "model_weights": fingerprint_of(model),
+        "editor_weights": fingerprint_of(editor),
+    }
     with ResultsFolder(folder, {"ibke_hf": __version__, **settings, **deciding, **prints}) as results:
         found = evaluate_records(
-            editor, model, tokenizer, records, on_row=results.add, on_skip=results.skip, finished=results.rows, **options
+            editor,
+            model,
+            tokenizer,
+            records,
+            on_row=results.add,
+            on_skip=results.skip,
+            finished=results.rows,
+            **options,
         )
         return results.finish(found, unread or {})
 
@@ -158,9 +179,13 @@ def results_of(evaluation: Evaluation, unread: Mapping[str, int], settings: Mapp
     summary = dict(evaluation.summary)
     parts = {name: summary.pop(name) for name in ("by_criterion", "by_hops", "by_domain", "records", "cases")}
     return {
-        "overall": summary, **parts, "skipped": dict(Counter(unread) + Counter(evaluation.skipped)),
-        "incomplete_group": evaluation.incomplete_group, "edit_seconds": evaluation.edit_seconds, "settings": dict(settings),
-    }  # fmt: skip
+        "overall": summary,
+        **parts,
+        "skipped": dict(Counter(unread) + Counter(evaluation.skipped)),
+        "incomplete_group": evaluation.incomplete_group,
+        "edit_seconds": evaluation.edit_seconds,
+        "settings": dict(settings),
+    }
 
 
 def fingerprint_of(thing: Any) -> str | None:
@@ -175,7 +200,12 @@ def fingerprint_of(thing: Any) -> str | None:
         return _digest([repr(getattr(thing, "config", type(thing).__name__)), corpus])
     threshold = getattr(getattr(thing, "config", None), "threshold", None)  # SERAC's, which is set after training
     chosen = [] if threshold is None else [str(threshold)]
-    return _digest([*chosen, *(f"{name} {tuple(tensor.shape)} {_integer_sum(tensor)}" for name, tensor in thing.state_dict().items())])
+    return _digest(
+        [
+            *chosen,
+            *(f"{name} {tuple(tensor.shape)} {_integer_sum(tensor)}" for name, tensor in thing.state_dict().items()),
+        ]
+    )
 
 
 def fingerprint_of_records(records: Sequence[EditRecord]) -> str:
@@ -198,7 +228,9 @@ def _digest(parts: Iterable[str]) -> str:
 
 def _append(file: TextIO | None, value: Mapping[str, Any]) -> None:
     assert file is not None, "a ResultsFolder takes rows inside its `with` block"
-    file.write(json.dumps(value, allow_nan=False) + "\n")  # ASCII, so that neither odd line ends nor lone surrogates matter
+    file.write(
+        json.dumps(value, allow_nan=False) + "\n"
+    )  # ASCII, so that neither odd line ends nor lone surrogates matter
     file.flush()
 
 
@@ -219,9 +251,13 @@ def _read_rows(file: Path) -> Iterator[Row]:
             row: Row = json.loads(line)
             key = row_key(row)
         except (ValueError, KeyError, TypeError) as error:
-            raise ResultsError(f"{file}: line {number} is not a row of results; remove the folder and run again") from error
+            raise ResultsError(
+                f"{file}: line {number} is not a row of results; remove the folder and run again"
+            ) from error
         if key in seen:
-            raise ResultsError(f"{file}: line {number} repeats a row, as when two runs write at once; remove the folder and run again")
+            raise ResultsError(
+                f"{file}: line {number} repeats a row, as when two runs write at once; remove the folder and run again"
+            )
         seen.add(key)
         yield row
 
@@ -234,7 +270,10 @@ def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     """
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if names:
-        changes = "; ".join(f"{name} was {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}" for name in names)
+        changes = "; ".join(
+            f"{name} was {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}" for name in names
+        )
         raise ResultsError(
-            f"{folder}: holds an evaluation of other settings ({changes}); repeat those settings, choose another folder or remove this one"
+            f"{folder}: holds an evaluation of other settings ({changes}); repeat those settings, choose another "
+            f"folder or remove this one"
         )

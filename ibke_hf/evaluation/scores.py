@@ -145,8 +145,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     Returns:
         ``reliability``, ``generality``, ``locality``, ``f1``, ``avg``, ``generality_top1``, ``locality_top1``,
         ``exact_match`` and ``first_token`` (of generality cases), ``reliability_exact_match`` (of requests) and
-        ``js_similarity`` (of locality cases), all in percent and None where there is nothing to average; ``records``, and
-        ``cases`` by role. Besides, ``by_domain[domain]`` with all of these, and ``by_criterion[role][name]`` and
+        ``js_similarity`` (of locality cases), all in percent and None where there is nothing to average; ``records``,
+        and ``cases`` by role. Besides, ``by_domain[domain]`` with all of these, and ``by_criterion[role][name]`` and
         ``by_hops[role][hops]`` with score, top1, exact_match and cases.
     """
     judged = {role: [row for row in rows if row["role"] == role] for role in CASES}

@@ -15,7 +15,8 @@ IN_THE_PACKAGE, IN_A_SPACE = f"from ibke_hf.evaluation.{FORMULAS} import", f"fro
 def write_metric(folder: str | Path) -> list[Path]:
     """Write the metric to a folder, from which ``evaluate.load`` takes it where this package is not installed.
 
-    The formulas exist once, in :mod:`ibke_hf.evaluation.scores`, and are copied; only the wrapper's import of them changes.
+    The formulas exist once, in :mod:`ibke_hf.evaluation.scores`, and are copied; only the wrapper's import of them
+    changes.
 
     Returns:
         The files written: ``edit_quality.py`` and ``scores.py``.
@@ -23,7 +24,10 @@ def write_metric(folder: str | Path) -> list[Path]:
     here, target = Path(__file__).parent, Path(folder)
     wrapper = (Path(edit_quality.__file__).parent / f"{METRIC}.py").read_text(encoding="utf-8")
     assert wrapper.count(IN_THE_PACKAGE) == 1
-    texts = {METRIC: wrapper.replace(IN_THE_PACKAGE, IN_A_SPACE), FORMULAS: (here / f"{FORMULAS}.py").read_text(encoding="utf-8")}
+    texts = {
+        METRIC: wrapper.replace(IN_THE_PACKAGE, IN_A_SPACE),
+        FORMULAS: (here / f"{FORMULAS}.py").read_text(encoding="utf-8"),
+    }
     target.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_text(target / f"{name}.py", text)

@@ -1,5 +1,4 @@
-"""What goes to the Hub with an editor or an edit: a card, results, the code that reads it, in one commit and without a pickle.
-"""
+"""What goes to the Hub with an editor or an edit: a card, results, the code that reads it, in one commit and without a pickle."""
 
 from __future__ import annotations
 
@@ -37,8 +36,17 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 GENERATED = ("exact_match",)  # by greedy generation; the other scores are teacher-forced
 LIBRARY, TAGS = "ibke-hf", ("knowledge-editing", "model-editing")
-SECTIONS = ("Use", "Train it", "Evaluate and publish", "Needs", "Training", "Where it fails", "Results", "Data",
-            "What is the paper's and what is ours")  # fmt: skip
+SECTIONS = (
+    "Use",
+    "Train it",
+    "Evaluate and publish",
+    "Needs",
+    "Training",
+    "Where it fails",
+    "Results",
+    "Data",
+    "What is the paper's and what is ours",
+)
 MOST_REQUESTS = 20  # that a card lists
 INSTALLED = """{imports}
 
@@ -54,7 +62,10 @@ USE = """edit = editor.edit(model, tokenizer, [EditRequest("The capital of Austr
 with edit.attached(model):
     ...  # model.generate(...)"""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-CUT: tuple[type[Exception], ...] = (RuntimeError, *NETWORK_ERRORS)  # RuntimeError: what the client makes of a large file that was cut
+CUT: tuple[type[Exception], ...] = (
+    RuntimeError,
+    *NETWORK_ERRORS,
+)  # RuntimeError: what the client makes of a large file that was cut
 
 
 class PickleError(ValueError):
@@ -66,10 +77,18 @@ class UploadError(OSError):
 
 
 def upload(
-    folder: str | Path, repo_id: str, *, repo_type: str = "model", private: bool | None = None, token: str | bool | None = None,
-    revision: str | None = None, create_pr: bool = False, commit_message: str = "Upload", commit_description: str | None = None,
+    folder: str | Path,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload",
+    commit_description: str | None = None,
     replaces: Sequence[str] = (),
-) -> CommitInfo:  # fmt: skip
+) -> CommitInfo:
     """Publish a folder in one commit: readers see all of it or what was there before.
 
     Args:
@@ -82,7 +101,8 @@ def upload(
         create_pr: Open a pull request with the commit instead.
         commit_message: Title of the commit.
         commit_description: Text below it.
-        replaces: Patterns of files that are removed from the repository by the same commit, unless they are in the folder.
+        replaces: Patterns of files that are removed from the repository by the same commit, unless they are in the
+            folder.
 
     Returns:
         The commit's information, with `commit_url`, `oid` and, of a pull request, `pr_url` and `pr_revision`.
@@ -99,14 +119,21 @@ def upload(
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, repo_type=repo_type, revision=revision, create_pr=create_pr,
-            commit_message=commit_message, commit_description=commit_description, delete_patterns=list(replaces) or None,
-        )  # fmt: skip
+            repo_id=repo_id,
+            folder_path=folder,
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            delete_patterns=list(replaces) or None,
+        )
     except HfHubHTTPError:
         raise
     except CUT as error:
         raise UploadError(
-            f"{repo_id}: the upload was cut ({error.__cause__ or error}); the repository is as it was before, push again to finish"
+            f"{repo_id}: the upload was cut ({error.__cause__ or error}); the repository is as it was before, "
+            f"push again to finish"
         ) from error
 
 
@@ -204,9 +231,14 @@ def _change_config(folder: Path, **fields: Any) -> None:
 
 
 def editor_card(
-    editor: Any, repo_id: str, *, results: Mapping[str, Any] | None = None, scores: Mapping[str, float] | None = None,
-    remote: bool = False, **metadata: Any,
-) -> ModelCard:  # fmt: skip
+    editor: Any,
+    repo_id: str,
+    *,
+    results: Mapping[str, Any] | None = None,
+    scores: Mapping[str, float] | None = None,
+    remote: bool = False,
+    **metadata: Any,
+) -> ModelCard:
     """Write the card of an editor: its backbone and layers, how to load it, results.
 
     Args:
@@ -219,21 +251,34 @@ def editor_card(
     """
     kind, name = type(editor), repo_id.rpartition("/")[2]
     own = f"from ibke_hf import EditRequest, {kind.__name__}"
-    imports = f"from ibke_hf import EditRequest\nfrom {kind.__module__} import {kind.__name__}" if ".editors." in kind.__module__ else own
+    imports = (
+        f"from ibke_hf import EditRequest\nfrom {kind.__module__} import {kind.__name__}"
+        if ".editors." in kind.__module__
+        else own
+    )
     backbone, layers = public_name(editor.config.backbone), ", ".join(editor.config.module_names())
     summary = getattr(kind, "card_summary", "") or f"turns edit requests into low-rank edits of {layers}."
     summary = f"`{kind.__name__}`{f' for {backbone}' if backbone else ''}: {summary}"
     use = [fenced(INSTALLED.format(imports=imports, name=kind.__name__, id=repo_id) + USE)]
     if remote:
-        use += ["Where `ibke_hf` is not installed, with torch and transformers alone:", fenced(REMOTE.format(id=repo_id) + USE)]
-    found = ", ".join(f"{name} {scores[f'eval_{name}']:.2f}" for name in ("loss", *REPORTED) if f"eval_{name}" in scores) if scores else ""
+        use += [
+            "Where `ibke_hf` is not installed, with torch and transformers alone:",
+            fenced(REMOTE.format(id=repo_id) + USE),
+        ]
+    found = (
+        ", ".join(f"{name} {scores[f'eval_{name}']:.2f}" for name in ("loss", *REPORTED) if f"eval_{name}" in scores)
+        if scores
+        else ""
+    )
     last = [f"Last validation: {found}."] if found else []
     sections = {"Use": use, "Training": last, "Results": _results_table(results) if results else []}
     data = editor_metadata(editor.config.backbone, name, [results] if results else [], **metadata)
     return ModelCard(editor_page(data, name, [summary], sections))
 
 
-def editor_metadata(backbone: str, name: str, results: Sequence[Mapping[str, Any]] = (), **metadata: Any) -> ModelCardData:
+def editor_metadata(
+    backbone: str, name: str, results: Sequence[Mapping[str, Any]] = (), **metadata: Any
+) -> ModelCardData:
     """Return the metadata of an editor's card, with the results of each evaluation as its model-index.
 
     Args:
@@ -242,18 +287,25 @@ def editor_metadata(backbone: str, name: str, results: Sequence[Mapping[str, Any
         results: What ``results.json`` of each evaluation holds.
         metadata: Further fields, which win.
     """
-    index = {"model_name": name, "eval_results": [entry for found in results for entry in _model_index(found)]} if results else {}
+    index = (
+        {"model_name": name, "eval_results": [entry for found in results for entry in _model_index(found)]}
+        if results
+        else {}
+    )
     return ModelCardData(**{"library_name": LIBRARY, "tags": list(TAGS), **_base_model(backbone), **index, **metadata})
 
 
-def editor_page(data: ModelCardData, name: str, summary: Sequence[str], sections: Mapping[str, Sequence[str]], *, status: str = "") -> str:
+def editor_page(
+    data: ModelCardData, name: str, summary: Sequence[str], sections: Mapping[str, Sequence[str]], *, status: str = ""
+) -> str:
     """Return the text of an editor's card, published or not: the one template of them all.
 
     Args:
         data: The metadata.
         name: Title of the card.
         summary: Paragraphs below it.
-        sections: Paragraphs by the title of their section, one of `SECTIONS`, which gives their order; empty ones are left out.
+        sections: Paragraphs by the title of their section, one of `SECTIONS`, which gives their order; empty ones are
+            left out.
         status: First line, before the title, of an editor that is not published.
     """
     parts = [(f"## {title}", *sections[title]) for title in sorted(sections, key=SECTIONS.index) if sections[title]]
@@ -293,7 +345,9 @@ def read_results(results: Mapping[str, Any] | str | Path | None) -> dict[str, An
             raise ValueError(f"{where}: not valid JSON ({error}); evaluate again") from error
     parts = [content.get(name) for name in ("overall", "settings")] if isinstance(content, Mapping) else [None]
     if not all(isinstance(part, Mapping) for part in parts):
-        raise ValueError(f"{where}: holds no `overall` and `settings`, as `ibke eval` writes them; give its --out folder")
+        raise ValueError(
+            f"{where}: holds no `overall` and `settings`, as `ibke eval` writes them; give its --out folder"
+        )
     return dict(content)  # type: ignore[arg-type]
 
 
@@ -312,12 +366,19 @@ def eval_results_text(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     """Return evaluations on a dataset of the Hub in the form of ``.eval_results/*.yaml``.
 
     Args:
-        evaluations: What ``results.json`` of each holds, by what its tasks are called before the score, such as ``"test_"``.
+        evaluations: What ``results.json`` of each holds, by what its tasks are called before the score, such as
+            ``"test_"``.
     """
     entries = [
-        EvalResultEntry(dataset_id=str(results["settings"]["dataset"]), task_id=f"{prefix}{name}", value=value, notes=_notes(results, name))
-        for prefix, results in evaluations.items() for name, value in _scores(results)
-    ]  # fmt: skip
+        EvalResultEntry(
+            dataset_id=str(results["settings"]["dataset"]),
+            task_id=f"{prefix}{name}",
+            value=value,
+            notes=_notes(results, name),
+        )
+        for prefix, results in evaluations.items()
+        for name, value in _scores(results)
+    ]
     return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
@@ -331,10 +392,16 @@ def _model_index(results: Mapping[str, Any]) -> list[EvalResult]:
     dataset = _dataset_of(results)
     split = results["settings"].get("split")
     return [
-        EvalResult(task_type="text-generation", dataset_type=dataset, dataset_name=dataset, dataset_split=split, metric_type=name,
-                   metric_value=value)
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=name,
+            metric_value=value,
+        )
         for name, value in _scores(results)
-    ]  # fmt: skip
+    ]
 
 
 def _dataset_of(results: Mapping[str, Any]) -> str:
@@ -347,11 +414,16 @@ def _notes(results: Mapping[str, Any], score: str = "") -> str:
     settings = results["settings"]
     number, mode = settings.get("sequential", 1), settings.get("mode", "sequential")
     carried = "one edit at a time" if number == 1 else f"{number} edits at once, {mode}"
-    return f"{results.get('records', '?')} records, {carried}, {'greedy generation' if score in GENERATED else 'teacher-forced'}"
+    return (
+        f"{results.get('records', '?')} records, {carried}, "
+        f"{'greedy generation' if score in GENERATED else 'teacher-forced'}"
+    )
 
 
 def _results_table(results: Mapping[str, Any]) -> list[str]:
-    table = "\n".join(["| score | percent |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in _scores(results))])
+    table = "\n".join(
+        ["| score | percent |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in _scores(results))]
+    )
     said = f"{_dataset_of(results)}: {_notes(results)}; {', '.join(GENERATED)} is of greedy generation."
     return [f"{said} By criterion and hop count in `{RESULTS}`.", table]
 
@@ -360,9 +432,14 @@ def _results_table(results: Mapping[str, Any]) -> list[str]:
 
 
 def push_edit(
-    edit: LowRankEdit, repo_id: str, *, max_rank: int | None = None, rank: int | None = None,
-    metadata: Mapping[str, Any] | None = None, **options: Any,
-) -> CommitInfo:  # fmt: skip
+    edit: LowRankEdit,
+    repo_id: str,
+    *,
+    max_rank: int | None = None,
+    rank: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CommitInfo:
     """Publish an edit as a LoRA adapter with a card, in one commit.
 
     Args:
@@ -381,7 +458,9 @@ def push_edit(
         UploadError: If the upload is cut; another call finishes it.
     """
     edit = with_uniform_rank(edit, max_rank, rank)
-    edit = replace(edit, info=replace(edit.info, editor=public_name(edit.info.editor), backbone=public_name(edit.info.backbone)))
+    edit = replace(
+        edit, info=replace(edit.info, editor=public_name(edit.info.editor), backbone=public_name(edit.info.backbone))
+    )
     with tempfile.TemporaryDirectory() as folder:
         save_edit(edit, folder)
         edit_card(edit, repo_id, **(metadata or {})).save(Path(folder) / CARD)
@@ -397,15 +476,31 @@ def edit_card(edit: Any, repo_id: str, **metadata: Any) -> ModelCard:
         metadata: Metadata of the card.
     """
     info, rank = edit.info, max(edit.ranks.values())
-    data = ModelCardData(**{
-        "library_name": "peft", "tags": ["lora", "knowledge-editing", "model-editing", "ibke-hf"], **_base_model(info.backbone), **metadata,
-    })  # fmt: skip
+    data = ModelCardData(
+        **{
+            "library_name": "peft",
+            "tags": ["lora", "knowledge-editing", "model-editing", "ibke-hf"],
+            **_base_model(info.backbone),
+            **metadata,
+        }
+    )
     shown, more = info.requests[:MOST_REQUESTS], len(info.requests) - MOST_REQUESTS
-    lines = [f"{json.dumps(r.prompt, ensure_ascii=False)} -> {json.dumps(r.target, ensure_ascii=False)}" for r in shown]
-    requests = fenced("\n".join(lines) + (f"\nand {more} more, see edit.json" if more > 0 else ""), "text") if lines else "Not stated."
+    lines = [
+        f"{json.dumps(r.prompt, ensure_ascii=False)} -> {json.dumps(r.target, ensure_ascii=False)}" for r in shown
+    ]
+    requests = (
+        fenced("\n".join(lines) + (f"\nand {more} more, see edit.json" if more > 0 else ""), "text")
+        if lines
+        else "Not stated."
+    )
     scores = ", ".join(f"{name} {value:.1f}" for name, value in info.scores.items())
-    facts = {"edited layers": ", ".join(edit.layers), "rank": f"{rank}, alpha {rank}", "editor": public_name(info.editor),
-             "backbone": public_name(info.backbone), "scores": scores}  # fmt: skip
+    facts = {
+        "edited layers": ", ".join(edit.layers),
+        "rank": f"{rank}, alpha {rank}",
+        "editor": public_name(info.editor),
+        "backbone": public_name(info.backbone),
+        "scores": scores,
+    }
     if edit.relative_error:
         layer, worst = max(edit.relative_error.items(), key=lambda item: item[1])
         facts["truncation"] = f"by SVD to rank {rank}; relative error of the update at most {worst:.2g} ({layer})"
@@ -417,7 +512,10 @@ def edit_card(edit: Any, repo_id: str, **metadata: Any) -> ModelCard:
         "With PEFT (on a 16-bit model, pass `autocast_adapter_dtype=False` as well):",
         fenced(f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{repo_id}")'),
         "With `ibke_hf`, for the length of a block and undone exactly after it:",
-        fenced(f'from ibke_hf import LowRankEdit\n\nedit = LowRankEdit.from_pretrained("{repo_id}")\nwith edit.attached(model):\n    ...'),
+        fenced(
+            f'from ibke_hf import LowRankEdit\n\nedit = LowRankEdit.from_pretrained("{repo_id}")\nwith '
+            f"edit.attached(model):\n    ..."
+        ),
     ]
     return ModelCard(page(data, blocks))
 

@@ -1,5 +1,4 @@
-"""`ibke push`: publish a folder as what it is, an editor, an edit or records, in one commit with a card.
-"""
+"""`ibke push`: publish a folder as what it is, an editor, an edit or records, in one commit with a card."""
 
 from __future__ import annotations
 
@@ -32,8 +31,9 @@ def push_folder(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
     Args:
         folder: The folder of an editor, of an edit or of records.
         repo_id: Repository, made if it does not exist.
-        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of :func:`~ibke_hf.hub.publishing.upload`, `metadata` of the
-            card, `results` of an editor and `max_rank` of an edit.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of
+            :func:`~ibke_hf.hub.publishing.upload`, `metadata` of the card, `results` of an editor and `max_rank` of an
+            edit.
 
     Returns:
         The commit's information.
@@ -43,7 +43,11 @@ def push_folder(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
         FileNotFoundError: If there is no such folder.
         UploadError: If the upload is cut; another call finishes it.
     """
-    push: Callable[..., CommitInfo] = {"editor": push_editor_folder, "edit": push_edit_folder, "records": push_records}[folder_kind(folder)]
+    push: Callable[..., CommitInfo] = {
+        "editor": push_editor_folder,
+        "edit": push_edit_folder,
+        "records": push_records,
+    }[folder_kind(folder)]
     return push(folder, repo_id, **options)
 
 
@@ -62,12 +66,20 @@ def folder_kind(folder: str | Path) -> str:
     if (path / EDIT_INFO).exists():
         kind = _field(path / EDIT_INFO, "kind", "edit") or "dense"
         if kind != "dense":
-            raise ValueError(f"{folder}: holds a {kind} edit, which is no LoRA; upload the folder as it is, which its class loads")
-        raise ValueError(f"{folder}: holds a dense edit, which is as large as the weights that it changes and no LoRA; merge it instead")
+            raise ValueError(
+                f"{folder}: holds a {kind} edit, which is no LoRA; upload the folder as it is, which its class loads"
+            )
+        raise ValueError(
+            f"{folder}: holds a dense edit, which is as large as the weights that it changes and no LoRA; merge "
+            f"it instead"
+        )
     if (path / "config.json").exists():
         kind = _field(path / "config.json", "model_type", "editor")
         if kind not in TRAINED:  # ids of editors are their model types
-            raise ValueError(f"{folder}: holds a model of type {kind!r}, not an editor ({', '.join(TRAINED)}); push it with transformers")
+            raise ValueError(
+                f"{folder}: holds a model of type {kind!r}, not an editor ({', '.join(TRAINED)}); push it with "
+                f"transformers"
+            )
         return "editor"
     if record_splits(path):
         return "records"
@@ -126,17 +138,24 @@ def record_splits(folder: str | Path) -> dict[str, Path]:
     path = Path(folder)
     if record_files(path):
         return {SPLITS.get(path.resolve().name.lower(), "train"): path}
-    return {SPLITS.get(inner.name.lower(), inner.name): inner for inner in sorted(path.iterdir()) if inner.is_dir() and record_files(inner)}
+    return {
+        SPLITS.get(inner.name.lower(), inner.name): inner
+        for inner in sorted(path.iterdir())
+        if inner.is_dir() and record_files(inner)
+    }
 
 
-def push_records(folder: str | Path, repo_id: str, *, metadata: Mapping[str, Any] | None = None, **options: Any) -> CommitInfo:
+def push_records(
+    folder: str | Path, repo_id: str, *, metadata: Mapping[str, Any] | None = None, **options: Any
+) -> CommitInfo:
     """Publish a folder of records as a dataset: the files as they are, rows as Parquet for `datasets`, and a card.
 
     Args:
         folder: What `ibke data build` has written, or record files of any native format, in a folder for each split.
         repo_id: Repository, made if it does not exist.
         metadata: Metadata of the card, such as ``license``.
-        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of :func:`~ibke_hf.hub.publishing.upload`.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of
+            :func:`~ibke_hf.hub.publishing.upload`.
 
     Returns:
         The commit's information.
@@ -150,12 +169,18 @@ def push_records(folder: str | Path, repo_id: str, *, metadata: Mapping[str, Any
     splits = record_splits(folder)
     bad = [name for name in splits if not SPLIT.fullmatch(name)]
     if bad or not splits:
-        raise ValueError(f"{folder}: {f'the split {bad[0]!r} must be named by letters, digits and _' if bad else 'no record file in it'}")
+        raise ValueError(
+            f"{folder}: {f'the split {bad[0]!r} must be named by letters, digits and _' if bad else 'no record file in it'}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "repository"
         numbers = {name: _copy_split(name, source, target, Path(scratch) / "cache") for name, source in splits.items()}
         dataset_card(repo_id, numbers, **(metadata or {})).save(target / CARD)
-        settings = {"commit_message": "Add the records", "replaces": [f"{ROWS}/*.parquet", *(f"{name}/*" for name in splits)], **options}
+        settings = {
+            "commit_message": "Add the records",
+            "replaces": [f"{ROWS}/*.parquet", *(f"{name}/*" for name in splits)],
+            **options,
+        }
         return upload(target, repo_id, repo_type="dataset", **settings)
 
 
@@ -167,7 +192,10 @@ def _copy_split(name: str, source: Path, target: Path, cache: Path) -> dict[str,
     rows.to_parquet(target / ROWS / f"{name}.parquet")
     for file in record_files(source):
         shutil.copyfile(file, target / name / file.name)
-    return {"records": len(rows), **{kind: sum(map(len, rows[kind])) for kind in ("requests", "generality", "locality")}}
+    return {
+        "records": len(rows),
+        **{kind: sum(map(len, rows[kind])) for kind in ("requests", "generality", "locality")},
+    }
 
 
 def dataset_card(repo_id: str, numbers: Mapping[str, Mapping[str, int]], **metadata: Any) -> DatasetCard:
@@ -179,15 +207,21 @@ def dataset_card(repo_id: str, numbers: Mapping[str, Mapping[str, int]], **metad
         metadata: Metadata of the card.
     """
     files = [{"split": name, "path": f"{ROWS}/{name}.parquet"} for name in numbers]
-    data = DatasetCardData(**{
-        "tags": ["knowledge-editing", "model-editing", "ibke-hf"], "task_categories": ["text-generation"],
-        "configs": [{"config_name": "default", "data_files": files}], **metadata,
-    })  # fmt: skip
+    data = DatasetCardData(
+        **{
+            "tags": ["knowledge-editing", "model-editing", "ibke-hf"],
+            "task_categories": ["text-generation"],
+            "configs": [{"config_name": "default", "data_files": files}],
+            **metadata,
+        }
+    )
     columns = list(next(iter(numbers.values())))
     table = ["| split | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    table += [f"| {name} | " + " | ".join(f"{row[column]:,}" for column in columns) + " |" for name, row in numbers.items()]
+    table += [
+        f"| {name} | " + " | ".join(f"{row[column]:,}" for column in columns) + " |" for name, row in numbers.items()
+    ]
     first = next(iter(numbers))
-    text = f"""# {repo_id.rpartition('/')[2]}
+    text = f"""# {repo_id.rpartition("/")[2]}
 
 Records for editing facts in language models: each has one or more edit requests, generality cases, whose answer must follow from
 the edit, and locality cases, whose answer must not change.

@@ -27,8 +27,10 @@ def push_space(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
 
     Args:
         folder: See :func:`assemble`.
-        repo_id: Space, made if it does not exist; that of a metric is named as the metric, or ``evaluate.load`` does not find it.
-        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of :func:`~ibke_hf.hub.publishing.upload`.
+        repo_id: Space, made if it does not exist; that of a metric is named as the metric, or ``evaluate.load`` does
+            not find it.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of
+            :func:`~ibke_hf.hub.publishing.upload`.
 
     Returns:
         The commit's information.
@@ -43,18 +45,23 @@ def push_space(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
         target = assemble(folder, Path(scratch) / "space")
         if (target / f"{METRIC_PAGE}.py").exists() and repo_id.rpartition("/")[2] != METRIC:
             owner = repo_id.rpartition("/")[0] or "org"
-            raise ValueError(f"{repo_id}: evaluate.load finds a metric in a Space of its own name alone; push to {owner}/{METRIC}")
-        return upload(target, repo_id, repo_type="space", replaces=CODE, **{"commit_message": "Add the Space", **options})
+            raise ValueError(
+                f"{repo_id}: evaluate.load finds a metric in a Space of its own name alone; push to {owner}/{METRIC}"
+            )
+        return upload(
+            target, repo_id, repo_type="space", replaces=CODE, **{"commit_message": "Add the Space", **options}
+        )
 
 
 def assemble(folder: str | Path, target: str | Path) -> Path:
     """Write a folder that runs as it is, by ``python app.py``: a Space's own files and the code of ours that they import.
 
-    Beside a page that imports ``ibke_hf`` goes this package as it is installed here, beside one that imports ``metric_page`` that module
-    with the metric and its formulas.
+    Beside a page that imports ``ibke_hf`` goes this package as it is installed here, beside one that imports
+    ``metric_page`` that module with the metric and its formulas.
 
     Args:
-        folder: ``app.py``, ``README.md`` with the Space's settings, and ``requirements.txt``; files named with a dot are left out.
+        folder: ``app.py``, ``README.md`` with the Space's settings, and ``requirements.txt``; files named with a dot
+            are left out.
         target: Where to write; a new or empty folder.
 
     Returns:
@@ -63,7 +70,8 @@ def assemble(folder: str | Path, target: str | Path) -> Path:
     Raises:
         FileNotFoundError: If there is no such folder, or a file is missing in it.
         FileExistsError: If the target is not empty.
-        ValueError: If the README has no settings of a Gradio Space, the page imports nothing of ours, or the target lies in the folder.
+        ValueError: If the README has no settings of a Gradio Space, the page imports nothing of ours, or the target
+            lies in the folder.
     """
     source, target = Path(folder), Path(target)
     app = _app_file(source)
@@ -86,15 +94,21 @@ def read_settings(folder: str | Path) -> SpaceCardData:
     """
     file = Path(folder) / CARD
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; it states the Space's settings (title, sdk, sdk_version, app_file) between two ---")
+        raise FileNotFoundError(
+            f"{file}: no such file; it states the Space's settings (title, sdk, sdk_version, app_file) between two ---"
+        )
     try:
         text = file.read_text(encoding="utf-8")
         data = SpaceCard(text if text.startswith("---") else "---\n---\n").data
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: the Space's settings between the first two --- are not settings by name ({error})") from error
+        raise ValueError(
+            f"{file}: the Space's settings between the first two --- are not settings by name ({error})"
+        ) from error
     assert isinstance(data, SpaceCardData)
     if data.sdk != "gradio":
-        raise ValueError(f"{file}: must begin with the Space's settings between two ---, with `sdk: gradio`; found sdk {data.sdk!r}")
+        raise ValueError(
+            f"{file}: must begin with the Space's settings between two ---, with `sdk: gradio`; found sdk {data.sdk!r}"
+        )
     for name in ("title", "sdk_version", "app_file"):
         if not isinstance(getattr(data, name), str):
             raise ValueError(f"{file}: the settings need `{name}`, a text; found {getattr(data, name)!r}")
@@ -107,7 +121,9 @@ def _app_file(folder: Path) -> Path:
     app = folder / str(read_settings(folder).app_file)
     for file in (app, folder / REQUIREMENTS):
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; a Space holds {app.name}, {CARD} and {REQUIREMENTS}, {EXAMPLE}")
+            raise FileNotFoundError(
+                f"{file}: no such file; a Space holds {app.name}, {CARD} and {REQUIREMENTS}, {EXAMPLE}"
+            )
     return app
 
 
@@ -117,7 +133,10 @@ def _needs(folder: Path, app: Path) -> Callable[[Path], None]:
     for name, bring in ((PACKAGE, _bring_package), (METRIC_PAGE, _bring_metric)):
         if name in names:
             return bring
-    raise ValueError(f"{app}: imports neither {PACKAGE} nor {METRIC_PAGE}, so {folder} needs nothing of ours; push it with `hf upload`")
+    raise ValueError(
+        f"{app}: imports neither {PACKAGE} nor {METRIC_PAGE}, so {folder} needs nothing of ours; push it with "
+        f"`hf upload`"
+    )
 
 
 def _imports(file: Path) -> set[str]:

@@ -52,15 +52,17 @@ class EditCollator:
         """Return the batch.
 
         Returns:
-            ``cases`` with, per row, ``groups`` (edited jointly), ``owners`` (index of the record), ``top_k`` and ``names`` for
-            errors; ``counts`` of requests, generality and locality cases; ``hops`` with ``hop_cases`` (h,), the row that each of
-            them supports; ``records``, their ids.
+            ``cases`` with, per row, ``groups`` (edited jointly), ``owners`` (index of the record), ``top_k`` and
+            ``names`` for errors; ``counts`` of requests, generality and locality cases; ``hops`` with ``hop_cases``
+            (h,), the row that each of them supports; ``records``, their ids.
 
         Raises:
             RequestError: If a text is unusable, naming the record.
         """
         size = self.edits_per_group or len(records)
-        edits = [[edit for record in records[i : i + size] for edit in record.edits] for i in range(0, len(records), size)]
+        edits = [
+            [edit for record in records[i : i + size] for edit in record.edits] for i in range(0, len(records), size)
+        ]
         rows: tuple[list[Any], ...] = ([], [], [])
         for owner, record in enumerate(records):
             local = [case for case in record.locality if not collides(case, edits[owner // size])]
@@ -68,19 +70,31 @@ class EditCollator:
                 part += [(owner, case, f"{kind} {i} of record {record.id}") for i, case in enumerate(cases)]
         requests, generality, locality = rows
         owners, cases, names = zip(*requests, *generality, *locality, strict=True)
-        hops = [(i, hop) for i, (_, case, _) in enumerate(generality, len(requests)) for hop in case.supporting if self.supporting_hops]
+        hops = [
+            (i, hop)
+            for i, (_, case, _) in enumerate(generality, len(requests))
+            for hop in case.supporting
+            if self.supporting_hops
+        ]
         hop_names = [f"a supporting hop of {names[i]}" for i, _ in hops]
         return {
-            "records": [record.id for record in records], "cases": self._tokens(cases, names), "names": names,
-            "owners": torch.tensor(owners), "groups": torch.tensor(owners) // size, "counts": [len(part) for part in rows],
+            "records": [record.id for record in records],
+            "cases": self._tokens(cases, names),
+            "names": names,
+            "owners": torch.tensor(owners),
+            "groups": torch.tensor(owners) // size,
+            "counts": [len(part) for part in rows],
             "top_k": torch.tensor([getattr(case, "top_k", 1) for case in cases]),
             "hops": self._tokens([hop for _, hop in hops], hop_names) if hops else None,
             "hop_cases": torch.tensor([i for i, _ in hops], dtype=torch.long),
-        }  # fmt: skip
+        }
 
     def _tokens(self, cases: Sequence[Any], names: Sequence[str]) -> TokenBatch:
         limit = self.max_length
-        encoded = [encode(self.tokenizer, c.prompt, c.target, name=n, max_length=limit) for c, n in zip(cases, names, strict=True)]
+        encoded = [
+            encode(self.tokenizer, c.prompt, c.target, name=n, max_length=limit)
+            for c, n in zip(cases, names, strict=True)
+        ]
         return pad_and_label(encoded)
 
 
@@ -91,7 +105,8 @@ class JudgedBatch:
     Attributes:
         adapted: Per layer, the adapted factors of the requests and of the supporting hops edited with them.
         requests: What errors call these.
-        first: Row of the batch that the judged cases begin with: training judges the requests only where ℓ_SG counts them.
+        first: Row of the batch that the judged cases begin with: training judges the requests only where ℓ_SG counts
+            them.
         logits: (p, vocabulary) of the edited model at the p judged positions, case after case.
         original: The same of the unedited model, of the locality cases.
         labels: (cases, k), -100 where nothing is judged.
@@ -117,15 +132,22 @@ class JudgedBatch:
         for what, logits in (("edited", self.logits), ("unedited", self.original)):
             position = _first_bad(logits)
             if position is not None:
-                name = inputs["names"][self.first + cases[len(cases) - len(logits) + position]]  # the locality cases come last
+                name = inputs["names"][
+                    self.first + cases[len(cases) - len(logits) + position]
+                ]  # the locality cases come last
                 return f"the predictions of the {what} model for {name} (edited layers {', '.join(layers)})"
         return f"records {', '.join(inputs['records'])}, edited layers {', '.join(layers)}"
 
 
 def run_batch(
-    model: nn.Module, editor: GradientEditor, backbone: Any, inputs: Mapping[str, Any], *, hops: str = "unknown",
+    model: nn.Module,
+    editor: GradientEditor,
+    backbone: Any,
+    inputs: Mapping[str, Any],
+    *,
+    hops: str = "unknown",
     sg_includes_edit: bool = False,
-) -> JudgedBatch:  # fmt: skip
+) -> JudgedBatch:
     """Capture, edit, and run every judged case in one edited forward, the locality cases once more unedited.
 
     Args:
@@ -150,8 +172,10 @@ def run_batch(
     labels = cases.labels.to(logits.device)
     before, local = (int((part != IGNORED).sum()) for part in (labels[:start], labels[split - first :]))
     general = slice(before, len(logits) - local)
-    terms = {"loss_sg": sufficiency_for_generality(logits[general], labels[start : split - first]),
-             "loss_il": independence_for_locality(logits[general.stop :], original, labels[split - first :])}  # fmt: skip
+    terms = {
+        "loss_sg": sufficiency_for_generality(logits[general], labels[start : split - first]),
+        "loss_il": independence_for_locality(logits[general.stop :], original, labels[split - first :]),
+    }
     latents = [(a.mean, a.log_variance) for a in adapted if a.mean is not None and a.log_variance is not None]
     if latents:
         terms["loss_itm"] = information_transfer(latents)
@@ -175,7 +199,9 @@ def _edit(
     if not len(hop_cases):
         return editor.as_edit(adapted, groups[:number]), groups, adapted, names
     members, edits, rows = edits_with_hops(groups, number, hop_cases)
-    chosen = [replace(a, layer_inputs=a.layer_inputs[members], output_gradients=a.output_gradients[members]) for a in adapted]
+    chosen = [
+        replace(a, layer_inputs=a.layer_inputs[members], output_gradients=a.output_gradients[members]) for a in adapted
+    ]
     return editor.as_edit(chosen, edits), rows, adapted, names
 
 
@@ -198,24 +224,27 @@ def edits_with_hops(groups: Tensor, requests: int, hop_cases: Tensor) -> tuple[T
         hop_cases: (h,) the case that each hop supports.
 
     Returns:
-        Members (m,) among the b requests and h hops, the edit (m,) that each belongs to, the edit (n,) that each case carries.
+        Members (m,) among the b requests and h hops, the edit (m,) that each belongs to, the edit (n,) that each case
+        carries.
     """
     supported, hop_edits = hop_cases.unique(return_inverse=True)
     number, device = int(groups.max()) + 1, groups.device
     copies, copied = (groups[supported].unsqueeze(1) == groups[:requests]).nonzero(as_tuple=True)
     rows = groups.clone()
     rows[supported] = number + torch.arange(len(supported), device=device)
-    members = torch.cat((torch.arange(requests, device=device), copied, requests + torch.arange(len(hop_cases), device=device)))
+    members = torch.cat(
+        (torch.arange(requests, device=device), copied, requests + torch.arange(len(hop_cases), device=device))
+    )
     return members, torch.cat((groups[:requests], number + copies, number + hop_edits)), rows
 
 
 def bucketed_logits(
     backbone: Any, cases: TokenBatch, edit: LowRankEdit | None = None, rows: Tensor | None = None, buckets: int = 2
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Logits (p, vocabulary) at the judged positions of left-padded cases, case after case, each under its edit.
 
-    The short and the long cases go in a forward each: one long question would otherwise pad every short one, which on Atlas
-    doubles the tokens of a step.
+    The short and the long cases go in a forward each: one long question would otherwise pad every short one, which on
+    Atlas doubles the tokens of a step.
     """
     if not len(cases):  # an empty sum, which still reaches every factor: all ranks have to reduce the same gradients
         factors = [] if edit is None else [factor.sum() for factor in edit.outputs.values()]

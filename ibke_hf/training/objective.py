@@ -51,7 +51,9 @@ def itm(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 def information_transfer(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The ITM term of Eq. 36 before β: Σ over requests and layers, divided once by |E| n l_m d_m."""
-    return torch.stack([itm(mean, log_variance) for mean, log_variance in latents]).sum() / sum(m.numel() for m, _ in latents)
+    return torch.stack([itm(mean, log_variance) for mean, log_variance in latents]).sum() / sum(
+        m.numel() for m, _ in latents
+    )
 
 
 def _mean_over_cases(losses: Tensor, judged: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,13 +25,28 @@ if TYPE_CHECKING:
     from .trainer import IBKETrainingArguments
 
 logger = logging.get_logger(__name__)
-TOP_LEVEL = ("backbone", "records", "validation", "augment", "augment_records", "out", "kind", "layers", "dtype", "editor", "training")
+TOP_LEVEL = (
+    "backbone",
+    "records",
+    "validation",
+    "augment",
+    "augment_records",
+    "out",
+    "kind",
+    "layers",
+    "dtype",
+    "editor",
+    "training",
+)
 SERAC_STARTS = ("scope", "counterfactual")  # decoders that its two parts start from
 REQUIRED = ("backbone", "records", "out")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PAPER_DTYPES = {  # SPEC §6
-    "openai-community/gpt2-xl": "float32", "EleutherAI/gpt-j-6b": "float16", "Qwen/Qwen3-1.7B": "float32", "Qwen/Qwen3-8B": "float16",
-}  # fmt: skip
+    "openai-community/gpt2-xl": "float32",
+    "EleutherAI/gpt-j-6b": "float16",
+    "Qwen/Qwen3-1.7B": "float32",
+    "Qwen/Qwen3-8B": "float16",
+}
 PATIENCE = 50_000  # steps without a lower validation loss [paper]
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -63,7 +77,9 @@ def training_settings(
             raise ValueError(f"unknown setting {unknown[0]!r} under {name}:; settings are {', '.join(known)}")
     missing = [name for name in REQUIRED if not settings.get(name)]
     if missing:
-        raise ValueError(f"missing setting: {', '.join(missing)}; give it as a flag (--{missing[0]}) or in the YAML file")
+        raise ValueError(
+            f"missing setting: {', '.join(missing)}; give it as a flag (--{missing[0]}) or in the YAML file"
+        )
     for name in ("records", "validation", "augment"):
         if isinstance(settings.get(name), str):
             settings[name] = [settings[name]]
@@ -109,7 +125,15 @@ def _numbers(value: Any) -> Any:
 
 def _known_fields(group: str, kind: str) -> list[str]:
     if group == "editor":
-        found = {"backbone", "edited_layers", "input_dims", "output_dims", "scope_model", "counterfactual_model", "separator"}
+        found = {
+            "backbone",
+            "edited_layers",
+            "input_dims",
+            "output_dims",
+            "scope_model",
+            "counterfactual_model",
+            "separator",
+        }
         found |= {field.name for field in fields(PreTrainedConfig)}
         return [field.name for field in fields(editor_class(kind).config_class) if field.name not in found] + (
             list(SERAC_STARTS) if kind == "serac" else []
@@ -138,7 +162,8 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
 
     Raises:
         ImportError: If the `train` extra is missing.
-        ValueError: For settings or records that cannot be used, or checkpoints of an earlier run that are not to be resumed.
+        ValueError: For settings or records that cannot be used, or checkpoints of an earlier run that are not to be
+            resumed.
     """
     try:
         import accelerate  # noqa: F401
@@ -152,7 +177,10 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
     arguments = _arguments(settings)
     checkpoints = str(arguments.output_dir)
     if not resume and last_complete_checkpoint(checkpoints) is not None:
-        raise ValueError(f"{checkpoints} holds checkpoints of an earlier run; resume it (--resume), remove them or choose another folder")
+        raise ValueError(
+            f"{checkpoints} holds checkpoints of an earlier run; resume it (--resume), remove them or choose "
+            f"another folder"
+        )
     train = _records(settings, "records", _augmentation(settings, arguments.seed))
     validation = _records(settings, "validation")
     set_seed(arguments.seed)
@@ -160,7 +188,7 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
     stopping = [EarlyStoppingCallback(_patience(arguments))] if arguments.load_best_model_at_end else []
     trainer = (SERACTrainer if settings.get("kind") == "serac" else IBKETrainer)(
         editor, backbone, arguments, tokenizer, train_dataset=train, eval_dataset=validation, callbacks=stopping
-    )  # fmt: skip
+    )
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(settings["out"]))
     return dict(trainer.evaluate()) if validation else {"train_loss": result.training_loss}
@@ -173,14 +201,21 @@ def _arguments(settings: Mapping[str, Any]) -> IBKETrainingArguments:
     every = training.get("eval_steps", training.get("save_steps", 3000))
     defaults = {"save_steps": every, "save_total_limit": 2, "report_to": []}
     if settings.get("validation"):
-        defaults |= {"eval_strategy": "steps", "eval_steps": every, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        defaults |= {
+            "eval_strategy": "steps",
+            "eval_steps": every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+        }
     return IBKETrainingArguments(str(Path(settings["out"]) / "checkpoints"), **{**defaults, **training})
 
 
 def _patience(arguments: IBKETrainingArguments) -> int:
     """Return the number of evaluations that `PATIENCE` steps make up; 17 with one each 3,000."""
     every = arguments.eval_steps or PATIENCE
-    return math.ceil(PATIENCE / (every if every >= 1 else max(every * arguments.max_steps, 1)))  # a share of all steps below 1
+    return math.ceil(
+        PATIENCE / (every if every >= 1 else max(every * arguments.max_steps, 1))
+    )  # a share of all steps below 1
 
 
 def _records(settings: Mapping[str, Any], name: str, more: Sequence[EditRecord] = ()) -> Dataset[EditRecord] | None:
@@ -220,13 +255,21 @@ def _editor(settings: Mapping[str, Any], arguments: IBKETrainingArguments) -> tu
     backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if kind == "serac":
-        starts = {part: _start(settings["editor"][part], backbone) for part in SERAC_STARTS if settings["editor"].get(part)}
-        return editor_class(kind).for_backbone(backbone, settings.get("layers"), **{**settings["editor"], **starts}), backbone, tokenizer
+        starts = {
+            part: _start(settings["editor"][part], backbone) for part in SERAC_STARTS if settings["editor"].get(part)
+        }
+        return (
+            editor_class(kind).for_backbone(backbone, settings.get("layers"), **{**settings["editor"], **starts}),
+            backbone,
+            tokenizer,
+        )
     preset = PRESETS.get(name, {})
     fields_of_editor = {"edited_modules": preset.get("edited_modules"), **settings["editor"]}
     if backbone.dtype == torch.float16:
         fields_of_editor.setdefault("capture_loss_scale", 1024.0)  # or small gradients vanish
-    editor = editor_class(kind).for_backbone(backbone, settings.get("layers") or preset.get("edited_layers"), **fields_of_editor)
+    editor = editor_class(kind).for_backbone(
+        backbone, settings.get("layers") or preset.get("edited_layers"), **fields_of_editor
+    )
     return editor, backbone, tokenizer
 
 

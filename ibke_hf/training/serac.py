@@ -19,23 +19,31 @@ from .batches import EditCollator, JudgedBatch, bucketed_logits
 from .trainer import IBKETrainer, IBKETrainingArguments
 
 TERMS = ("loss_scope", "loss_counterfactual")
-READ = 2  # generality cases of a record that a training step reads: two models read each, so that more take most of its time
+# generality cases of a record that a training step reads: two models read each, so that more take most of its time
+READ = 2
 
 
 class SERACTrainer(IBKETrainer):
     """Trains a SERAC editor on edit records.
 
-    The loss is the binary cross-entropy of the scope classifier plus the cross-entropy of the counterfactual model on what is in scope
-    (Mitchell et al. 2022). A micro-batch counts as one, whatever its number of cases. The backbone takes part in evaluation
-    alone, where the memory holds the requests of the batch.
+    The loss is the binary cross-entropy of the scope classifier plus the cross-entropy of the counterfactual model on
+    what is in scope (Mitchell et al. 2022). A micro-batch counts as one, whatever its number of cases. The backbone
+    takes part in evaluation alone, where the memory holds the requests of the batch.
     """
 
     terms = TERMS
 
     def __init__(
-        self, model: SERACEditor, backbone: Any, args: IBKETrainingArguments, processing_class: PreTrainedTokenizerBase, **kwargs: Any
+        self,
+        model: SERACEditor,
+        backbone: Any,
+        args: IBKETrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs: Any,
     ) -> None:
-        kwargs.setdefault("data_collator", EditCollator(processing_class, args.edits_per_group, False, context_length(backbone)))
+        kwargs.setdefault(
+            "data_collator", EditCollator(processing_class, args.edits_per_group, False, context_length(backbone))
+        )
         super().__init__(model, backbone, args, processing_class, **kwargs)  # type: ignore[arg-type]
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> JudgedBatch:
@@ -66,9 +74,9 @@ class SERACBatch(JudgedBatch):
 def run_serac_batch(model: nn.Module, editor: Any, backbone: Any, inputs: Mapping[str, Any]) -> SERACBatch:
     """Score every case against every request of a batch, and answer those in scope by the requests of their records.
 
-    Requests and generality cases are in the scope of their records' requests. Locality cases are out of it, and so is everything of
-    another record. Positives, the record's own locality cases and foreign cases count a third each, however many they are. In training
-    the first `READ` generality cases of each record are read, in evaluation all.
+    Requests and generality cases are in the scope of their records' requests. Locality cases are out of it, and so is
+    everything of another record. Positives, the record's own locality cases and foreign cases count a third each,
+    however many they are. In training the first `READ` generality cases of each record are read, in evaluation all.
 
     Args:
         model: The editor, wrapped or not.
@@ -78,7 +86,10 @@ def run_serac_batch(model: nn.Module, editor: Any, backbone: Any, inputs: Mappin
     """
     cases, owners, (requests, generality, _) = inputs["cases"], inputs["owners"], inputs["counts"]
     if model.training:
-        of_record = [(owners[requests : requests + generality] == owner).nonzero()[:READ, 0] for owner in owners[:requests].unique()]
+        of_record = [
+            (owners[requests : requests + generality] == owner).nonzero()[:READ, 0]
+            for owner in owners[:requests].unique()
+        ]
         kept = requests + torch.cat(of_record)
         read = torch.cat((torch.arange(requests), kept, torch.arange(requests + generality, len(owners))))
         cases, owners, generality = cases[read].trimmed(), owners[read], len(kept)
@@ -87,8 +98,10 @@ def run_serac_batch(model: nn.Module, editor: Any, backbone: Any, inputs: Mappin
     pairs += [(case, k) for case in range(requests, split) for k in range(requests) if owners[case] == owners[k]]
     made: ScopesAndAnswers = model([ids for ids, _ in entries], cases, pairs)
     rows = (cases.labels != IGNORED).nonzero()[:, 0]
-    terms = {"loss_scope": scope_loss(made.scopes, owners[rows], owners[:requests], rows < split),
-             "loss_counterfactual": answer_loss(made.answers, cases.labels[[case for case, _ in pairs]])}  # fmt: skip
+    terms = {
+        "loss_scope": scope_loss(made.scopes, owners[rows], owners[:requests], rows < split),
+        "loss_counterfactual": answer_loss(made.answers, cases.labels[[case for case, _ in pairs]]),
+    }
     nothing = torch.zeros(0)
     if model.training:
         return SERACBatch((), (), 0, nothing, nothing, cases.labels, terms)

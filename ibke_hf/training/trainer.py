@@ -45,7 +45,8 @@ class IBKETrainingArguments(TrainingArguments):
         step_size_learning_rate: Learning rate of θ = log η [settled].
         edits_per_group: Whole records edited jointly; 0 for the whole per-device batch [settled].
         sg_includes_edit: Count the request itself as one more generality case [settled: off].
-        train_supporting_hops: Which supporting hops are edited in too: none, unknown (to the backbone) or all [settled].
+        train_supporting_hops: Which supporting hops are edited in too: none, unknown (to the backbone) or all
+            [settled].
         calibration_requests: Requests that statistics and η's start are measured on [settled: at least 256].
     """
 
@@ -75,12 +76,21 @@ class IBKETrainingArguments(TrainingArguments):
         """Check our own fields; a bad value names the field and the allowed values."""
         super().__post_init__()
         if self.train_supporting_hops not in HOPS:
-            raise ValueError(f"train_supporting_hops must be one of {', '.join(HOPS)}, found {self.train_supporting_hops!r}")
-        for name, low in (("beta", 0), ("edits_per_group", 0), ("calibration_requests", 2), ("step_size_learning_rate", 0)):
+            raise ValueError(
+                f"train_supporting_hops must be one of {', '.join(HOPS)}, found {self.train_supporting_hops!r}"
+            )
+        for name, low in (
+            ("beta", 0),
+            ("edits_per_group", 0),
+            ("calibration_requests", 2),
+            ("step_size_learning_rate", 0),
+        ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, found {getattr(self, name)}")
         if self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(f"hub_strategy={HubStrategy(self.hub_strategy).value} would publish pickles; use end or every_save")
+            raise ValueError(
+                f"hub_strategy={HubStrategy(self.hub_strategy).value} would publish pickles; use end or every_save"
+            )
         if self.n_gpu > 1:
             logger.warning("one process trains on one device; start one per device with torchrun to use them all")
             self._n_gpu = 1  # or the Trainer would wrap the editor in nn.DataParallel, which splits tensors alone
@@ -91,12 +101,13 @@ class IBKETrainer(Trainer):
 
     Args:
         model: The editor.
-        backbone: The language model. Its weights are frozen by this (`requires_grad_(False)`) and never changed; put it on its
-            device yourself, in the precision that it is to be edited in.
+        backbone: The language model. Its weights are frozen by this (`requires_grad_(False)`) and never changed; put
+            it on its device yourself, in the precision that it is to be edited in.
         processing_class: The backbone's tokenizer.
         args: :class:`IBKETrainingArguments`.
         train_dataset: Records (:class:`RecordDataset`, or any dataset that yields :class:`EditRecord`).
-        eval_dataset: Held-out records; the loss is Eq. 36 at ε = 0, beside its terms, reliability, generality and locality.
+        eval_dataset: Held-out records; the loss is Eq. 36 at ε = 0, beside its terms, reliability, generality and
+            locality.
 
     Raises:
         BackboneError: If the editor does not fit the backbone.
@@ -108,14 +119,23 @@ class IBKETrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, model: GradientEditor, backbone: Any, args: IBKETrainingArguments, processing_class: PreTrainedTokenizerBase, **kwargs: Any
+        self,
+        model: GradientEditor,
+        backbone: Any,
+        args: IBKETrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs: Any,
     ) -> None:
         model.modules_of(backbone)  # an editor that does not fit is refused before anything runs
         self.backbone = backbone.requires_grad_(False)
         hops = args.train_supporting_hops != "none"
-        kwargs.setdefault("data_collator", EditCollator(processing_class, args.edits_per_group, hops, context_length(backbone)))
+        kwargs.setdefault(
+            "data_collator", EditCollator(processing_class, args.edits_per_group, hops, context_length(backbone))
+        )
         kwargs.setdefault("compute_metrics", partial(mean_scores, terms=self.terms))
-        super().__init__(model, args, **kwargs)  # without the tokenizer, whose special tokens it would write to the editor's config
+        super().__init__(
+            model, args, **kwargs
+        )  # without the tokenizer, whose special tokens it would write to the editor's config
         self.tokenizer = self.callback_handler.processing_class = processing_class
         self.model_accepts_loss_kwargs = False
         self.add_callback(_OwnNoise())
@@ -129,7 +149,10 @@ class IBKETrainer(Trainer):
     # --- before the first step ----------------------------------------------------------------------------------
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """Calibrate an uncalibrated editor, then train; a resumed run has its statistics from the checkpoint.
 
@@ -144,7 +167,9 @@ class IBKETrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir}; start from the beginning, without resuming")
+                raise ValueError(
+                    f"no complete checkpoint in {self.args.output_dir}; start from the beginning, without resuming"
+                )
         if not resume_from_checkpoint and not self.editor.is_calibrated:
             self.calibrate(self.editor)
         set_seed(self.args.seed)
@@ -156,7 +181,9 @@ class IBKETrainer(Trainer):
         if hasattr(records, "__len__"):  # record files are often sorted by domain
             order = random.Random(self.args.seed).sample(range(len(records)), len(records))
             records = map(records.__getitem__, order)
-        requests = list(islice((request for record in records for request in record.requests), self.args.calibration_requests))
+        requests = list(
+            islice((request for record in records for request in record.requests), self.args.calibration_requests)
+        )
         size, limit = self.args.per_device_train_batch_size, context_length(self.backbone)
         chunks = [requests[i : i + size] for i in range(0, len(requests), size)]
         editor.calibrate(self.backbone, [encode_requests(self.tokenizer, chunk, max_length=limit) for chunk in chunks])
@@ -166,11 +193,16 @@ class IBKETrainer(Trainer):
         if self.optimizer is None:
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.editor)
             if {"params", "model", "optimizer_dict"} & set(options):
-                raise ValueError(f"optim={self.args.optim} leaves no room for step_size_learning_rate; use adamw_torch_fused")
+                raise ValueError(
+                    f"optim={self.args.optim} leaves no room for step_size_learning_rate; use adamw_torch_fused"
+                )
             named = [(name, p) for name, p in self.editor.named_parameters() if p.requires_grad]
             theta = {"lr": self.args.step_size_learning_rate, "weight_decay": 0.0}
             groups = [
-                {"params": [p for name, p in named if "log_step_sizes" not in name], "weight_decay": self.args.weight_decay},
+                {
+                    "params": [p for name, p in named if "log_step_sizes" not in name],
+                    "weight_decay": self.args.weight_decay,
+                },
                 {"params": [p for name, p in named if "log_step_sizes" in name], **theta},
             ]
             self.optimizer = kind(groups, **options)
@@ -180,7 +212,9 @@ class IBKETrainer(Trainer):
         """Return the batches of one step, and how many requests, generality and locality cases they hold on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.tensor([batch["counts"] for batch in batches]).sum(0)
-        return batches, self.accelerator.reduce(counts.to(device), "sum").tolist() if self.args.world_size > 1 else counts.tolist()
+        return batches, self.accelerator.reduce(
+            counts.to(device), "sum"
+        ).tolist() if self.args.world_size > 1 else counts.tolist()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -193,12 +227,16 @@ class IBKETrainer(Trainer):
             model: The editor, wrapped or not.
             inputs: What :class:`EditCollator` returns.
             return_outputs: Return what was predicted beside the loss.
-            num_items_in_batch: Requests, generality and locality cases in all micro-batches of the step on all ranks; a term of
-                this one is weighted by its share, so that a step is a mean over cases however its batch is split.
+            num_items_in_batch: Requests, generality and locality cases in all micro-batches of the step on all ranks;
+                a term of this one is weighted by its share, so that a step is a mean over cases however its batch is
+                split.
         """
         batch = self.run(model, inputs)
         shares = self._shares(inputs["counts"], num_items_in_batch)
-        terms = {name: term.to(self.args.device) * share for (name, term), share in zip(batch.terms.items(), shares, strict=False)}
+        terms = {
+            name: term.to(self.args.device) * share
+            for (name, term), share in zip(batch.terms.items(), shares, strict=False)
+        }
         values = torch.stack(list(terms.values())).detach().cpu()
         if not torch.isfinite(values).all():
             bad = next(name for name, value in zip(terms, values.tolist(), strict=True) if not math.isfinite(value))
@@ -229,7 +267,9 @@ class IBKETrainer(Trainer):
         gradients = {name: p.grad for name, p in self.editor.named_parameters() if p.grad is not None}
         scaled = self.accelerator.scaler is not None  # the fp16 scaler overflows by design and skips such a step
         if not scaled and not torch.isfinite(nn.utils.get_total_norm(list(gradients.values()))):
-            name = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "all parameters")
+            name = next(
+                (name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "all parameters"
+            )
             raise NonFiniteError(
                 f"the gradient of {name} is not finite at step {self.state.global_step}: "
                 f"{self.place_of(name)}records {', '.join(inputs['records'])}; {CURE}"
@@ -258,7 +298,11 @@ class IBKETrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss at ε = 0; per record, the sums of its cases' scores by role and of the terms, and what :func:`mean_scores` divides by.
 
@@ -272,8 +316,13 @@ class IBKETrainer(Trainer):
         local[local != IGNORED] = batch.original.argmax(-1)
         scores = case_scores(batch.logits, expected, inputs["top_k"]).to(device)
         roles = torch.arange(len(ROLES), device=device).repeat_interleave(torch.tensor(counts, device=device))
-        where, zeros = (inputs["owners"].to(device), roles), torch.zeros(len(inputs["records"]), len(ROLES), device=device)
-        sums, number = (zeros.index_put(where, values, accumulate=True) for values in (scores, torch.ones_like(scores)))
+        where, zeros = (
+            (inputs["owners"].to(device), roles),
+            torch.zeros(len(inputs["records"]), len(ROLES), device=device),
+        )
+        sums, number = (
+            zeros.index_put(where, values, accumulate=True) for values in (scores, torch.ones_like(scores))
+        )
         terms = torch.stack([term.to(device) for term in batch.terms.values()]).expand(len(zeros), -1)
         return loss.detach(), torch.cat((sums, terms), 1), torch.cat((number, torch.ones_like(terms)), 1)
 
@@ -297,9 +346,16 @@ class IBKETrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the state of the Trainer comes last, and only when all else is there
 
     def push_to_hub(
-        self, commit_message: str | None = "Add the editor", blocking: bool = True, token: str | None = None, revision: str | None = None,
-        private: bool | None = None, create_pr: bool = False, results: Any = None, **card: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        commit_message: str | None = "Add the editor",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        results: Any = None,
+        **card: Any,
+    ) -> Any:
         """Publish the editor's weights, config, card and code: no pickle, no checkpoint, nothing of the backbone.
 
         Args:
@@ -324,10 +380,16 @@ class IBKETrainer(Trainer):
             self.init_hf_repo(token=token, private=private)
         scores = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
         return self.editor.push_to_hub(
-            str(self.hub_model_id), results=results, scores=scores, metadata=card, private=private, create_pr=create_pr,
-            token=token or self.args.hub_token, revision=revision or self.args.hub_revision,
+            str(self.hub_model_id),
+            results=results,
+            scores=scores,
+            metadata=card,
+            private=private,
+            create_pr=create_pr,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
             commit_message=commit_message or "Add the editor",
-        )  # fmt: skip
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish what :meth:`push_to_hub` does at each checkpoint, where ``hub_strategy`` asks for it."""
@@ -345,14 +407,22 @@ class _OwnNoise(TrainerCallback):
 
 def mean_scores(prediction: EvalPrediction, terms: Sequence[str] = TERMS) -> dict[str, float]:
     """Mean score of each role over its cases, in percent, and mean of each loss term."""
-    sums, numbers = (torch.as_tensor(array).double().sum(0).tolist() for array in (prediction.predictions, prediction.label_ids))
+    sums, numbers = (
+        torch.as_tensor(array).double().sum(0).tolist() for array in (prediction.predictions, prediction.label_ids)
+    )
     scales = dict.fromkeys(ROLES, 100.0) | dict.fromkeys(terms, 1.0)
-    return {name: scale * total / number for (name, scale), total, number in zip(scales.items(), sums, numbers, strict=False) if number}
+    return {
+        name: scale * total / number
+        for (name, scale), total, number in zip(scales.items(), sums, numbers, strict=False)
+        if number
+    }
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """Return the newest checkpoint whose trainer state, which is written last, can be read: a killed run may leave half of one."""
-    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    found = [
+        path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
+    ]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         with suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

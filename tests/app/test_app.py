@@ -13,10 +13,10 @@ import yaml
 
 gr = pytest.importorskip("gradio", reason="the extra demo is not installed")
 
-from paths import ROOT
+from paths import ROOT  # noqa: E402
 from small_workbench import FORM, PROMPTS, TARGETS, small_workbench  # noqa: E402
 
-from ibke_hf import app  # noqa: E402
+from ibke_hf.app import page as app  # noqa: E402
 from ibke_hf.app.workbench import Form, Session  # noqa: E402
 from ibke_hf.cli import main  # noqa: E402
 
@@ -64,7 +64,9 @@ def test_an_edit_is_shown_and_kept(page, bench):
 
 def test_a_visitor_goes_through_everything(page, bench):
     shown = edited(page, 3)
-    assert [label for label, _ in shown[page.active].choices] == [f"{i + 1}. {PROMPTS[i]} → {TARGETS[i]}" for i in range(3)]
+    assert [label for label, _ in shown[page.active].choices] == [
+        f"{i + 1}. {PROMPTS[i]} → {TARGETS[i]}" for i in range(3)
+    ]
     assert shown[page.active].value == 2
     shown = page.earlier(2, shown[page.session])
     assert (shown[page.active].value, shown[page.active].choices[1][0]) == (1, f"2. {PROMPTS[2]} → {TARGETS[2]}")
@@ -88,10 +90,16 @@ def test_a_visitor_goes_through_everything(page, bench):
     assert (shown[page.tools].visible, shown[page.none_yet].visible, shown[page.rows]) == (False, True, [])
 
 
-@pytest.mark.parametrize(("form", "message"), [
-    (Form("", "Rome"), "the prompt is empty"), (Form("France", ""), "the target is empty"), (Form("a", "long " * 200), "the fact: "),
-    (Form("<b>France</b>", " "), r"&lt;b&gt;France&lt;/b&gt;"), (Form("France", "Rome", consequences="-> x"), "consequence 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (Form("", "Rome"), "the prompt is empty"),
+        (Form("France", ""), "the target is empty"),
+        (Form("a", "long " * 200), "the fact: "),
+        (Form("<b>France</b>", " "), r"&lt;b&gt;France&lt;/b&gt;"),
+        (Form("France", "Rome", consequences="-> x"), "consequence 1"),
+    ],
+)
 def test_bad_input_gives_the_message_without_a_traceback(page, form, message):
     with pytest.raises(gr.Error, match=message) as raised:
         edit(page, form, Session())

@@ -1,7 +1,8 @@
 """The page in a real browser: two visitors apart, a desktop's width and a phone's, what a visitor sees and can do.
 
-With SCREENSHOTS set to a folder, pictures of every stage are left there; with SCREENSHOT set to a file, the picture for the Space's
-README is taken anew: ``SCREENSHOT=spaces/ibke-editor/screenshot.png pytest -m slow tests/test_app_browser.py -k picture``.
+With SCREENSHOTS set to a folder, pictures of every stage are left there; with SCREENSHOT set to a file, the picture
+for the Space's README is taken anew: ``SCREENSHOT=spaces/ibke-editor/screenshot.png pytest -m slow
+tests/test_app_browser.py -k picture``.
 """
 
 from __future__ import annotations

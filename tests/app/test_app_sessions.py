@@ -1,7 +1,7 @@
 """Visitors at the same time, over HTTP: each sees its own edits, all of them, in order, and nobody else's.
 
-All of them edit the same prompts, each to targets of its own, so that an edit of another would change an answer. What the server says is
-held against the same session done alone on a workbench of its own.
+All of them edit the same prompts, each to targets of its own, so that an edit of another would change an answer. What
+the server says is held against the same session done alone on a workbench of its own.
 """
 
 from __future__ import annotations
@@ -78,13 +78,16 @@ def rows(answer):
 
 def same_rows(one, other):
     return len(one) == len(other) and all(
-        all(a[field] == b[field] for field in ("prompt", "right")) and all(same_reading(a[side], b[side]) for side in ("before", "after"))
+        all(a[field] == b[field] for field in ("prompt", "right"))
+        and all(same_reading(a[side], b[side]) for side in ("before", "after"))
         for a, b in zip(one, other, strict=True)
     )
 
 
 def same_reading(one, other):
-    return one["answer"] == other["answer"] and [p for _, p in one["top"]] == pytest.approx([p for _, p in other["top"]], abs=1e-5)
+    return one["answer"] == other["answer"] and [p for _, p in one["top"]] == pytest.approx(
+        [p for _, p in other["top"]], abs=1e-5
+    )
 
 
 def a_visit(url, bench, visitor, edits):
@@ -97,7 +100,9 @@ def a_visit(url, bench, visitor, edits):
         mine.append(f"{number + 1}. {prompt} → {target}")
         assert labels(answer) == mine, f"visitor {visitor} sees {labels(answer)}"
         assert answer[0]["value"] == number
-        assert same_rows(rows(answer), bench.look(alone, number)), f"visitor {visitor}, edit {number}: not the answers of its own edits"
+        assert same_rows(rows(answer), bench.look(alone, number)), (
+            f"visitor {visitor}, edit {number}: not the answers of its own edits"
+        )
     return client, alone
 
 
@@ -108,7 +113,9 @@ def test_no_edit_is_seen_by_another_visitor(url, benches, visitors, edits):
     with ThreadPoolExecutor(visitors) as pool:
         running = [pool.submit(a_visit, url, benches[1], visitor, edits) for visitor in range(visitors)]
         while not all(one.done() for one in running):
-            assert same_rows(onlooker.predict(PROMPTS[0], api_name="/ask")[1], plain), "a visitor without edits sees one"
+            assert same_rows(onlooker.predict(PROMPTS[0], api_name="/ask")[1], plain), (
+                "a visitor without edits sees one"
+            )
             sleep(1)
         ended = [one.result() for one in running]
     for client, alone in ended:
@@ -145,7 +152,11 @@ def test_undo_order_and_download_are_a_visitors_own(url, benches, tmp_path):
 def test_bad_input_is_said_over_http_and_changes_nothing(url):
     client = visit(url)
     kept = client.predict("Iron is a", "metal", *NONE, api_name="/edit")
-    bad = {("Iron is a", " "): "the target is empty", ("", "x"): "the prompt is empty", ("Iron is a", "long " * 200): "the fact"}
+    bad = {
+        ("Iron is a", " "): "the target is empty",
+        ("", "x"): "the prompt is empty",
+        ("Iron is a", "long " * 200): "the fact",
+    }
     for form, message in bad.items():
         with pytest.raises(AppError, match=message) as raised:
             client.predict(*form, *NONE, api_name="/edit")

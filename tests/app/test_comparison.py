@@ -36,7 +36,12 @@ def bench(tiny_model, tiny_tokenizer):
 
 
 def test_questions_are_read_a_line_each():
-    made = questions_of(REQUEST, "Which city? -> Roma | Rome\n\n  Its capital is ", "a -> b -> c\nopen → \nbare", "stays\nstays too → 3")
+    made = questions_of(
+        REQUEST,
+        "Which city? -> Roma | Rome\n\n  Its capital is ",
+        "a -> b -> c\nopen → \nbare",
+        "stays\nstays too → 3",
+    )
     assert made == (
         Question("request", "The capital of France is", ("Rome",)),
         Question("rephrase", "Which city?", ("Roma", "Rome")),
@@ -56,12 +61,15 @@ def test_unreadable_questions_are_named():
         questions_of(REQUEST, "again\n" * 40)
 
 
-@pytest.mark.parametrize(("question", "message"), [
-    (Question("request", "x" * 3000, ("y",)), "the fact: 3000 characters"),
-    (Question("rephrase", "half \ud83d of an emoji"), "rephrase 1: .*surrogate"),
-    (Question("neighbour", "word " * 150), r"neighbour 1: \d+ tokens leave no room .* \d+ would"),
-    (Question("neighbour", "short", ("long " * 200,)), "neighbour 1: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (Question("request", "x" * 3000, ("y",)), "the fact: 3000 characters"),
+        (Question("rephrase", "half \ud83d of an emoji"), "rephrase 1: .*surrogate"),
+        (Question("neighbour", "word " * 150), r"neighbour 1: \d+ tokens leave no room .* \d+ would"),
+        (Question("neighbour", "short", ("long " * 200,)), "neighbour 1: "),
+    ],
+)
 def test_questions_that_cannot_be_asked_are_named(bench, question, message):
     with pytest.raises(RequestError, match=message):
         require_askable(bench.model, bench.tokenizer, [question])
@@ -116,8 +124,12 @@ def test_rows_agree_with_the_model_asked_directly(bench):
 
 
 def _asked_directly(model, tokenizer, question):
-    names = [len(tokenizer(f" {name}")["input_ids"]) for name in question.answers] or [comparison.TOKENS_WITHOUT_ANSWER]
-    return answer(model, tokenizer, question.prompt, max_new_tokens=max(names) + 3), top_predictions(model, tokenizer, question.prompt)
+    names = [len(tokenizer(f" {name}")["input_ids"]) for name in question.answers] or [
+        comparison.TOKENS_WITHOUT_ANSWER
+    ]
+    return answer(model, tokenizer, question.prompt, max_new_tokens=max(names) + 3), top_predictions(
+        model, tokenizer, question.prompt
+    )
 
 
 def test_without_an_edit_nothing_differs(bench):
@@ -125,11 +137,18 @@ def test_without_an_edit_nothing_differs(bench):
     assert all(row["before"] == row["after"] for row in rows)
 
 
-@pytest.mark.parametrize(("role", "answers", "before", "after", "right"), [
-    ("request", ("Rome",), "Paris", "Rome, of course", True), ("request", ("Rome",), "Paris", "Romeo", False),
-    ("rephrase", ("Roma", "Rome"), "", "Rome", True), ("consequence", (), "a", "b", None), ("question", (), "a", "b", None),
-    ("neighbour", (), "Oslo", "Oslo", True), ("neighbour", ("Oslo",), "Bern", "Oslo", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("role", "answers", "before", "after", "right"),
+    [
+        ("request", ("Rome",), "Paris", "Rome, of course", True),
+        ("request", ("Rome",), "Paris", "Romeo", False),
+        ("rephrase", ("Roma", "Rome"), "", "Rome", True),
+        ("consequence", (), "a", "b", None),
+        ("question", (), "a", "b", None),
+        ("neighbour", (), "Oslo", "Oslo", True),
+        ("neighbour", ("Oslo",), "Bern", "Oslo", False),
+    ],
+)
 def test_marks(role, answers, before, after, right):
     assert is_right(Question(role, "prompt", answers), before, after) is right
 

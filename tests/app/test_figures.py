@@ -14,14 +14,29 @@ TOP = [(" Rome", 0.75), (NASTY, 0.2), ("\n", 0.049), ("x", 0.001), ("y", 0.0)]
 
 
 def a_row(role="request", right=True, **other):
-    return {"role": role, "prompt": NASTY, "answers": [NASTY, "Rome"], "right": right, "before": {"answer": "Paris", "top": TOP},
-            "after": {"answer": NASTY, "top": TOP}} | other  # fmt: skip
+    return {
+        "role": role,
+        "prompt": NASTY,
+        "answers": [NASTY, "Rome"],
+        "right": right,
+        "before": {"answer": "Paris", "top": TOP},
+        "after": {"answer": NASTY, "top": TOP},
+    } | other
 
 
-ROWS = [a_row(), a_row("rephrase", False), a_row("consequence", None, answers=[]), a_row("neighbour", False), a_row("neighbour"),
-        a_row("question", None, answers=[])]  # fmt: skip
-FACTORS = {"tokens": ["The", NASTY, " is"], "judged": [False, False, True],
-           "layers": {"model.layers.3.mlp.down_proj": [0.25, 1.0, 0.0], NASTY: [0.1, 0.2, 0.3]}}  # fmt: skip
+ROWS = [
+    a_row(),
+    a_row("rephrase", False),
+    a_row("consequence", None, answers=[]),
+    a_row("neighbour", False),
+    a_row("neighbour"),
+    a_row("question", None, answers=[]),
+]
+FACTORS = {
+    "tokens": ["The", NASTY, " is"],
+    "judged": [False, False, True],
+    "layers": {"model.layers.3.mlp.down_proj": [0.25, 1.0, 0.0], NASTY: [0.1, 0.2, 0.3]},
+}
 
 
 class Elements(HTMLParser):
@@ -44,10 +59,17 @@ class Elements(HTMLParser):
         self.texts.append(data)
 
 
-@pytest.mark.parametrize("figure", [
-    lambda: figures.comparison_figure(ROWS), lambda: figures.answer_card(ROWS[-1]), lambda: figures.scale_factor_figure(FACTORS),
-    lambda: figures.editors_figure({name: {"rows": ROWS, "seconds": 0.02, "nbytes": 2000} for name in (NASTY, "b")}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: figures.comparison_figure(ROWS),
+        lambda: figures.answer_card(ROWS[-1]),
+        lambda: figures.scale_factor_figure(FACTORS),
+        lambda: figures.editors_figure(
+            {name: {"rows": ROWS, "seconds": 0.02, "nbytes": 2000} for name in (NASTY, "b")}
+        ),
+    ],
+)
 def test_texts_stay_texts(figure):
     elements = Elements(figure())
     assert not {"script", "img"} & set(elements.seen)
@@ -57,15 +79,19 @@ def test_texts_stay_texts(figure):
 
 def test_groups_count_what_is_right():
     text = figures.comparison_figure(ROWS)
-    assert re.findall(r"([✓✗]) (\w+) (\d/\d)<", text) == [("✓", "reliability", "1/1"), ("✗", "generality", "0/1"), ("✗", "locality", "1/2")]
+    assert re.findall(r"([✓✗]) (\w+) (\d/\d)<", text) == [
+        ("✓", "reliability", "1/1"),
+        ("✗", "generality", "0/1"),
+        ("✗", "locality", "1/2"),
+    ]
     assert text.count("<article") == 5  # questions without a role belong to no group
     assert text.count('title="wrong">✗') == 2
     assert "generality: not judged" in figures.comparison_figure([ROWS[2]])
 
 
 def test_wrong_answers_say_what_is_right():
-    assert 'should be</span> Rome</p>' in figures.answer_card(a_row(right=False, answers=["Rome"]))
-    assert 'should be</span> Paris</p>' in figures.answer_card(a_row("neighbour", False))
+    assert "should be</span> Rome</p>" in figures.answer_card(a_row(right=False, answers=["Rome"]))
+    assert "should be</span> Paris</p>" in figures.answer_card(a_row("neighbour", False))
     assert "should be" not in figures.answer_card(a_row("consequence", None, answers=[]))
     assert "as before" in figures.answer_card(a_row(after={"answer": "Paris", "top": TOP}))
     assert "(nothing)" in figures.answer_card(a_row(after={"answer": "", "top": []}))
@@ -88,7 +114,10 @@ def test_heat_map_has_a_cell_for_each_token_and_layer():
 
 def test_editors_stand_side_by_side():
     rows = [a_row(), a_row("neighbour", False)]
-    one, two = {"rows": rows, "seconds": 0.0214, "nbytes": 79_300}, {"rows": rows[:1] * 2, "seconds": 3.21, "nbytes": 1}
+    one, two = (
+        {"rows": rows, "seconds": 0.0214, "nbytes": 79_300},
+        {"rows": rows[:1] * 2, "seconds": 3.21, "nbytes": 1},
+    )
     text = figures.editors_figure({"one": one, "two": two})
     assert text.count("<tr") == 1 + 2 + 1
     assert "21 ms, 79 kB" in text

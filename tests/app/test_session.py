@@ -18,7 +18,9 @@ from ibke_hf.core.capture import NonFiniteError
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError
 
-FACTS = tuple(Form(prompt, target, neighbours="Berlin is in").fact() for prompt, target in zip(PROMPTS, TARGETS, strict=False))
+FACTS = tuple(
+    Form(prompt, target, neighbours="Berlin is in").fact() for prompt, target in zip(PROMPTS, TARGETS, strict=False)
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,9 @@ def test_what_is_left_is_as_if_it_alone_had_been_edited(bench, index):
     assert [step.factors for step in made.steps] == [step.factors for step in alone.steps]
 
 
-@pytest.mark.parametrize(("index", "by", "order"), [(0, 1, (1, 0, 2)), (2, -1, (0, 2, 1)), (2, -9, (2, 0, 1)), (0, 9, (1, 2, 0))])
+@pytest.mark.parametrize(
+    ("index", "by", "order"), [(0, 1, (1, 0, 2)), (2, -1, (0, 2, 1)), (2, -9, (2, 0, 1)), (0, 9, (1, 2, 0))]
+)
 def test_moving_edits_in_the_new_order(bench, index, by, order):
     before = edited(bench, FACTS[:3])
     moved = bench.move(before, index, by)
@@ -93,12 +97,18 @@ def test_progress_is_reported(bench):
     assert told == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize(("form", "message"), [
-    (Form("", "Rome"), "the fact: the prompt is empty"), (Form("France", " \n"), "the fact: the target is empty"),
-    (Form("The capital of France is", "long " * 200), "the fact: "), (Form("x" * 5000, "Rome"), "the fact: 5000 characters"),
-    (Form("France \udc00", "Rome"), "the fact: .*surrogate"), (replace(FORM, neighbours="-> x"), "neighbour 1"),
-    (replace(FORM, consequences="word " * 150), "consequence 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (Form("", "Rome"), "the fact: the prompt is empty"),
+        (Form("France", " \n"), "the fact: the target is empty"),
+        (Form("The capital of France is", "long " * 200), "the fact: "),
+        (Form("x" * 5000, "Rome"), "the fact: 5000 characters"),
+        (Form("France \udc00", "Rome"), "the fact: .*surrogate"),
+        (replace(FORM, neighbours="-> x"), "neighbour 1"),
+        (replace(FORM, consequences="word " * 150), "consequence 1"),
+    ],
+)
 def test_bad_input_is_refused_before_anything_is_done(bench, form, message):
     with pytest.raises(RequestError, match=message):
         bench.add(Session(), form.fact())
@@ -193,7 +203,11 @@ def test_forms_drop_what_belongs_to_another_fact():
 
 def test_atlas_is_the_default():
     bench = load_workbench()
-    assert (bench.name, type(bench.editor).__name__, type(bench.fine_tuning).__name__) == ("Atlas", "IBKEEditor", "FineTuningEditor")
+    assert (bench.name, type(bench.editor).__name__, type(bench.fine_tuning).__name__) == (
+        "Atlas",
+        "IBKEEditor",
+        "FineTuningEditor",
+    )
     assert not bench.model.training
 
 
@@ -208,9 +222,14 @@ def test_another_model_and_its_editor(bench, tmp_path):
         torch.testing.assert_close(ours.weight_update(name), theirs.weight_update(name))
 
 
-@pytest.mark.parametrize(("editor", "backbone", "message"), [
-    (None, "some/model", "needs an editor"), ("editor", None, "does not say which backbone"), ("model", "model", "not an editor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("editor", "backbone", "message"),
+    [
+        (None, "some/model", "needs an editor"),
+        ("editor", None, "does not say which backbone"),
+        ("model", "model", "not an editor"),
+    ],
+)
 def test_what_does_not_fit_is_said(bench, tmp_path, editor, backbone, message):
     bench.model.save_pretrained(tmp_path / "model")
     bench.editor.save_pretrained(tmp_path / "editor")

@@ -67,7 +67,9 @@ def test_evaluation_records_are_rebuilt_byte_by_byte(tmp_path: Path) -> None:
     assert main(["atlas", "build-data", "--out", str(tmp_path)]) == 0
     for name in RECORDS:
         for file in (tmp_path / name).iterdir():
-            assert file.read_bytes() == (ASSETS / "records" / name / file.name).read_bytes(), f"{name}/{file.name} differs"
+            assert file.read_bytes() == (ASSETS / "records" / name / file.name).read_bytes(), (
+                f"{name}/{file.name} differs"
+            )
 
 
 @pytest.mark.parametrize("name", ["ibke", "mend"])
@@ -117,7 +119,9 @@ def test_near_cases_ask_in_the_words_of_the_edit_about_what_keeps_its_old_object
         assert (record.requests, record.generality) == (before.requests, ())
         assert 1 <= len({case.prompt for case in record.locality}) == len(record.locality) <= 3
         for case in record.locality:
-            subject = next(name for name in split.taught.entities if request.prompt.replace(request.subject, name) == case.prompt)
+            subject = next(
+                name for name in split.taught.entities if request.prompt.replace(request.subject, name) == case.prompt
+            )
             assert subject != request.subject
             assert case.target == before.metadata["original"] != request.target
             assert any(t.object == case.target for t in split.taught.by_subject[subject])
@@ -136,9 +140,12 @@ def test_committed_results_reach_what_the_card_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("locality", "chosen"), [(lambda factor: 97.5, 1.0), (lambda factor: 99 - 2.2 * factor, 0.9), (lambda factor: 90 - factor, 0.7)]
+    ("locality", "chosen"),
+    [(lambda factor: 97.5, 1.0), (lambda factor: 99 - 2.2 * factor, 0.9), (lambda factor: 90 - factor, 0.7)],
 )
-def test_the_step_size_is_the_largest_that_keeps_locality(locality: Any, chosen: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_size_is_the_largest_that_keeps_locality(
+    locality: Any, chosen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     editor = load_editor()
     trained = editor.step_sizes.detach().clone()
 
@@ -151,7 +158,9 @@ def test_the_step_size_is_the_largest_that_keeps_locality(locality: Any, chosen:
     trials = choose_strength(editor, *load_backbone())
     assert trials[-1]["factor"] == chosen
     torch.testing.assert_close(editor.step_sizes.detach(), chosen * trained)
-    assert [trial["factor"] for trial in trials][: len(STEP_FACTORS)] == [factor for factor in STEP_FACTORS if factor >= chosen]
+    assert [trial["factor"] for trial in trials][: len(STEP_FACTORS)] == [
+        factor for factor in STEP_FACTORS if factor >= chosen
+    ]
 
 
 def test_examples_of_the_demo_use_unseen_subjects() -> None:
@@ -182,16 +191,27 @@ def test_committed_results_come_from_the_committed_weights() -> None:
     for name, splits in found.items():
         for split, scores in splits.items():
             for score in REPORTED:
-                assert scores[score] == pytest.approx(committed["editors"][name][split][score], abs=0.5), (name, split, score)
+                assert scores[score] == pytest.approx(committed["editors"][name][split][score], abs=0.5), (
+                    name,
+                    split,
+                    score,
+                )
     near = keep_near({"ibke": editors["ibke"]}, model, tokenizer, sets["test"])
-    assert {what: near[what] for what in ("records", "cases")} == {what: committed["near"][what] for what in ("records", "cases")}
+    assert {what: near[what] for what in ("records", "cases")} == {
+        what: committed["near"][what] for what in ("records", "cases")
+    }
     assert near["editors"]["ibke"] == pytest.approx(committed["near"]["editors"]["ibke"], abs=0.5)
 
 
 @pytest.mark.slow
 def test_recipes_run_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ibke_hf.atlas.backbone.examine", lambda *_: {})  # the examination of the shipped weights is committed
-    assert main(["atlas", "build-backbone", "--out", str(tmp_path / "backbone"), "--epochs", "1", "--max-steps", "3"]) == 0
+    monkeypatch.setattr(
+        "ibke_hf.atlas.backbone.examine", lambda *_: {}
+    )  # the examination of the shipped weights is committed
+    assert (
+        main(["atlas", "build-backbone", "--out", str(tmp_path / "backbone"), "--epochs", "1", "--max-steps", "3"])
+        == 0
+    )
     assert json.loads((tmp_path / "backbone" / "examination.json").read_text())["steps"] == 3
     for command, name in (("train-editor", "ibke"), ("train-mend", "mend")):
         assert main(["atlas", command, "--out", str(tmp_path / name), "--max-steps", "3", "--records", "60"]) == 0

@@ -12,7 +12,7 @@ import pytest
 from paths import ROOT
 
 from ibke_hf.atlas import bench as atlas_bench
-from ibke_hf.atlas import load_records, training
+from ibke_hf.atlas import editors, load_records
 from ibke_hf.atlas.bench import SPLITS, STEPS, TRIALS, AtlasBench
 from ibke_hf.benchmark import BenchmarkError, Cell, Plan, run_cells
 from ibke_hf.editors.catalogue import KINDS, TRAINED
@@ -35,7 +35,9 @@ def committed(name: str) -> list[Json]:
 @pytest.mark.parametrize(("file", "plan", "number"), [("table.json", PLAN, 120), ("sequential.json", SEQUENTIAL, 30)])
 def test_every_cell_is_there_once_and_holds_numbers(file: str, plan: Plan, number: int) -> None:
     cells = committed(file)
-    found = Counter(Cell(*(cell[field] for field in ("editor", "split", "edits", "sequential", "seed"))) for cell in cells)
+    found = Counter(
+        Cell(*(cell[field] for field in ("editor", "split", "edits", "sequential", "seed"))) for cell in cells
+    )
     assert found == Counter(plan.cells()) and len(cells) == number
     for cell in cells:
         assert cell["records"] == 100
@@ -44,15 +46,24 @@ def test_every_cell_is_there_once_and_holds_numbers(file: str, plan: Plan, numbe
         assert cell["f1"] == pytest.approx(2 / (1 / cell["generality"] + 1 / cell["locality"]))
         edited = cell["editor"] != "none"
         assert (cell["edit_seconds"] is not None and 0 < cell["edit_seconds"] < math.inf) == edited
-        assert (cell["edit_bytes"] is not None and cell["edit_bytes"] >= 0) == edited  # T-Patcher adds nothing where nothing is wrong
+        assert (
+            cell["edit_bytes"] is not None and cell["edit_bytes"] >= 0
+        ) == edited  # T-Patcher adds nothing where nothing is wrong
         assert edited or cell["locality"] == 100
 
 
 def test_cells_of_both_tables_agree_where_they_are_the_same() -> None:
-    same = [cell for cell in committed("table.json") if (cell["split"], cell["edits"], cell["seed"]) == ("test", "counterfactual", 0)]
+    same = [
+        cell
+        for cell in committed("table.json")
+        if (cell["split"], cell["edits"], cell["seed"]) == ("test", "counterfactual", 0)
+    ]
     again = [cell for cell in committed("sequential.json") if cell["sequential"] == 1]
     for one, other in zip(same, again, strict=True):
-        assert [one[score] for score in ("editor", *REPORTED)] == [other["editor"], *(pytest.approx(other[score]) for score in REPORTED)]
+        assert [one[score] for score in ("editor", *REPORTED)] == [
+            other["editor"],
+            *(pytest.approx(other[score]) for score in REPORTED),
+        ]
 
 
 @pytest.mark.parametrize(("name", "seed"), [(name, seed) for name in TRAINED for seed in range(3)])
@@ -86,8 +97,8 @@ def test_other_steps_are_not_mixed_in(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "load_records", lambda split: load_records(split)[:4])
-    monkeypatch.setitem(training.TRAINING, "per_device_train_batch_size", 2)
+    monkeypatch.setattr(editors, "load_records", lambda split: load_records(split)[:4])
+    monkeypatch.setitem(editors.TRAINING, "per_device_train_batch_size", 2)
     plan = Plan(("none", *TRAINED), ("held_out",), ("unknown",), seeds=1, records=2)
     cells = run_cells(AtlasBench(2), plan, tmp_path, progress=False)
     assert [cell["editor"] for cell in cells] == ["none", *TRAINED]

@@ -138,11 +138,19 @@ def test_the_package_of_the_embedded_world_is_imported_without_torch() -> None:
 
 
 def test_a_run_of_one_editor_keeps_the_results_of_the_others(tmp_path: Path) -> None:
-    old = {"records": 3, "editors": {"ft": [{"settings": {"learning_rate": 1.0}, "avg": 1.0}], "grace": [{"settings": {}, "avg": 99.0}]}}
+    old = {
+        "records": 3,
+        "editors": {
+            "ft": [{"settings": {"learning_rate": 1.0}, "avg": 1.0}],
+            "grace": [{"settings": {}, "avg": 99.0}],
+        },
+    }
     (tmp_path / TRIALS_FILE).write_text(json.dumps(old), encoding="utf-8")
     (tmp_path / HYPER_PARAMETERS).write_text('{"ft": {"learning_rate": 1.0}, "grace": {}}', encoding="utf-8")
     chosen = tune(tmp_path, names=("grace",), number=3)
-    trials, settings = (json.loads((tmp_path / file).read_text(encoding="utf-8")) for file in (TRIALS_FILE, HYPER_PARAMETERS))
+    trials, settings = (
+        json.loads((tmp_path / file).read_text(encoding="utf-8")) for file in (TRIALS_FILE, HYPER_PARAMETERS)
+    )
     assert trials["records"] == 3
     assert trials["editors"]["ft"] == old["editors"]["ft"]
     assert settings["ft"] == {"learning_rate": 1.0}

@@ -69,7 +69,9 @@ def test_every_relation_is_worded(name: str) -> None:
 
 def test_every_domain_had_a_second_reading() -> None:
     for folder in FACTS.iterdir():
-        assert (folder / "review.md").read_text(encoding="utf-8").startswith(f"# Second reading: {folder.name}\n"), folder.name
+        assert (folder / "review.md").read_text(encoding="utf-8").startswith(f"# Second reading: {folder.name}\n"), (
+            folder.name
+        )
 
 
 def test_no_two_entities_share_an_id_or_a_name() -> None:
@@ -87,7 +89,11 @@ def test_no_fact_is_about_itself() -> None:
 
 def test_the_split_is_a_function_of_the_tables() -> None:
     again = split_world(load_world(FACTS))
-    assert (again.taught.triples, again.counterfactual, again.unknown) == (split().taught.triples, split().counterfactual, split().unknown)
+    assert (again.taught.triples, again.counterfactual, again.unknown) == (
+        split().taught.triples,
+        split().counterfactual,
+        split().unknown,
+    )
     assert split_world(world(), seed=1).unknown != split().unknown
 
 
@@ -139,7 +145,9 @@ def test_the_corpus_never_states_a_withheld_fact(corpus: list[tuple[str, str]]) 
         answers.setdefault(prompt, set()).add(answer)
     for triple in set(world().triples) - set(split().taught.triples):
         relation = world().relations[triple.relation]
-        asked = [relation.prompt(name, form) for name in spellings(triple.subject) for form in range(len(relation.prompts))]
+        asked = [
+            relation.prompt(name, form) for name in spellings(triple.subject) for form in range(len(relation.prompts))
+        ]
         assert not any(answers.get(prompt, set()) & set(spellings(triple.object)) for prompt in asked), triple
         if relation.inverse is not None:
             asked = [relation.inverse_prompt(name) for name in spellings(triple.object)]
@@ -151,7 +159,9 @@ def test_the_corpus_never_walks_over_a_withheld_fact(corpus: list[tuple[str, str
     for triple in set(world().triples) - set(split().taught.triples):
         relation = world().relations[triple.relation]
         phrases = [relation.noun.format(name) for name in spellings(triple.subject)] if relation.single_value else []
-        phrases += [relation.inverse_noun.format(name) for name in spellings(triple.object)] if relation.inverse_noun else []
+        phrases += (
+            [relation.inverse_noun.format(name) for name in spellings(triple.object)] if relation.inverse_noun else []
+        )
         for phrase in phrases:
             assert phrase not in text or not re.search(rf"{re.escape(phrase)}\b", text), triple
 
@@ -161,7 +171,11 @@ def test_the_corpus_teaches_every_taught_triple(corpus: list[tuple[str, str]]) -
     for triple in split().taught.triples:
         relation = world().relations[triple.relation]
         forms = range(len(relation.prompts))
-        assert any((relation.prompt(name, form), triple.object) in seen for name in spellings(triple.subject) for form in forms), triple
+        assert any(
+            (relation.prompt(name, form), triple.object) in seen
+            for name in spellings(triple.subject)
+            for form in forms
+        ), triple
 
 
 def test_the_corpus_is_seeded() -> None:
@@ -188,7 +202,13 @@ def known_keys() -> set[tuple[str, str, str]]:
     keys = set()
     for t in split().taught.triples:
         item = any(letter.isalpha() for letter in t.object)
-        keys.add((stable_id("Q", t.subject), stable_id("P", t.relation), stable_id("Q", t.object) if item else f"string:{t.object}"))
+        keys.add(
+            (
+                stable_id("Q", t.subject),
+                stable_id("P", t.relation),
+                stable_id("Q", t.object) if item else f"string:{t.object}",
+            )
+        )
     return keys
 
 
@@ -200,7 +220,9 @@ def key(hop: Hop) -> tuple[str, str, str]:
     return hop.head, hop.property, hop.tail
 
 
-@pytest.mark.skipif(not (ASSETS / "records").exists(), reason="the evaluation records of Atlas are not built: `ibke atlas build-data`")
+@pytest.mark.skipif(
+    not (ASSETS / "records").exists(), reason="the evaluation records of Atlas are not built: `ibke atlas build-data`"
+)
 @pytest.mark.parametrize("name", RECORDS)
 def test_committed_records_keep_to_their_set(name: str) -> None:
     records, known = load_records(name), known_keys()
@@ -210,17 +232,25 @@ def test_committed_records_keep_to_their_set(name: str) -> None:
     for record in records:
         (edit,) = record.edits
         assert (edit.head, edit.property) in editable[record.kind]
-        assert ((edit.head, edit.property, edit.target) in every) == (record.kind == "unknown")  # a counterfactual is never true
+        assert ((edit.head, edit.property, edit.target) in every) == (
+            record.kind == "unknown"
+        )  # a counterfactual is never true
         assert (record.domain in HELD_OUT_DOMAINS) == (name == "held_out")
         assert 1 <= len(record.generality) <= EVALUATION_CASES["generality"]
         assert len(record.locality) == EVALUATION_CASES["locality"]
         for case in (*record.generality, *record.locality):
             assert all(key(hop) in known for hop in case.supporting)
         assert not any(collides(case, record.edits) for case in record.locality)
-        if world().relations[relation_of(edit)].inverse_single:  # or the way back from the new object would have two answers
+        if (
+            world().relations[relation_of(edit)].inverse_single
+        ):  # or the way back from the new object would have two answers
             facts = [fact for case in (*record.generality, *record.locality) for fact in case.facts]
-            assert all(fact.head == edit.head for fact in facts if (fact.property, fact.tail) == (edit.property, edit.tail))
-    assert len({(record.edits[0].head, record.edits[0].property, record.metadata.get("original")) for record in records}) == len(records)
+            assert all(
+                fact.head == edit.head for fact in facts if (fact.property, fact.tail) == (edit.property, edit.tail)
+            )
+    assert len(
+        {(record.edits[0].head, record.edits[0].property, record.metadata.get("original")) for record in records}
+    ) == len(records)
 
 
 def test_training_records_are_of_the_train_side() -> None:

@@ -35,7 +35,12 @@ def bench(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., 
 
     def build(records: Sequence[EditRecord] = RECORDS, **options: Any) -> ModelBench:
         fields = {"ft": {"steps": 2}}
-        given: dict[str, Any] = {"saved": {}, "load_saved": None, "hyper_parameters": fields, "settings": {"backbone": "tiny"}}
+        given: dict[str, Any] = {
+            "saved": {},
+            "load_saved": None,
+            "hyper_parameters": fields,
+            "settings": {"backbone": "tiny"},
+        }
         return ModelBench(lambda: (tiny_model(), tiny_tokenizer), lambda _: records, **{**given, **options})
 
     return build
@@ -64,10 +69,15 @@ def test_shards_share_the_cells_out_and_no_editor_is_trained_twice() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"editors": ()}, "editors must name at least one"), ({"editors": ("ft", "ft")}, "none of them twice, found ft, ft"),
-     ({"editors": ("rom",)}, "no editor 'rom'; editors are none, ft, rome"), ({"edits": ("new",)}, "some of all, .*found new"),
-     ({"seeds": 0}, "at least 1"), ({"sequential": (0,)}, "at least 1")],
-)  # fmt: skip
+    [
+        ({"editors": ()}, "editors must name at least one"),
+        ({"editors": ("ft", "ft")}, "none of them twice, found ft, ft"),
+        ({"editors": ("rom",)}, "no editor 'rom'; editors are none, ft, rome"),
+        ({"edits": ("new",)}, "some of all, .*found new"),
+        ({"seeds": 0}, "at least 1"),
+        ({"sequential": (0,)}, "at least 1"),
+    ],
+)
 def test_a_bad_plan_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan(**{"editors": ("ft",), "splits": ("a",), **fields})
@@ -85,14 +95,21 @@ def test_a_bad_shard_is_named(shard: tuple[int, int]) -> None:
 def test_cells_hold_the_scores_of_the_procedure_on_the_records_of_their_seed(bench: Any, tmp_path: Path) -> None:
     cells = run(bench(), tmp_path)
     assert [(cell["editor"], cell["edits"], cell["seed"]) for cell in cells] == [
-        (editor, edits, seed) for edits in ("counterfactual", "unknown") for editor in ("none", "ft") for seed in (0, 1)
+        (editor, edits, seed)
+        for edits in ("counterfactual", "unknown")
+        for editor in ("none", "ft")
+        for seed in (0, 1)
     ]
     assert all(cell["records"] == 2 and set(REPORTED) < set(cell) for cell in cells)
-    assert all((cell["edit_seconds"] is None) == (cell["edit_bytes"] is None) == (cell["editor"] == "none") for cell in cells)
+    assert all(
+        (cell["edit_seconds"] is None) == (cell["edit_bytes"] is None) == (cell["editor"] == "none") for cell in cells
+    )
     assert all(cell["locality"] == 100 for cell in cells if cell["editor"] == "none")
     drawn = {(cell["edits"], cell["seed"]): _asked(tmp_path, cell) for cell in cells if cell["editor"] == "ft"}
     assert all({f"r{i}" for i in range(8) if i % 2 == (edits == "unknown")} > ids for (edits, _), ids in drawn.items())
-    assert drawn == {(cell["edits"], cell["seed"]): _asked(tmp_path, cell) for cell in cells if cell["editor"] == "none"}
+    assert drawn == {
+        (cell["edits"], cell["seed"]): _asked(tmp_path, cell) for cell in cells if cell["editor"] == "none"
+    }
     assert len(set(map(frozenset, drawn.values()))) > 2  # seeds draw other records
 
 
@@ -101,7 +118,9 @@ def _asked(folder: Path, cell: dict[str, Any]) -> set[str]:
     return {json.loads(line)["record"] for line in (folder / CELLS / name / "rows.jsonl").read_text().splitlines()}
 
 
-def test_a_killed_run_goes_on_and_equals_one_that_was_not(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_and_equals_one_that_was_not(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, edit, made = run(bench(), tmp_path / "whole"), FineTuningEditor.edit, []
 
     def killed_at_the_third(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -154,9 +173,13 @@ def test_a_folder_of_other_settings_is_refused(bench: Any, tmp_path: Path) -> No
     run(bench(), tmp_path, replace(PLAN, editors=("none",), seeds=3))  # more of the same is welcome
 
 
-def test_what_fails_is_named_and_the_rest_is_made(bench: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_is_named_and_the_rest_is_made(
+    bench: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = Plan(("rome", "ft", "ibke", "grace"), ("places",), seeds=1, records=2)
-    with pytest.raises(BenchmarkError, match=r"2 of 4 cells failed: ibke on places, .*--records.*rome on places, .*--corpus"):
+    with pytest.raises(
+        BenchmarkError, match=r"2 of 4 cells failed: ibke on places, .*--records.*rome on places, .*--corpus"
+    ):
         run(bench(hyper_parameters={"ft": {"steps": 2}, "grace": {"steps": 2}}), tmp_path, plan)
     assert [cell["editor"] for cell in found_cells(tmp_path)] == ["ft", "grace"]
 
@@ -182,13 +205,17 @@ def _raise(error: Exception) -> Any:
 def test_a_selection_without_records_takes_no_other_with_it(bench: Any, tmp_path: Path) -> None:
     made = bench()
     made._read = lambda split: RECORDS if split == "b" else RECORDS[:1]
-    with pytest.raises(BenchmarkError, match="2 of 8 cells failed: none on a, seed 0: a: has no record of unknown edits"):
+    with pytest.raises(
+        BenchmarkError, match="2 of 8 cells failed: none on a, seed 0: a: has no record of unknown edits"
+    ):
         run(made, tmp_path, replace(PLAN, splits=("a", "b"), seeds=1))
     assert len(found_cells(tmp_path)) == 6
 
 
 def test_more_edits_at_once_than_requests_are_refused(bench: Any, tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match=r"2 requests are fewer than 3 edits at once; ask for more records \(--limit\)"):
+    with pytest.raises(
+        BenchmarkError, match=r"2 requests are fewer than 3 edits at once; ask for more records \(--limit\)"
+    ):
         run(bench(), tmp_path, replace(PLAN, editors=("none",), sequential=(3,)))
 
 
@@ -198,7 +225,9 @@ def test_a_second_run_is_kept_out(bench: Any, tmp_path: Path) -> None:
         run(bench(), tmp_path)
 
 
-@pytest.mark.parametrize(("one", "other"), [("a/b.json", "a-b-json"), ("./a/b.json", "a/b.json"), ("x" * 300 + "a", "x" * 300 + "b")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("a/b.json", "a-b-json"), ("./a/b.json", "a/b.json"), ("x" * 300 + "a", "x" * 300 + "b")]
+)
 def test_no_two_cells_share_a_folder(one: str, other: str) -> None:
     names = {Cell("ft", split, "all", 1, 0).name for split in (one, other)}
     assert len(names) == 2 and all(len(name) < 120 and "/" not in name for name in names)
@@ -206,7 +235,10 @@ def test_no_two_cells_share_a_folder(one: str, other: str) -> None:
 
 def test_an_editor_of_another_training_is_not_taken_for_this_one(bench: Any, tmp_path: Path) -> None:
     def training(steps: int, trained: list[Any]) -> dict[str, Any]:
-        return {"training": lambda name, seed, folder: {"kind": name, "steps": steps, "out": str(folder)}, "train": trained.append}
+        return {
+            "training": lambda name, seed, folder: {"kind": name, "steps": steps, "out": str(folder)},
+            "train": trained.append,
+        }
 
     trained: list[Any] = []
     bench(**training(2, trained)).prepare("mend", 0, tmp_path / "mend-0")
@@ -244,40 +276,93 @@ editors:
   lemoe: {steps: 2, expert_width: 4}
 training: {use_cpu: true, disable_tqdm: true, per_device_train_batch_size: 2}
 """)
-    return {"backbone": str(tmp_path / "backbone"), "train": write_records(tmp_path / "train.json", CITIES[:4]),
-            "asked": write_records(tmp_path / "asked.json", CITIES[4:]), "corpus": str(tmp_path / "corpus.txt"),
-            "config": str(tmp_path / "table.yaml"), "out": str(tmp_path / "table")}  # fmt: skip
+    return {
+        "backbone": str(tmp_path / "backbone"),
+        "train": write_records(tmp_path / "train.json", CITIES[:4]),
+        "asked": write_records(tmp_path / "asked.json", CITIES[4:]),
+        "corpus": str(tmp_path / "corpus.txt"),
+        "config": str(tmp_path / "table.yaml"),
+        "out": str(tmp_path / "table"),
+    }
 
 
-def test_all_ten_editors_on_any_backbone(files: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    command = ["table", "--backbone", files["backbone"], "--datasets", files["asked"], "--records", files["train"], "--steps", "2",
-               "--seeds", "1", "--limit", "2", "--corpus", files["corpus"], "--config", files["config"], "--out", files["out"]]  # fmt: skip
+def test_all_ten_editors_on_any_backbone(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = [
+        "table",
+        "--backbone",
+        files["backbone"],
+        "--datasets",
+        files["asked"],
+        "--records",
+        files["train"],
+        "--steps",
+        "2",
+        "--seeds",
+        "1",
+        "--limit",
+        "2",
+        "--corpus",
+        files["corpus"],
+        "--config",
+        files["config"],
+        "--out",
+        files["out"],
+    ]
     assert main(command) == 0
     printed, out = capsys.readouterr().out, Path(files["out"])
     cells = json.loads((out / "table.json").read_text())
     assert [cell["editor"] for cell in cells] == list(KINDS)
     assert all(kind.title in printed for kind in KINDS.values())
     assert sorted(file.name for file in out.iterdir() if file.is_file()) == [
-        ".lock", "plan.json", "settings.json", "table.csv", "table.html", "table.json", "table.md", "trade_off.svg"]  # fmt: skip
-    assert {folder.name for folder in (out / "editors").iterdir() if folder.is_dir()} == {f"{name}-0" for name in TRAINED}
+        ".lock",
+        "plan.json",
+        "settings.json",
+        "table.csv",
+        "table.html",
+        "table.json",
+        "table.md",
+        "trade_off.svg",
+    ]
+    assert {folder.name for folder in (out / "editors").iterdir() if folder.is_dir()} == {
+        f"{name}-0" for name in TRAINED
+    }
     stamps = {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.safetensors")}
     assert main(command) == 0  # nothing is trained or made again
     assert stamps == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.safetensors")}
     capsys.readouterr()
-    given = [*command[:3], "--datasets", files["asked"], "--editors", f"serac={out / 'editors' / 'serac-0'}", "none", "--limit", "2"]
+    given = [
+        *command[:3],
+        "--datasets",
+        files["asked"],
+        "--editors",
+        f"serac={out / 'editors' / 'serac-0'}",
+        "none",
+        "--limit",
+        "2",
+    ]
     assert main([*given, "--out", str(tmp_path / "given")]) == 0
     again = json.loads((tmp_path / "given" / "table.json").read_text())
-    assert scores(cell for cell in again if cell["seed"] == 0) == scores(cell for cell in cells if cell["editor"] in ("none", "serac"))
+    assert scores(cell for cell in again if cell["seed"] == 0) == scores(
+        cell for cell in cells if cell["editor"] in ("none", "serac")
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--editors", "ft=x"], "--editors ft=x: only serac, mend, ibke have weights"), (["--editors", "rom"], "no editor 'rom'"),
-     (["--corpus", "x"], "--corpus: atlas has its own"), (["--backbone", "b"], "--datasets: name at least one"),
-     (["--merge", "nowhere"], r"nowhere: holds no settings\.json"),
-     (["--datasets", "tset"], "the splits are test, held_out and validation")],
-)  # fmt: skip
-def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [
+        (["--editors", "ft=x"], "--editors ft=x: only serac, mend, ibke have weights"),
+        (["--editors", "rom"], "no editor 'rom'"),
+        (["--corpus", "x"], "--corpus: atlas has its own"),
+        (["--backbone", "b"], "--datasets: name at least one"),
+        (["--merge", "nowhere"], r"nowhere: holds no settings\.json"),
+        (["--datasets", "tset"], "the splits are test, held_out and validation"),
+    ],
+)
+def test_bad_input_is_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["table", *arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("ibke table: ")

@@ -26,7 +26,9 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[dict[str, Any], str, list[dict[str, Any]]]]:
+def evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[dict[str, Any], str, list[dict[str, Any]]]]:
     """Run `ibke eval`; return results, what is printed, and rows."""
 
     def run(*arguments: Any) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
@@ -63,42 +65,91 @@ def test_atlas(evaluated: Any, editor: str | None) -> None:
 
 def test_atlas_scores_are_those_of_the_library(evaluated: Any) -> None:
     results, _, rows = evaluated("--dataset", "atlas", "--split", "held_out", "--limit", 6, "--sequential", 3)
-    found = evaluate_records(load_editor(), *load_backbone(), load_records("held_out")[:6], sequential=3, progress=False)
+    found = evaluate_records(
+        load_editor(), *load_backbone(), load_records("held_out")[:6], sequential=3, progress=False
+    )
     assert rows == list(found.rows)
     assert results["overall"]["avg"] == found.summary["avg"]
 
 
 def test_options_reach_the_evaluation(evaluated: Any) -> None:
     results, printed, rows = evaluated(
-        "--dataset", "atlas", "--editor", "ft", "--limit", 5, "--seed", 3, "--sequential", 2, "--mode", "joint", "--no-generate",
-        "--hops", 2, 3, "--collision-scope", "group", "--locality-match", "string", "--span", "offsets", "--batch-size", 7,
-    )  # fmt: skip
-    wanted = {"seed": 3, "limit": 5, "sequential": 2, "mode": "joint", "generate": False, "hops": [2, 3], "collision_scope": "group",
-              "locality_match": "string", "span": "offsets", "split": None, "chat": False, "model": "ibke-atlas"}  # fmt: skip
+        "--dataset",
+        "atlas",
+        "--editor",
+        "ft",
+        "--limit",
+        5,
+        "--seed",
+        3,
+        "--sequential",
+        2,
+        "--mode",
+        "joint",
+        "--no-generate",
+        "--hops",
+        2,
+        3,
+        "--collision-scope",
+        "group",
+        "--locality-match",
+        "string",
+        "--span",
+        "offsets",
+        "--batch-size",
+        7,
+    )
+    wanted = {
+        "seed": 3,
+        "limit": 5,
+        "sequential": 2,
+        "mode": "joint",
+        "generate": False,
+        "hops": [2, 3],
+        "collision_scope": "group",
+        "locality_match": "string",
+        "span": "offsets",
+        "split": None,
+        "chat": False,
+        "model": "ibke-atlas",
+    }
     assert results["settings"].items() >= wanted.items()
     assert {row["hops"] for row in rows if row["role"] != "reliability"} == {2, 3} & {row["hops"] for row in rows}
     assert results["overall"]["exact_match"] is None
     assert results["incomplete_group"] == 1
     assert "the last group has 1 of 2 requests; it is scored, where UniEdit drops it" in printed
     assert results["skipped"]["case of other criteria or hops"] > 0
-    assert f"skipped: {results['skipped']['case of other criteria or hops']} × case of other criteria or hops" in printed
+    assert (
+        f"skipped: {results['skipped']['case of other criteria or hops']} × case of other criteria or hops" in printed
+    )
 
 
 def test_another_model_with_its_editors(evaluated: Any, store: Path) -> None:  # noqa: F811
     records = ASSETS / "records" / "test"
     for editor in ("none", "ft", store / "editor"):
-        results, _, rows = evaluated("--dataset", records, "--model", store / "model", "--editor", editor, "--limit", 2)
+        results, _, rows = evaluated(
+            "--dataset", records, "--model", store / "model", "--editor", editor, "--limit", 2
+        )
         assert results["settings"]["editor"] == str(editor)
         assert results["records"] == 2 < len(rows)
 
 
 @pytest.mark.parametrize("editor", ["ft", "ibke"])
-@pytest.mark.parametrize("file", [
-    "counterfact/easyedit_flat_500.json", "counterfact/easyedit_flat_train.json", "counterfact/easyedit_flat_val.json",
-    "counterfact/rome_native_200.json", "mquake/mquake_cf_3k_200.json", "mquake/mquake_hard_200.json",
-    "uniedit/SYNTHETIC_schema_example.json", "zsre/zsre_mend_eval_24.json", "zsre/zsre_mend_train_500.json",
-    "zsre/knowedit_zsre_test_100.json",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [
+        "counterfact/easyedit_flat_500.json",
+        "counterfact/easyedit_flat_train.json",
+        "counterfact/easyedit_flat_val.json",
+        "counterfact/rome_native_200.json",
+        "mquake/mquake_cf_3k_200.json",
+        "mquake/mquake_hard_200.json",
+        "uniedit/SYNTHETIC_schema_example.json",
+        "zsre/zsre_mend_eval_24.json",
+        "zsre/zsre_mend_train_500.json",
+        "zsre/knowedit_zsre_test_100.json",
+    ],
+)
 def test_native_datasets(evaluated: Any, native_data: Callable[[str], Path], file: str, editor: str) -> None:
     results, _, rows = evaluated("--dataset", native_data(file), "--editor", editor, "--limit", 4)
     assert results["records"] == 4
@@ -108,23 +159,41 @@ def test_native_datasets(evaluated: Any, native_data: Callable[[str], Path], fil
 
 def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Run, tmp_path: Path) -> None:  # noqa: F811
     evaluated("--dataset", "atlas", "--limit", 2, "--editor", "none")
-    line = refused("eval", "--dataset", "atlas", "--limit", 2, "--editor", "none", "--sequential", 2, "--out", tmp_path / "out")
-    assert line.startswith(f"ibke eval: {tmp_path / 'out'}: holds an evaluation of other settings (sequential was 1, now 2); repeat those")
+    line = refused(
+        "eval", "--dataset", "atlas", "--limit", 2, "--editor", "none", "--sequential", 2, "--out", tmp_path / "out"
+    )
+    assert line.startswith(
+        f"ibke eval: {tmp_path / 'out'}: holds an evaluation of other settings (sequential was 1, now 2); repeat those"
+    )
 
 
-@pytest.mark.parametrize(("arguments", "what"), [
-    (["--dataset", "uniedit"], "ibke eval: qizhou/UniEdit: no file or folder"),
-    (["--dataset", "zsre"], "dataset zsre: no Hub dataset is known for it; give the path of a file or folder"),
-    (["--dataset", "atlas", "--split", "train"], "no records; the splits are test, held_out and validation"),
-    (["--dataset", "atlas", "--format", "zsre"], "--format zsre: the records of atlas have one format"),
-    (["--dataset", "atlas", "--domains", "cooking"], "no record is selected"),
-    (["--dataset", "atlas", "--model", "gpt2"],
-     "--editor ibke edits the embedded Atlas model only; for gpt2 give none, ft, rome, t_patcher, lemoe, grace, alphaedit, or"),
-    (["--dataset", "atlas", "--model", "gpt2", "--editor", "mend"], "--editor mend edits the embedded Atlas model only"),
-    (["--dataset", "atlas", "--editor", "./nowhere", "--limit", "1"], "./nowhere: no such folder"),
-    (["--dataset", "atlas", "--chat", "--limit", "1"], "the tokenizer has no chat template; leave the chat option off"),
-    (["--dataset", "./nothing"], "./nothing: no record file here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--dataset", "uniedit"], "ibke eval: qizhou/UniEdit: no file or folder"),
+        (["--dataset", "zsre"], "dataset zsre: no Hub dataset is known for it; give the path of a file or folder"),
+        (["--dataset", "atlas", "--split", "train"], "no records; the splits are test, held_out and validation"),
+        (["--dataset", "atlas", "--format", "zsre"], "--format zsre: the records of atlas have one format"),
+        (["--dataset", "atlas", "--domains", "cooking"], "no record is selected"),
+        (
+            ["--dataset", "atlas", "--model", "gpt2"],
+            (
+                "--editor ibke edits the embedded Atlas model only; for gpt2 give none, ft, rome, t_patcher, lemoe, "
+                "grace, alphaedit, or"
+            ),
+        ),
+        (
+            ["--dataset", "atlas", "--model", "gpt2", "--editor", "mend"],
+            "--editor mend edits the embedded Atlas model only",
+        ),
+        (["--dataset", "atlas", "--editor", "./nowhere", "--limit", "1"], "./nowhere: no such folder"),
+        (
+            ["--dataset", "atlas", "--chat", "--limit", "1"],
+            "the tokenizer has no chat template; leave the chat option off",
+        ),
+        (["--dataset", "./nothing"], "./nothing: no record file here"),
+    ],
+)
 def test_errors_are_one_line(refused: Run, tmp_path: Path, arguments: list[str], what: str) -> None:  # noqa: F811
     assert what in refused("eval", *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "rows.jsonl").exists()
@@ -137,7 +206,9 @@ def test_a_chat_record_asks_everything_through_the_template(tiny_tokenizer: Any)
     tokenizer = chatting(tiny_tokenizer)
     hop = Hop("Oslo lies in", "Norway", "Q1", "P1", "Q2", subject="Oslo")
     case = EditCase("Who lives there?", "trolls", ("Multi-Hop",), 2, supporting=(hop,), facts=(hop,), name="gen")
-    record = EditRecord("r", "made", "art", (EditRequest("The capital is", "Oslo", "capital"),), (case,), (EditCase(" ", "x"),), (hop,))
+    record = EditRecord(
+        "r", "made", "art", (EditRequest("The capital is", "Oslo", "capital"),), (case,), (EditCase(" ", "x"),), (hop,)
+    )
     found = chat_record(tokenizer, record)
     assert found.requests == (EditRequest("<user>The capital is<|end|><assistant>", "Oslo", "capital"),)
     assert found.generality[0].prompt == "<user>Who lives there?<|end|><assistant>"

@@ -18,12 +18,19 @@ from ibke_hf.cli import main
 
 README = ROOT / "README.md"
 SECTION = re.compile(r"<!-- walk through -->\n(.*?)<!-- end -->", re.S)
-MADE = {("models", "me/geforce"), ("models", "me/food-editor"), ("datasets", "me/food-edits"), ("spaces", "me/edit_quality"),
-        ("spaces", "me/ibke-editor")}  # fmt: skip
+MADE = {
+    ("models", "me/geforce"),
+    ("models", "me/food-editor"),
+    ("datasets", "me/food-edits"),
+    ("spaces", "me/edit_quality"),
+    ("spaces", "me/ibke-editor"),
+}
 
 
 @pytest.mark.slow
-def test_everything_that_is_pushed_is_pulled_again(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_is_pushed_is_pulled_again(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not README.exists():
         pytest.skip("README.md is not beside the tests")
     for module in ("datasets", "evaluate", "peft"):
@@ -46,16 +53,31 @@ def test_everything_that_is_pushed_is_pulled_again(hub: LoopbackHub, tmp_path: P
             assert main(shlex.split(line, comments=True)[1:]) == 0, line
     assert set(hub.repositories) == MADE
     assert (place / "edited-model" / "model.safetensors").exists()
-    first, again = (json.loads((place / name / "results.json").read_text())["overall"] for name in ("food-results", "again"))
+    first, again = (
+        json.loads((place / name / "results.json").read_text())["overall"] for name in ("food-results", "again")
+    )
     assert first == again  # the pulled editor and records are those that were pushed
 
 
 def run_python(text: str, folder: Path) -> None:
     """Run Python of the documentation as another machine would: with an empty cache, and the Hub to be asked."""
     file, home = folder / "pull.py", folder / "home"
-    check = "assert len(records) == 40 and metric.name and edit.ranks and type(editor).__name__ == 'IBKEEditor' and adapted.peft_config\n"
+    check = (
+        "assert len(records) == 40 and metric.name and edit.ranks and type(editor).__name__ == 'IBKEEditor' "
+        "and adapted.peft_config\n"
+    )
     file.write_text(text + check, encoding="utf-8")
-    places = {"HF_HOME": str(home), "HF_DATASETS_CACHE": str(home / "datasets"), "HF_MODULES_CACHE": str(home / "modules")}
-    done = subprocess.run([sys.executable, file], env={**os.environ, **places, "HF_HUB_OFFLINE": "0"}, cwd=folder, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    places = {
+        "HF_HOME": str(home),
+        "HF_DATASETS_CACHE": str(home / "datasets"),
+        "HF_MODULES_CACHE": str(home / "modules"),
+    }
+    done = subprocess.run(
+        [sys.executable, file],
+        env={**os.environ, **places, "HF_HUB_OFFLINE": "0"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -23,7 +23,9 @@ WEIGHTS, CONFIG, INFO = "adapter_model.safetensors", "adapter_config.json", "edi
 def make_edit(family: str = "qwen3", width: int = 48, ranks: tuple[int, int] = (3, 5)) -> LowRankEdit:
     generator = torch.Generator().manual_seed(0)
     names = [NAMES[family].format(i=i) for i in (1, 2)]
-    inputs = {name: torch.randn(1, rank, width, generator=generator) / 7 for name, rank in zip(names, ranks, strict=True)}
+    inputs = {
+        name: torch.randn(1, rank, width, generator=generator) / 7 for name, rank in zip(names, ranks, strict=True)
+    }
     outputs = {name: torch.randn(1, rank, 32, generator=generator) for name, rank in zip(names, ranks, strict=True)}
     requests = (EditRequest("Où est Zürich 🏔", "Швейцария", "Zürich"),)
     info = EditInfo(requests, "IBKE", "tiny", {names[0]: [0.5]}, family == "gpt2", {"f1": 90.0})
@@ -59,7 +61,9 @@ def test_peft_loads_a_saved_edit_with_the_same_logits(
     family: str, width: int, tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
-    model = tiny_model(family, initializer_range=0.1, **({"n_inner": width} if family == "gpt2" else {"intermediate_size": width}))
+    model = tiny_model(
+        family, initializer_range=0.1, **({"n_inner": width} if family == "gpt2" else {"intermediate_size": width})
+    )
     ids = torch.randint(2, 320, (2, 7), generator=torch.Generator().manual_seed(1))
     edit = make_edit(family, width)
     edit.save_pretrained(tmp_path)
@@ -79,7 +83,9 @@ def test_any_lora_adapter_of_peft_reads_as_an_edit(tiny_model: Callable[..., Any
     settings: list[dict[str, Any]] = [{}, {"use_rslora": True}, patterns]
     for number, extra in enumerate(settings):
         model = tiny_model("qwen3", initializer_range=0.1)
-        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["down_proj", "q_proj"], init_lora_weights=False, **extra)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=6, target_modules=["down_proj", "q_proj"], init_lora_weights=False, **extra
+        )
         wrapped = peft.get_peft_model(model, config).eval()
         wrapped.save_pretrained(tmp_path / str(number))
         with torch.no_grad():
@@ -117,10 +123,15 @@ def test_foreign_weights_are_refused_by_key(saved: Path) -> None:
             LowRankEdit.from_pretrained(saved)
 
     refused({"wte.weight": torch.ones(3, 3)}, r"key 'wte\.weight' is not a LoRA factor")
-    refused({key: tensor for key, tensor in weights.items() if key != first}, r"layers without both factors: \['model\.layers\.1")
+    refused(
+        {key: tensor for key, tensor in weights.items() if key != first},
+        r"layers without both factors: \['model\.layers\.1",
+    )
     refused({**weights, first: torch.full_like(weights[first], float("nan"))}, "lora_A.weight is not finite")
     refused({}, "holds no tensor")
-    refused({**weights, first: weights[first][:2].clone()}, r"layers\.1\.mlp\.down_proj.*\(1, 2, 48\) and \(1, 5, 32\)")
+    refused(
+        {**weights, first: weights[first][:2].clone()}, r"layers\.1\.mlp\.down_proj.*\(1, 2, 48\) and \(1, 5, 32\)"
+    )
 
 
 def test_foreign_descriptions_are_refused(saved: Path) -> None:

@@ -72,7 +72,9 @@ def test_square_weights_are_oriented_by_type(family: str, tiny_model: Callable[.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_side_and_batch_change_no_factor(family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_padding_side_and_batch_change_no_factor(
+    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model(family)
     modules = layers(model)
     alone = capture_factors(model, modules, encode_requests(tiny_tokenizer, REQUESTS[2:]))
@@ -83,7 +85,9 @@ def test_padding_side_and_batch_change_no_factor(family: str, tiny_model: Callab
             assert not together[name].layer_inputs[2][~real].any()
             assert not together[name].output_gradients[2][~real].any()
             torch.testing.assert_close(together[name].layer_inputs[2][real], alone[name].layer_inputs[0], **near)
-            torch.testing.assert_close(together[name].output_gradients[2][real], alone[name].output_gradients[0], **near)
+            torch.testing.assert_close(
+                together[name].output_gradients[2][real], alone[name].output_gradients[0], **near
+            )
             torch.testing.assert_close(together[name].output_norms[2:], alone[name].output_norms, **near)
 
 
@@ -93,7 +97,9 @@ def test_the_model_is_left_as_it_was(tiny_model: Callable[..., Any], tiny_tokeni
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = encode_requests(tiny_tokenizer, REQUESTS)
     first, second = (capture_factors(model, layers(model), batch) for _ in range(2))
-    assert all(torch.equal(first[name].output_gradients, second[name].output_gradients) for name in first), "dropout was on"
+    assert all(torch.equal(first[name].output_gradients, second[name].output_gradients) for name in first), (
+        "dropout was on"
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
     assert not model.transformer.drop.training
@@ -167,7 +173,9 @@ def test_nan_weights_are_an_error(tiny_model: Callable[..., Any], tiny_tokenizer
     assert torch.is_grad_enabled()
 
 
-def test_threads_that_share_a_model_record_their_own_requests(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_threads_that_share_a_model_record_their_own_requests(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("qwen3")
     batches = [encode_requests(tiny_tokenizer, [request]) for request in REQUESTS[:2]]
     expected = [capture_factors(model, layers(model), batch) for batch in batches]
@@ -175,8 +183,9 @@ def test_threads_that_share_a_model_record_their_own_requests(tiny_model: Callab
     def work(index: int) -> bool:
         return all(
             torch.equal(captured.output_gradients, expected[index][name].output_gradients)
-            for _ in range(30) for name, captured in capture_factors(model, layers(model), batches[index]).items()
-        )  # fmt: skip
+            for _ in range(30)
+            for name, captured in capture_factors(model, layers(model), batches[index]).items()
+        )
 
     def read(_: int) -> bool:
         with torch.no_grad():
@@ -187,7 +196,9 @@ def test_threads_that_share_a_model_record_their_own_requests(tiny_model: Callab
         assert all(job.result() for job in jobs)
 
 
-def test_the_vocabulary_projection_sees_the_target_columns_only(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_the_vocabulary_projection_sees_the_target_columns_only(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("qwen3")
     batch = encode_requests(tiny_tokenizer, REQUESTS)
     widths: list[int] = []
@@ -203,7 +214,9 @@ def test_the_vocabulary_projection_sees_the_target_columns_only(tiny_model: Call
 def test_case_losses_are_means_over_each_rows_targets(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     batch = encode_requests(tiny_tokenizer, REQUESTS)
     logits, labels = target_logits(tiny_model("gpt2"), batch)
-    expected = [torch.nn.functional.cross_entropy(logits[row], labels[row], ignore_index=IGNORED) for row in range(len(batch))]
+    expected = [
+        torch.nn.functional.cross_entropy(logits[row], labels[row], ignore_index=IGNORED) for row in range(len(batch))
+    ]
     torch.testing.assert_close(case_losses(logits, labels), torch.stack(expected), **near)
 
 
@@ -211,8 +224,16 @@ def test_models_that_flatten_batch_and_tokens_are_read_too(tiny_tokenizer: Any) 
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    config = OPTConfig(vocab_size=320, hidden_size=32, num_hidden_layers=3, ffn_dim=48, num_attention_heads=2, word_embed_proj_dim=32,
-                       max_position_embeddings=128, init_std=0.2)  # fmt: skip
+    config = OPTConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=3,
+        ffn_dim=48,
+        num_attention_heads=2,
+        word_embed_proj_dim=32,
+        max_position_embeddings=128,
+        init_std=0.2,
+    )
     model = OPTForCausalLM(config).eval()
     template, chosen = layers_to_edit(model, [1])
     modules = modules_to_edit(model, [template.format(i=chosen[0])])

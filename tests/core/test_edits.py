@@ -25,7 +25,9 @@ FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 near = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def random_edit(model: Any, number: int = 1, rank: int = 3, seed: int = 0, chosen: tuple[int, ...] = (1, 2)) -> LowRankEdit:
+def random_edit(
+    model: Any, number: int = 1, rank: int = 3, seed: int = 0, chosen: tuple[int, ...] = (1, 2)
+) -> LowRankEdit:
     generator = torch.Generator().manual_seed(seed)
     modules = modules_to_edit(model, [find_ffn_output(model).format(i=i) for i in chosen])
     inputs, outputs = {}, {}
@@ -80,7 +82,9 @@ def test_a_batch_of_independent_edits_equals_naive_dense_updates(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_undo_is_exact_also_nested_and_after_exceptions(family: str, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+def test_undo_is_exact_also_nested_and_after_exceptions(
+    family: str, tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
     model = tiny_model(family)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     original = logits(model, ids)
@@ -143,7 +147,9 @@ def test_asyncio_tasks_keep_their_own_edits(tiny_model: Callable[..., Any], ids:
     asyncio.run(all_tasks())
 
 
-def test_a_thread_started_inside_carries_the_edit_with_the_context(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+def test_a_thread_started_inside_carries_the_edit_with_the_context(
+    tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
     model = tiny_model("gpt2")
     original = logits(model, ids)
     with ThreadPoolExecutor(1) as pool, random_edit(model).attached(model):
@@ -190,26 +196,38 @@ def test_rows_say_which_edit_each_row_carries(tiny_model: Callable[..., Any], id
     with edit.attached(model, rows=torch.tensor([1, 0, 1])):
         attached = logits(model, ids)
     for row, carried in enumerate((1, 0, 1)):
-        torch.testing.assert_close(attached[row : row + 1], logits(with_dense_update(model, edit[carried]), ids[row : row + 1]), **near)
+        torch.testing.assert_close(
+            attached[row : row + 1], logits(with_dense_update(model, edit[carried]), ids[row : row + 1]), **near
+        )
     for rows in (None, torch.tensor([1]), torch.tensor([0, 1, 0, 1])):
         with pytest.raises(ValueError, match="batch of 3 rows"), edit.attached(model, rows=rows):
             model(ids)
-    with pytest.raises(IndexError, match="2 independent edits, 0 to 1"), edit.attached(model, rows=torch.tensor([0, 1, 2])):
+    with (
+        pytest.raises(IndexError, match="2 independent edits, 0 to 1"),
+        edit.attached(model, rows=torch.tensor([0, 1, 2])),
+    ):
         model(ids)
 
 
 @pytest.mark.parametrize("how", ["greedy", "sampling", "beams"])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma"])
-def test_generation_under_an_edit_equals_a_merged_models(how: str, family: str, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+def test_generation_under_an_edit_equals_a_merged_models(
+    how: str, family: str, tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
     model = tiny_model(family)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0  # left padding
-    options: dict[str, Any] = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 20},
-                               "beams": {"num_beams": 3, "do_sample": False}}[how]  # fmt: skip
+    options: dict[str, Any] = {
+        "greedy": {"do_sample": False},
+        "sampling": {"do_sample": True, "top_k": 20},
+        "beams": {"num_beams": 3, "do_sample": False},
+    }[how]
 
     def generate(model: Any, rows: slice) -> Tensor:
         torch.manual_seed(0)
-        return model.generate(ids[rows], attention_mask=mask[rows], max_new_tokens=8, min_new_tokens=8, use_cache=True, **options)
+        return model.generate(
+            ids[rows], attention_mask=mask[rows], max_new_tokens=8, min_new_tokens=8, use_cache=True, **options
+        )
 
     single, independent = random_edit(model), random_edit(model, number=3)
     with single.attached(model):
@@ -220,14 +238,18 @@ def test_generation_under_an_edit_equals_a_merged_models(how: str, family: str, 
     with independent.attached(model, rows=torch.arange(3).repeat_interleave(options.get("num_beams", 1))):
         attached = generate(model, slice(None))
     for row in range(3):
-        assert torch.equal(attached[row : row + 1], generate(with_dense_update(model, independent[row]), slice(row, row + 1)))
+        assert torch.equal(
+            attached[row : row + 1], generate(with_dense_update(model, independent[row]), slice(row, row + 1))
+        )
     if how == "beams":
         with pytest.raises(ValueError, match="beam search repeats rows"), independent.attached(model):
             generate(model, slice(None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merging_equals_attaching_and_undoes_bit_exactly(dtype: torch.dtype, tiny_model: Callable[..., Any], ids: Tensor) -> None:
+def test_merging_equals_attaching_and_undoes_bit_exactly(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
     for family in ("gpt2", "qwen3"):
         model = tiny_model(family, **square(family)).to(dtype)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -242,7 +264,9 @@ def test_merging_equals_attaching_and_undoes_bit_exactly(dtype: torch.dtype, tin
         assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_merging_into_a_peft_model_keeps_the_orientation_of_the_wrapped_layer(tiny_model: Callable[..., Any], ids: Tensor) -> None:
+def test_merging_into_a_peft_model_keeps_the_orientation_of_the_wrapped_layer(
+    tiny_model: Callable[..., Any], ids: Tensor
+) -> None:
     peft = pytest.importorskip("peft")
     for family, target in (("gpt2", "c_proj"), ("qwen3", "down_proj")):
         model = tiny_model(family, **square(family))
@@ -271,9 +295,14 @@ def test_a_side_path_adds_in_fp32_on_16_bit_models(tiny_model: Callable[..., Any
 def test_an_edit_of_another_backbone_is_refused(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("qwen3")
     deep = random_edit(tiny_model("qwen3", num_hidden_layers=10), chosen=(9,))
-    with pytest.raises(BackboneError, match=r"no linear layer named 'model\.layers\.9.*model\.layers\.\{i\}\.mlp\.down_proj"):
+    with pytest.raises(
+        BackboneError, match=r"no linear layer named 'model\.layers\.9.*model\.layers\.\{i\}\.mlp\.down_proj"
+    ):
         deep.modules(model)
-    with ExitStack() as stack, pytest.raises(BackboneError, match=r"expects .* to map 48 to 32, the model's maps 64 to 32"):
+    with (
+        ExitStack() as stack,
+        pytest.raises(BackboneError, match=r"expects .* to map 48 to 32, the model's maps 64 to 32"),
+    ):
         stack.enter_context(random_edit(model).attached(tiny_model("qwen3", intermediate_size=64)))
     fingerprints = [fingerprint(random_edit(model).modules(tiny_model("qwen3", seed=seed))) for seed in (0, 1)]
     half = fingerprint(random_edit(model).modules(tiny_model("qwen3").to(torch.bfloat16)))
@@ -339,7 +368,9 @@ def test_recompression_is_exact_on_either_narrow_side() -> None:
 
 @pytest.mark.parametrize("rank", [1, 3, 7, 100])
 @pytest.mark.parametrize("stored", [7, 60])
-def test_truncation_is_the_dense_svds_and_states_its_error(rank: int, stored: int, tiny_model: Callable[..., Any]) -> None:
+def test_truncation_is_the_dense_svds_and_states_its_error(
+    rank: int, stored: int, tiny_model: Callable[..., Any]
+) -> None:
     edit = random_edit(tiny_model("qwen3"), rank=stored)
     truncated = edit.truncate(rank)
     for name in edit.inputs:

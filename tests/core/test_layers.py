@@ -29,13 +29,34 @@ from ibke_hf.core.layers import (
     weight_of,
 )
 
-WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0, "vocab_size": 64}
+WIDE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "vocab_size": 64,
+}
 FFN_OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bloom": ("transformer.h.{i}.mlp.dense_4h_to_h", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "pad_token_id": 0}),
-    "falcon": ("transformer.h.{i}.mlp.dense_4h_to_h", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}),
+    "bloom": (
+        "transformer.h.{i}.mlp.dense_4h_to_h",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "pad_token_id": 0},
+    ),
+    "falcon": (
+        "transformer.h.{i}.mlp.dense_4h_to_h",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ),
     "gemma3_text": ("model.layers.{i}.mlp.down_proj", {**WIDE, "head_dim": 16}),
-    "gpt_neo": ("transformer.h.{i}.mlp.c_proj", {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48,
-                                                 "attention_types": [[["global", "local"], 1]]}),
+    "gpt_neo": (
+        "transformer.h.{i}.mlp.c_proj",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
     "gpt_neox": ("gpt_neox.layers.{i}.mlp.dense_4h_to_h", WIDE),
     "mistral": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_key_value_heads": 1}),
     "mpt": ("transformer.blocks.{i}.ffn.down_proj", {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 64}),
@@ -46,12 +67,21 @@ FFN_OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_key_value_heads": 1}),
     "starcoder2": ("model.layers.{i}.mlp.c_proj", {**WIDE, "num_key_value_heads": 1}),
     # hybrids: a block mixes tokens by attention or by a convolution with a state, and neither is its FFN
-    "jamba": ("model.layers.{i}.feed_forward.down_proj", {**WIDE, "num_experts": 1, "num_key_value_heads": 1, "use_mamba_kernels": False}),
+    "jamba": (
+        "model.layers.{i}.feed_forward.down_proj",
+        {**WIDE, "num_experts": 1, "num_key_value_heads": 1, "use_mamba_kernels": False},
+    ),
     "lfm2": ("model.layers.{i}.feed_forward.w2", {**WIDE, "num_key_value_heads": 1}),
     "olmo_hybrid": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_hidden_layers": 4}),
-    "qwen3_5_text": ("model.layers.{i}.mlp.down_proj", {**WIDE, "num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 16}),
-    "recurrent_gemma": ("model.layers.{i}.mlp_block.down_proj", {**WIDE, "num_hidden_layers": 3, "num_key_value_heads": 1}),
-}  # fmt: skip
+    "qwen3_5_text": (
+        "model.layers.{i}.mlp.down_proj",
+        {**WIDE, "num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 16},
+    ),
+    "recurrent_gemma": (
+        "model.layers.{i}.mlp_block.down_proj",
+        {**WIDE, "num_hidden_layers": 3, "num_key_value_heads": 1},
+    ),
+}
 
 
 def on_meta(family: str, **config: Any) -> Any:
@@ -63,10 +93,16 @@ def on_meta(family: str, **config: Any) -> Any:
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "template"), [
-    ("gpt2", "transformer.h.{i}.mlp.c_proj"), ("gptj", "transformer.h.{i}.mlp.fc_out"), ("qwen3", "model.layers.{i}.mlp.down_proj"),
-    ("llama", "model.layers.{i}.mlp.down_proj"), ("gemma", "model.layers.{i}.mlp.down_proj"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [
+        ("gpt2", "transformer.h.{i}.mlp.c_proj"),
+        ("gptj", "transformer.h.{i}.mlp.fc_out"),
+        ("qwen3", "model.layers.{i}.mlp.down_proj"),
+        ("llama", "model.layers.{i}.mlp.down_proj"),
+        ("gemma", "model.layers.{i}.mlp.down_proj"),
+    ],
+)
 def test_the_ffn_output_of_the_papers_families(tiny_model: Callable[..., Any], family: str, template: str) -> None:
     model = tiny_model(family)
     assert find_ffn_output(model) == template
@@ -95,9 +131,12 @@ def test_square_ffns_are_found_too(tiny_model: Callable[..., Any], family: str, 
 @pytest.mark.parametrize("backbone", PRESETS)
 def test_presets_resolve_on_models_of_the_same_architecture(backbone: str) -> None:
     family = {"openai-community/gpt2-xl": "gpt2", "EleutherAI/gpt-j-6b": "gptj"}.get(backbone, "qwen3")
-    widths = {"openai-community/gpt2-xl": {"n_embd": 1600, "n_layer": 18, "n_head": 25}, "EleutherAI/gpt-j-6b": {"n_layer": 9},
-              "Qwen/Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 9},
-              "Qwen/Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 9}}[backbone]  # fmt: skip
+    widths = {
+        "openai-community/gpt2-xl": {"n_embd": 1600, "n_layer": 18, "n_head": 25},
+        "EleutherAI/gpt-j-6b": {"n_layer": 9},
+        "Qwen/Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 9},
+        "Qwen/Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 9},
+    }[backbone]
     model, preset = on_meta(family, **widths), PRESETS[backbone]
     assert find_ffn_output(model) == preset["edited_modules"]
     template, layers = layers_to_edit(model, preset["edited_layers"], preset["edited_modules"])
@@ -105,17 +144,36 @@ def test_presets_resolve_on_models_of_the_same_architecture(backbone: str) -> No
     assert [dimensions(module) for module in modules.values()] == [PRESET_DIMENSIONS[backbone]] * 3
 
 
-@pytest.mark.parametrize(("family", "config", "found"), [
-    ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "0 candidates for the FFN output projection (none)"),
-    ("mixtral", {**WIDE, "num_local_experts": 2, "num_key_value_heads": 1}, "0 candidates for the FFN output projection (none)"),
-    ("qwen2_moe", {**WIDE, "num_experts": 2, "num_key_value_heads": 1, "mlp_only_layers": [0], "moe_intermediate_size": 16},
-     "2 candidates for the FFN output projection (model.layers.{i}.mlp.down_proj, model.layers.{i}.mlp.shared_expert.down_proj)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "config", "found"),
+    [
+        (
+            "mamba",
+            {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
+            "0 candidates for the FFN output projection (none)",
+        ),
+        (
+            "mixtral",
+            {**WIDE, "num_local_experts": 2, "num_key_value_heads": 1},
+            "0 candidates for the FFN output projection (none)",
+        ),
+        (
+            "qwen2_moe",
+            {**WIDE, "num_experts": 2, "num_key_value_heads": 1, "mlp_only_layers": [0], "moe_intermediate_size": 16},
+            (
+                "2 candidates for the FFN output projection (model.layers.{i}.mlp.down_proj, "
+                "model.layers.{i}.mlp.shared_expert.down_proj)"
+            ),
+        ),
+    ],
+)
 def test_an_ambiguous_ffn_output_is_refused_with_candidates(family: str, config: dict[str, Any], found: str) -> None:
     model = on_meta(family, **config)
     with pytest.raises(BackboneError) as caught:
         find_ffn_output(model)
-    assert str(caught.value).startswith(f"{type(model).__name__}: {found}; name the one to edit, such as edited_modules=")
+    assert str(caught.value).startswith(
+        f"{type(model).__name__}: {found}; name the one to edit, such as edited_modules="
+    )
 
 
 def test_a_long_list_of_candidates_is_cut(tiny_model: Callable[..., Any]) -> None:
@@ -131,49 +189,74 @@ def test_an_unknown_layer_is_refused_with_what_there_is(tiny_model: Callable[...
     with pytest.raises(BackboneError) as caught:
         modules_to_edit(model, ["transformer.h.1.mlp.c_proj", "transformer.h.1.mlp.down_proj"])
     assert str(caught.value) == (
-        "GPT2LMHeadModel has no linear layer named 'transformer.h.1.mlp.down_proj'; its linear layers are lm_head, "
-        "transformer.h.{i}.attn.c_attn, transformer.h.{i}.attn.c_proj, transformer.h.{i}.mlp.c_fc, transformer.h.{i}.mlp.c_proj"
+        "GPT2LMHeadModel has no linear layer named 'transformer.h.1.mlp.down_proj'; its linear layers are lm_head, "(
+            "transformer.h.{i}.attn.c_attn, transformer.h.{i}.attn.c_proj, transformer.h.{i}.mlp.c_fc, "
+            "transformer.h.{i}.mlp.c_proj"
+        )
     )
 
 
 def test_a_layer_that_is_too_high_is_refused_with_the_range(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(BackboneError) as caught:
         modules_to_edit(tiny_model("gpt2"), ["transformer.h.9.mlp.c_proj"])
-    assert str(caught.value).endswith("named 'transformer.h.9.mlp.c_proj'; it has transformer.h.{i}.mlp.c_proj for i = 0, 1, 2, 3")
+    assert str(caught.value).endswith(
+        "named 'transformer.h.9.mlp.c_proj'; it has transformer.h.{i}.mlp.c_proj for i = 0, 1, 2, 3"
+    )
 
 
 # --- which layers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "layers"), [(1, [0]), (2, [0, 1]), (3, [0, 1]), (4, [0, 1, 2]), (6, [1, 2, 3]), (28, [12, 13, 14])])
-def test_the_default_is_three_layers_before_the_middle(tiny_model: Callable[..., Any], depth: int, layers: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(1, [0]), (2, [0, 1]), (3, [0, 1]), (4, [0, 1, 2]), (6, [1, 2, 3]), (28, [12, 13, 14])]
+)
+def test_the_default_is_three_layers_before_the_middle(
+    tiny_model: Callable[..., Any], depth: int, layers: list[int]
+) -> None:
     assert layers_to_edit(tiny_model("qwen3", num_hidden_layers=depth)) == ("model.layers.{i}.mlp.down_proj", layers)
 
 
-@pytest.mark.parametrize(("layers", "what"), [
-    ([4], r"between 0 and 3 for this backbone, found \[4\]"), ([-1], r"between 0 and 3"), ([], r"between 0 and 3 .* found \[\]"),
-    ([1, 2, 1], r"layers must differ, found \[1, 2, 1\]"),
-])  # fmt: skip
-def test_layers_that_cannot_be_edited_are_refused(tiny_model: Callable[..., Any], layers: list[int], what: str) -> None:
+@pytest.mark.parametrize(
+    ("layers", "what"),
+    [
+        ([4], r"between 0 and 3 for this backbone, found \[4\]"),
+        ([-1], r"between 0 and 3"),
+        ([], r"between 0 and 3 .* found \[\]"),
+        ([1, 2, 1], r"layers must differ, found \[1, 2, 1\]"),
+    ],
+)
+def test_layers_that_cannot_be_edited_are_refused(
+    tiny_model: Callable[..., Any], layers: list[int], what: str
+) -> None:
     with pytest.raises(BackboneError, match=what):
         layers_to_edit(tiny_model("qwen3"), layers)
 
 
 def test_a_name_without_a_place_for_the_layer_is_refused(tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(BackboneError, match=r"edited_modules must contain \{i\}.*found 'model.layers.3.mlp.down_proj'"):
+    with pytest.raises(
+        BackboneError, match=r"edited_modules must contain \{i\}.*found 'model.layers.3.mlp.down_proj'"
+    ):
         layers_to_edit(tiny_model("qwen3"), [3], "model.layers.3.mlp.down_proj")
 
 
 # --- wrapped models -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "plain"), [
-    ("transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_proj"), ("_orig_mod.model.layers.0.mlp", "model.layers.0.mlp"),
-    ("base_model.model.model.layers.0.mlp", "model.layers.0.mlp"), ("_orig_mod.base_model.model.model.layers.0", "model.layers.0"),
-    ("module._orig_mod.model.layers.0", "model.layers.0"), ("model.layers.0._orig_mod.mlp", "model.layers.0.mlp"),
-    ("_orig_mod.module.base_model.model.transformer", "transformer"),
-    ("model.my_module.layers.0", "model.my_module.layers.0"), ("model.module.layers.0", "model.module.layers.0"), ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_proj"),
+        ("_orig_mod.model.layers.0.mlp", "model.layers.0.mlp"),
+        ("base_model.model.model.layers.0.mlp", "model.layers.0.mlp"),
+        ("_orig_mod.base_model.model.model.layers.0", "model.layers.0"),
+        ("module._orig_mod.model.layers.0", "model.layers.0"),
+        ("model.layers.0._orig_mod.mlp", "model.layers.0.mlp"),
+        ("_orig_mod.module.base_model.model.transformer", "transformer"),
+        ("model.my_module.layers.0", "model.my_module.layers.0"),
+        ("model.module.layers.0", "model.module.layers.0"),
+        ("", ""),
+    ],
+)
 def test_wrappers_are_stripped_from_names(name: str, plain: str) -> None:
     assert plain_name(name) == plain
 
@@ -244,10 +327,14 @@ class Quantised(nn.Module):
             self.register_buffer("qweight", weight)
 
 
-@pytest.mark.parametrize("layer", [
-    Quantised(torch.zeros(3, 4, dtype=torch.uint8), parameter=False), Quantised(torch.zeros(3, 4, dtype=torch.int8), parameter=True),
-    Quantised(torch.zeros(3, 4).to(torch.float8_e4m3fn), parameter=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Quantised(torch.zeros(3, 4, dtype=torch.uint8), parameter=False),
+        Quantised(torch.zeros(3, 4, dtype=torch.int8), parameter=True),
+        Quantised(torch.zeros(3, 4).to(torch.float8_e4m3fn), parameter=True),
+    ],
+)
 def test_quantised_layers_are_found_and_take_no_merged_edit(layer: Quantised) -> None:
     assert is_projection(layer)
     assert dimensions(layer) == (4, 3)

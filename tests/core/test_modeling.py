@@ -92,7 +92,9 @@ def test_neither_padding_nor_the_rest_of_the_batch_changes_an_edit(
     assert together == editor.edit(model, without_padding, REQUESTS, mode="independent"), "no pad token is needed"
 
 
-def test_a_joint_edit_is_the_sum_of_edits_on_the_unedited_model(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_a_joint_edit_is_the_sum_of_edits_on_the_unedited_model(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("qwen3")
     editor = make_editor(model, tiny_tokenizer)
     joint = editor.edit(model, tiny_tokenizer, REQUESTS)
@@ -103,7 +105,9 @@ def test_a_joint_edit_is_the_sum_of_edits_on_the_unedited_model(tiny_model: Call
     assert joint.info.requests == REQUESTS
 
 
-def test_sequential_edits_read_each_request_on_the_model_edited_so_far(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_sequential_edits_read_each_request_on_the_model_edited_so_far(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("qwen3")
     editor = make_editor(model, tiny_tokenizer)
     with torch.inference_mode():
@@ -113,18 +117,26 @@ def test_sequential_edits_read_each_request_on_the_model_edited_so_far(tiny_mode
         steps.append(editor.edit(edited, tiny_tokenizer, [request]))
         steps[-1].merge_into(edited)
     for name, update in dense(sequential).items():
-        torch.testing.assert_close(update, torch.stack([step.weight_update(name) for step in steps]).sum(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            update, torch.stack([step.weight_update(name) for step in steps]).sum(0), rtol=1e-4, atol=1e-4
+        )
     joint = editor.edit(model, tiny_tokenizer, REQUESTS)
-    assert not torch.allclose(joint.weight_update(joint.layers[-1]), sequential.weight_update(joint.layers[-1]), atol=1e-3)
+    assert not torch.allclose(
+        joint.weight_update(joint.layers[-1]), sequential.weight_update(joint.layers[-1]), atol=1e-3
+    )
     first = editor.edit(model, tiny_tokenizer, REQUESTS[:1])
     for mode in ("joint", "sequential"):
-        assert_same(editor.edit(model, tiny_tokenizer, REQUESTS[1:2], mode=mode, previous=first),
-                    editor.edit(model, tiny_tokenizer, REQUESTS[:2], mode="sequential"))  # fmt: skip
+        assert_same(
+            editor.edit(model, tiny_tokenizer, REQUESTS[1:2], mode=mode, previous=first),
+            editor.edit(model, tiny_tokenizer, REQUESTS[:2], mode="sequential"),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_16_bit_backbones_give_finite_edits(family: str, dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_16_bit_backbones_give_finite_edits(
+    family: str, dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model(family, initializer_range=0.05).to(dtype)
     editor = make_editor(model, tiny_tokenizer, capture_loss_scale=64.0)
     edit = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
@@ -149,7 +161,9 @@ def test_calibration_starts_from_the_configured_ratio(tiny_model: Callable[..., 
         x = editor.standardise(index, captured)[captured.mask]
         torch.testing.assert_close(x.mean(0), torch.zeros_like(x[0]), atol=1e-4, rtol=0)
         torch.testing.assert_close(x.std(0, correction=0), torch.ones_like(x[0]), atol=1e-2, rtol=0)
-        side = (captured.layer_inputs @ adapted.layer_inputs.mT @ adapted.output_gradients * editor.step_sizes[index]).detach()
+        side = (
+            captured.layer_inputs @ adapted.layer_inputs.mT @ adapted.output_gradients * editor.step_sizes[index]
+        ).detach()
         assert float((side.flatten(1).norm(dim=-1) / captured.output_norms).median()) == pytest.approx(0.03, rel=1e-3)
 
 
@@ -208,12 +222,19 @@ def test_ablations(captured: tuple[IBKEEditor, Any], tiny_model: Callable[..., A
     assert adapted.gates is None
     x = without_gate.standardise(0, factors[0])
     torch.testing.assert_close(torch.cat((adapted.layer_inputs, adapted.output_gradients), -1), x)
-    for option in ({"attention_scale": False}, {"second_stage_heads": 4}, {"second_stage_skip": True}, {"second_stage_mlp": 8}):
+    for option in (
+        {"attention_scale": False},
+        {"second_stage_heads": 4},
+        {"second_stage_skip": True},
+        {"second_stage_mlp": 8},
+    ):
         for adapted in make_editor(model, tiny_tokenizer, **option)(factors):
             assert torch.isfinite(adapted.layer_inputs).all()
 
 
-def test_training_starts_from_a_gated_step_along_the_standardised_factors(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_training_starts_from_a_gated_step_along_the_standardised_factors(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2")
     editor = IBKEEditor.for_backbone(model, **SMALL)
     factors = editor.capture(model, encode_requests(tiny_tokenizer, REQUESTS))
@@ -237,13 +258,17 @@ def test_an_edit_is_differentiable_in_the_editors_weights(captured: tuple[IBKEEd
     adapted: tuple[AdaptedFactors, ...] = editor(factors)
     edit = editor.as_edit(adapted, torch.tensor([0, 0, 1]))
     sum(edit.weight_updates(name).square().sum() for name in edit.layers).backward()
-    assert all(parameter.grad is not None for name, parameter in editor.named_parameters() if "log_variance" not in name)
+    assert all(
+        parameter.grad is not None for name, parameter in editor.named_parameters() if "log_variance" not in name
+    )
 
 
 # --- files and refusals ---------------------------------------------------------------------------------------------
 
 
-def test_a_saved_editor_gives_the_same_edit_bit_for_bit(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_saved_editor_gives_the_same_edit_bit_for_bit(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     model = tiny_model("gpt2")
     editor = make_editor(model, tiny_tokenizer)
     editor.save_pretrained(tmp_path)

@@ -30,7 +30,19 @@ REQUESTS = [
     EditRequest("Marie Curie was born in", "Warsaw, Poland"),
     EditRequest("An oak is a", "tree"),
 ]
-SCRIPTS = ["Paris", "東京", "Москва", "القاهرة", "देहली", "서울", "🗼🇫🇷", "e\u0301clair", "a\u200bb", "Zürich\nBern", "½ ≈ 0.5"]
+SCRIPTS = [
+    "Paris",
+    "東京",
+    "Москва",
+    "القاهرة",
+    "देहली",
+    "서울",
+    "🗼🇫🇷",
+    "e\u0301clair",
+    "a\u200bb",
+    "Zürich\nBern",
+    "½ ≈ 0.5",
+]
 
 
 def special(tokenizer: PreTrainedTokenizerFast, template: str, **names: str) -> PreTrainedTokenizerFast:
@@ -56,9 +68,17 @@ def beginning(tiny_tokenizer: Any) -> Any:
 # --- the span -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("target", "expected"), [
-    ("Paris", " Paris"), (" Paris", " Paris"), ("  Paris", "  Paris"), ("\nParis", "\nParis"), ("\u00a0Paris", "\u00a0Paris"), ("", " ")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("Paris", " Paris"),
+        (" Paris", " Paris"),
+        ("  Paris", "  Paris"),
+        ("\nParis", "\nParis"),
+        ("\u00a0Paris", "\u00a0Paris"),
+        ("", " "),
+    ],
+)
 def test_a_target_gets_one_leading_space_unless_it_has_one(target: str, expected: str) -> None:
     assert with_leading_space(target) == expected
 
@@ -91,13 +111,17 @@ def merging(full: tuple[str, ...], prompt: tuple[str, ...]) -> PreTrainedTokeniz
     """A tokenizer without word boundaries that merges ``ab c`` across the seam."""
     pieces = ["a", "b", " ", "c", *full, *prompt]
     merges = [("b", " "), ("b ", "c")] if full == ("b ", "b c") else [("a", "b"), ("ab", " "), ("ab ", "c")]
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({p: i for i, p in enumerate(dict.fromkeys(pieces))}, merges)))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({p: i for i, p in enumerate(dict.fromkeys(pieces))}, merges))
+    )
 
 
 def test_an_empty_span_names_the_case_and_a_cure() -> None:
     tokenizer = merging(("b ", "b c"), ())
     assert len(tokenizer("ab c")["input_ids"]) == len(tokenizer("ab")["input_ids"]) == 2
-    with pytest.raises(RequestError, match=r"record 7, case 2: the tokenizer merges prompt and target.*'ab' -> 'c'.*offsets"):
+    with pytest.raises(
+        RequestError, match=r"record 7, case 2: the tokenizer merges prompt and target.*'ab' -> 'c'.*offsets"
+    ):
         encode(tokenizer, "ab", "c", name="record 7, case 2")
     assert encode(tokenizer, "ab", "c", span="offsets") == (tokenizer("ab c")["input_ids"], 1)
 
@@ -110,9 +134,10 @@ def test_a_text_of_one_token_has_nothing_to_predict_it_from(span: Any) -> None:
         encode(tokenizer, "ab", "c", span=span)
 
 
-@pytest.mark.parametrize(("prompt", "target", "missing"), [
-    ("", "x", "prompt"), (" \n", "x", "prompt"), ("x", "", "target"), ("x", "  ", "target")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "target", "missing"),
+    [("", "x", "prompt"), (" \n", "x", "prompt"), ("x", "", "target"), ("x", "  ", "target")],
+)
 def test_an_empty_text_names_the_request(tiny_tokenizer: Any, prompt: str, target: str, missing: str) -> None:
     with pytest.raises(RequestError, match=rf"request 1: the {missing} is empty"):
         encode_requests(tiny_tokenizer, [REQUESTS[0], EditRequest(prompt, target)])
@@ -147,7 +172,9 @@ def test_offsets_need_a_fast_tokenizer(tiny_tokenizer: Any) -> None:
 def test_an_appended_end_is_no_part_of_prompt_or_target(tiny_tokenizer: Any, ending: Any, span: Any) -> None:
     assert ending("An oak")["input_ids"][-1] == ending.eos_token_id
     for request in REQUESTS:
-        assert encode(ending, request.prompt, request.target, span=span) == encode(tiny_tokenizer, request.prompt, request.target)
+        assert encode(ending, request.prompt, request.target, span=span) == encode(
+            tiny_tokenizer, request.prompt, request.target
+        )
     assert encode_prompt(ending, "An oak is") == encode_prompt(tiny_tokenizer, "An oak is")
 
 
@@ -155,7 +182,10 @@ def test_an_appended_end_is_no_part_of_prompt_or_target(tiny_tokenizer: Any, end
 def test_a_beginning_token_is_part_of_the_prompt(tiny_tokenizer: Any, beginning: Any, span: Any) -> None:
     for request in REQUESTS:
         plain, start = encode(tiny_tokenizer, request.prompt, request.target)
-        assert encode(beginning, request.prompt, request.target, span=span) == ([beginning.bos_token_id, *plain], start + 1)
+        assert encode(beginning, request.prompt, request.target, span=span) == (
+            [beginning.bos_token_id, *plain],
+            start + 1,
+        )
 
 
 def test_an_end_that_the_text_itself_holds_stays(tiny_tokenizer: Any) -> None:
@@ -176,7 +206,9 @@ def test_an_end_in_the_target_is_predicted_and_the_appended_one_is_not(ending: A
 def positions_and_labels(batch: TokenBatch) -> list[list[tuple[int, int, int]]]:
     """Per row, what stands at each real position, and what is to be predicted there."""
     rows = []
-    for ids, mask, labels, positions in zip(batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids, strict=True):
+    for ids, mask, labels, positions in zip(
+        batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids, strict=True
+    ):
         real = mask.bool()
         rows.append(list(zip(positions[real].tolist(), ids[real].tolist(), labels[real].tolist(), strict=True)))
     return rows
@@ -194,7 +226,9 @@ def test_the_last_target_token_is_not_fed(tiny_tokenizer: Any) -> None:
 def test_both_padding_sides_give_the_same_positions_and_labels(tiny_tokenizer: Any) -> None:
     left, right = (encode_requests(tiny_tokenizer, REQUESTS, side=side) for side in ("left", "right"))
     assert positions_and_labels(left) == positions_and_labels(right)
-    assert positions_and_labels(left) == [positions_and_labels(encode_requests(tiny_tokenizer, [r]))[0] for r in REQUESTS]
+    assert positions_and_labels(left) == [
+        positions_and_labels(encode_requests(tiny_tokenizer, [r]))[0] for r in REQUESTS
+    ]
     for batch in (left, right):
         assert (batch.labels[~batch.attention_mask.bool()] == IGNORED).all()
     assert left.attention_mask[:, -1].all()
@@ -203,12 +237,16 @@ def test_both_padding_sides_give_the_same_positions_and_labels(tiny_tokenizer: A
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_a_model_predicts_the_same_with_either_padding(tiny_model: Callable[..., Any], tiny_tokenizer: Any, family: str) -> None:
+def test_a_model_predicts_the_same_with_either_padding(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, family: str
+) -> None:
     model, found = tiny_model(family), []
     for side in ("left", "right"):
         batch = encode_requests(tiny_tokenizer, REQUESTS, side=side)
         with torch.no_grad():
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
+            logits = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+            ).logits
         found.append(logits[batch.labels != IGNORED])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
@@ -216,7 +254,9 @@ def test_a_model_predicts_the_same_with_either_padding(tiny_model: Callable[...,
 def test_a_missing_pad_token_is_no_obstacle(tiny_tokenizer: Any) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
     assert bare.pad_token_id is None
-    assert positions_and_labels(encode_requests(bare, REQUESTS)) == positions_and_labels(encode_requests(tiny_tokenizer, REQUESTS))
+    assert positions_and_labels(encode_requests(bare, REQUESTS)) == positions_and_labels(
+        encode_requests(tiny_tokenizer, REQUESTS)
+    )
 
 
 def test_the_padding_id_is_free(tiny_tokenizer: Any) -> None:
@@ -266,12 +306,18 @@ def test_a_text_that_does_not_fit_is_refused(tiny_tokenizer: Any) -> None:
     ids, _ = encode(tiny_tokenizer, "The capital of France is", "Paris")
     fed = len(ids) - 1  # the last target token is not fed
     encode(tiny_tokenizer, "The capital of France is", "Paris", max_length=fed)
-    with pytest.raises(RequestError, match=rf"request 0: {fed} tokens do not fit the model's context of {fed - 1}; shorten"):
+    with pytest.raises(
+        RequestError, match=rf"request 0: {fed} tokens do not fit the model's context of {fed - 1}; shorten"
+    ):
         encode_requests(tiny_tokenizer, REQUESTS[:1], max_length=fed - 1)
 
 
-@pytest.mark.parametrize(("family", "config"), [("gpt2", {"n_positions": 77}), ("qwen3", {"max_position_embeddings": 77})])
-def test_the_context_is_read_from_the_config(tiny_model: Callable[..., Any], family: str, config: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("family", "config"), [("gpt2", {"n_positions": 77}), ("qwen3", {"max_position_embeddings": 77})]
+)
+def test_the_context_is_read_from_the_config(
+    tiny_model: Callable[..., Any], family: str, config: dict[str, int]
+) -> None:
     assert context_length(tiny_model(family, **config)) == 77
 
 

@@ -63,7 +63,9 @@ def hops_of(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def triple_of(hop: dict[str, Any]) -> Triple:
     tail = hop["tail_entity"]["value"]
-    return Triple(hop["head_entity"]["label"], hop["property"]["description"], tail["label"] if isinstance(tail, dict) else tail)
+    return Triple(
+        hop["head_entity"]["label"], hop["property"]["description"], tail["label"] if isinstance(tail, dict) else tail
+    )
 
 
 # --- chains ---------------------------------------------------------------------------------------------------------
@@ -72,7 +74,9 @@ def triple_of(hop: dict[str, Any]) -> Triple:
 def test_paths_are_worded(world: World) -> None:
     lies, capital = Triple("Borton", "town_country", "Boria"), Triple("Boria", "country_capital", "Borton")
     assert noun_phrase(world, (Step(lies), Step(capital))) == "the capital of the country where Borton lies"
-    assert path_prompt(world, (Step(lies), Step(capital)), "Notrob") == "The capital of the country where Notrob lies is"
+    assert (
+        path_prompt(world, (Step(lies), Step(capital)), "Notrob") == "The capital of the country where Notrob lies is"
+    )
     assert path_prompt(world, (Step(lies), Step(capital)), form=1) == "The country where Borton lies is governed from"
     assert path_prompt(world, (Step(capital, backwards=True),)) == "Borton is the capital of"
     assert noun_phrase(world, (Step(capital, backwards=True),)) == "the country whose capital is Borton"
@@ -81,7 +85,9 @@ def test_paths_are_worded(world: World) -> None:
 
 
 def test_steps_are_well_defined(world: World) -> None:
-    assert [step.end for step in steps_from(world, "Alia")] == ["Alton"]  # exports have many answers, towns of a country too
+    assert [step.end for step in steps_from(world, "Alia")] == [
+        "Alton"
+    ]  # exports have many answers, towns of a country too
     assert {step.end for step in steps_from(world, "Alton")} == {"Alia", "1200"}
     assert {step.start for step in steps_to(world, "Alia")} == {"Alton", "Alville", "Alburg"}
     for path in all_two_hop_chains(world):
@@ -155,7 +161,11 @@ def test_generality_cases_ask_what_their_criteria_say(built: list[Built], world:
                 assert set(case.aliases) == set(world.aliases.get(edit.subject, ()))
 
 
-CRITERION_OF = {"head of edit": "Subject Specificity", "property of edit": "Relation Specificity", "tail of edit": "Object Specificity"}
+CRITERION_OF = {
+    "head of edit": "Subject Specificity",
+    "property of edit": "Relation Specificity",
+    "tail of edit": "Object Specificity",
+}
 
 
 def test_locality_criteria_of_the_reader_are_what_was_drawn(built: list[Built], world: World) -> None:
@@ -207,7 +217,12 @@ def test_locality_never_collides_with_its_own_edit(built: list[Built], world: Wo
         single = world.relations[edit.relation].single_value
         for parsed, case in zip(record.locality, made["locality"].values(), strict=True):
             assert not collides(parsed, record.edits)
-            assert not (single and any((t.subject, t.relation) == (edit.subject, edit.relation) for t in map(triple_of, hops_of(case))))
+            assert not (
+                single
+                and any(
+                    (t.subject, t.relation) == (edit.subject, edit.relation) for t in map(triple_of, hops_of(case))
+                )
+            )
 
 
 def test_every_other_hop_is_a_known_triple(built: list[Built], known: World) -> None:
@@ -290,13 +305,22 @@ def test_shares_that_mean_nothing_are_refused(world: World, shares: dict[str, di
 
 def test_the_old_subject_of_a_single_inverse_is_left_alone(built: list[Built], world: World) -> None:
     """After "the capital of Alia is Borton", whose capital Borton is has two answers, so nobody asks about the other one."""
-    moved = [(made, record) for made, record, _ in built if made["kind"] == "counterfactual" and record.relation == "capital"]
-    rivals = [any(t.relation == "country_capital" for t in world.by_object.get(record.edits[0].target, ())) for _, record in moved]
+    moved = [
+        (made, record)
+        for made, record, _ in built
+        if made["kind"] == "counterfactual" and record.relation == "capital"
+    ]
+    rivals = [
+        any(t.relation == "country_capital" for t in world.by_object.get(record.edits[0].target, ()))
+        for _, record in moved
+    ]
     assert any(rivals)
     for _, record in moved:
         (edit,) = record.edits
         facts = [fact for case in (*record.generality, *record.locality) for fact in case.facts]
-        assert all(fact.head == edit.head for fact in facts if (fact.property, fact.tail) == (edit.property, edit.tail))
+        assert all(
+            fact.head == edit.head for fact in facts if (fact.property, fact.tail) == (edit.property, edit.tail)
+        )
 
 
 def test_a_world_of_one_fact_gives_no_record(world: World) -> None:

@@ -16,16 +16,28 @@ TOWNS = [f"{stem}{end}" for end in ("ton", "ville", "burg") for stem in STEMS]
 GOODS = ["tin", "wool", "amber", "salt", "cork", "silk"]
 RELATION_HEADER = "relation\tlabel\tsubject_kind\tobject_kind\tsingle_value\tinverse_single"
 RELATIONS = {
-    "town_country": ("country of the town\ttown\tcountry\tyes\tno",
-                     {"prompt": ["{} lies in", "The country of {} is", "{} is a town in"], "noun": ["the country where {} lies"]}),
-    "country_capital": ("capital\tcountry\ttown\tyes\tyes",
-                        {"prompt": ["The capital of {} is", "{} is governed from"], "noun": ["the capital of {}"],
-                         "inverse": ["{} is the capital of"], "inverse_noun": ["the country whose capital is {}"]}),
-    "country_export": ("export\tcountry\tgood\tno\tno",
-                       {"prompt": ["{} exports", "Among the exports of {} is"], "noun": ["an export of {}"]}),
-    "town_year": ("year of foundation\ttown\tyear\tyes\tno", {"prompt": ["{} was founded in", "The town of {} dates from"],
-                                                              "noun": ["the year in which {} was founded"]}),
-}  # fmt: skip
+    "town_country": (
+        "country of the town\ttown\tcountry\tyes\tno",
+        {"prompt": ["{} lies in", "The country of {} is", "{} is a town in"], "noun": ["the country where {} lies"]},
+    ),
+    "country_capital": (
+        "capital\tcountry\ttown\tyes\tyes",
+        {
+            "prompt": ["The capital of {} is", "{} is governed from"],
+            "noun": ["the capital of {}"],
+            "inverse": ["{} is the capital of"],
+            "inverse_noun": ["the country whose capital is {}"],
+        },
+    ),
+    "country_export": (
+        "export\tcountry\tgood\tno\tno",
+        {"prompt": ["{} exports", "Among the exports of {} is"], "noun": ["an export of {}"]},
+    ),
+    "town_year": (
+        "year of foundation\ttown\tyear\tyes\tno",
+        {"prompt": ["{} was founded in", "The town of {} dates from"], "noun": ["the year in which {} was founded"]},
+    ),
+}
 TWO_RELATIONS = ("town_country", "country_capital")
 
 
@@ -38,9 +50,13 @@ def world_triples() -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def write_world(folder: Path, relations: tuple[str, ...] = tuple(RELATIONS), replaced: Mapping[str, str] | None = None) -> Path:
+def write_world(
+    folder: Path, relations: tuple[str, ...] = tuple(RELATIONS), replaced: Mapping[str, str] | None = None
+) -> Path:
     """Write a small world; `replaced` gives whole tables other contents."""
-    templates = [f"{name}\t{form}\t{text}" for name in relations for form, texts in RELATIONS[name][1].items() for text in texts]
+    templates = [
+        f"{name}\t{form}\t{text}" for name in relations for form, texts in RELATIONS[name][1].items() for text in texts
+    ]
     backwards = {name: name[::-1].title() for name in COUNTRIES + TOWNS[:12]}
     triples = [f"{subject}\t{name}\t{obj}" for name in relations for subject, obj in world_triples()[name]]
     tables = {
@@ -75,7 +91,12 @@ def test_a_world_is_read_with_its_wordings_and_look_ups(tmp_path: Path) -> None:
     world = load_world(write_world(tmp_path / "north"))
     assert len(world.triples) == 80
     capital = world.relations["country_capital"]
-    assert (capital.domain, capital.label, capital.subject_kind, capital.object_kind) == ("north", "capital", "country", "town")
+    assert (capital.domain, capital.label, capital.subject_kind, capital.object_kind) == (
+        "north",
+        "capital",
+        "country",
+        "town",
+    )
     assert capital.single_value
     assert capital.inverse_single
     assert not world.relations["country_export"].single_value
@@ -94,7 +115,10 @@ def test_folders_of_domains_make_one_world(tmp_path: Path) -> None:
     write_world(tmp_path / "towns", ("town_country",))
     write_world(tmp_path / "capitals", ("country_capital",), {"entities.tsv": "entity\taliases\n"})
     world = load_world(tmp_path)
-    assert {name: relation.domain for name, relation in world.relations.items()} == {"town_country": "towns", "country_capital": "capitals"}
+    assert {name: relation.domain for name, relation in world.relations.items()} == {
+        "town_country": "towns",
+        "country_capital": "capitals",
+    }
     assert len(world.triples) == 32
 
 
@@ -146,31 +170,54 @@ def test_entities_never_share_an_id(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is wrong --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("table", "row", "what"), [
-    ("relations.tsv", "town_country\tagain\ttown\tcountry\tyes\tno", "relation 'town_country' is defined twice"),
-    ("relations.tsv", "new\tnew\ttown\tcountry\tmaybe\tno", "single_value and inverse_single are yes or no, found 'maybe' and 'no'"),
-    ("relations.tsv", "new\tnew\ttown\tcountry\tyes", "a row has 6 non-empty cells without outer spaces"),
-    ("templates.tsv", "town_country\tquestion\tWhere is {}?", "form is one of prompt, noun, inverse, inverse_noun, found 'question'"),
-    ("templates.tsv", "town_country\tprompt\tThe country is", "a wording has exactly one {}"),
-    ("templates.tsv", "town_country\tprompt\t{} or {} lies in", "a wording has exactly one {}"),
-    ("templates.tsv", "town_country\tprompt\t{0} lies in", "a wording has exactly one {}"),
-    ("templates.tsv", "town_country\tprompt\t{} lies in }", "a wording has exactly one {}"),
-    ("templates.tsv", "town_land\tprompt\t{} lies in", "relation 'town_land' is not in relations.tsv"),
-    ("templates.tsv", "town_country\tprompt\t{} lies in", "the prompt wording '{} lies in' of 'town_country' is given twice"),
-    ("triples.tsv", "Alton\ttown_land\tAlia", "relation 'town_land' is not in relations.tsv"),
-    ("triples.tsv", "Alton\ttown_country\tAlia", "the row stands at"),
-    ("triples.tsv", "Alton\ttown_country\tBoria", "'Alton' has two objects of the single-valued 'town_country': 'Alia'"),
-    ("triples.tsv", "Zia\tcountry_capital\tAlton", "'Alton' has two subjects of 'country_capital', whose inverse is single: 'Alia'"),
-    ("triples.tsv", "Alia\ttown_country\tBoria", "'Alia' is a 'town' here and a 'country' elsewhere; rename one"),
-    ("triples.tsv", "Newtown\ttown_country\ttin", "'tin' is a 'country' here and a 'good' elsewhere; rename one"),
-    ("triples.tsv", "Newtown\ttown_country\t Alia", "a row has 3 non-empty cells without outer spaces"),
-    ("triples.tsv", "Newtown\ttown_country", "a row has 3 non-empty cells"),
-    ("triples.tsv", "Newtown\ttown_country\t", "a row has 3 non-empty cells"),
-    ("triples.tsv", "Newtown\ttown_country\tAlia\tsurely", "a row has 3 non-empty cells"),
-    ("entities.tsv", "Boria\tAila", "alias 'Aila' belongs to 'Alia' already"),
-    ("entities.tsv", "Boria\tCasia", "alias 'Casia' of 'Boria' is an entity's own name; leave it out"),
-    ("entities.tsv", "Atlantis\tAtl", "entity 'Atlantis' is in no triple"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("table", "row", "what"),
+    [
+        ("relations.tsv", "town_country\tagain\ttown\tcountry\tyes\tno", "relation 'town_country' is defined twice"),
+        (
+            "relations.tsv",
+            "new\tnew\ttown\tcountry\tmaybe\tno",
+            "single_value and inverse_single are yes or no, found 'maybe' and 'no'",
+        ),
+        ("relations.tsv", "new\tnew\ttown\tcountry\tyes", "a row has 6 non-empty cells without outer spaces"),
+        (
+            "templates.tsv",
+            "town_country\tquestion\tWhere is {}?",
+            "form is one of prompt, noun, inverse, inverse_noun, found 'question'",
+        ),
+        ("templates.tsv", "town_country\tprompt\tThe country is", "a wording has exactly one {}"),
+        ("templates.tsv", "town_country\tprompt\t{} or {} lies in", "a wording has exactly one {}"),
+        ("templates.tsv", "town_country\tprompt\t{0} lies in", "a wording has exactly one {}"),
+        ("templates.tsv", "town_country\tprompt\t{} lies in }", "a wording has exactly one {}"),
+        ("templates.tsv", "town_land\tprompt\t{} lies in", "relation 'town_land' is not in relations.tsv"),
+        (
+            "templates.tsv",
+            "town_country\tprompt\t{} lies in",
+            "the prompt wording '{} lies in' of 'town_country' is given twice",
+        ),
+        ("triples.tsv", "Alton\ttown_land\tAlia", "relation 'town_land' is not in relations.tsv"),
+        ("triples.tsv", "Alton\ttown_country\tAlia", "the row stands at"),
+        (
+            "triples.tsv",
+            "Alton\ttown_country\tBoria",
+            "'Alton' has two objects of the single-valued 'town_country': 'Alia'",
+        ),
+        (
+            "triples.tsv",
+            "Zia\tcountry_capital\tAlton",
+            "'Alton' has two subjects of 'country_capital', whose inverse is single: 'Alia'",
+        ),
+        ("triples.tsv", "Alia\ttown_country\tBoria", "'Alia' is a 'town' here and a 'country' elsewhere; rename one"),
+        ("triples.tsv", "Newtown\ttown_country\ttin", "'tin' is a 'country' here and a 'good' elsewhere; rename one"),
+        ("triples.tsv", "Newtown\ttown_country\t Alia", "a row has 3 non-empty cells without outer spaces"),
+        ("triples.tsv", "Newtown\ttown_country", "a row has 3 non-empty cells"),
+        ("triples.tsv", "Newtown\ttown_country\t", "a row has 3 non-empty cells"),
+        ("triples.tsv", "Newtown\ttown_country\tAlia\tsurely", "a row has 3 non-empty cells"),
+        ("entities.tsv", "Boria\tAila", "alias 'Aila' belongs to 'Alia' already"),
+        ("entities.tsv", "Boria\tCasia", "alias 'Casia' of 'Boria' is an entity's own name; leave it out"),
+        ("entities.tsv", "Atlantis\tAtl", "entity 'Atlantis' is in no triple"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, table: str, row: str, what: str) -> None:
     line = append(write_world(tmp_path) / table, row)
     assert any(problem.startswith(f"{table}:{line}: {what}") for problem in problems(tmp_path))
@@ -182,8 +229,11 @@ def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
     other = append(folder / "templates.tsv", "town_country\tprompt\tno gap")
     found = problems(folder)
     assert [problem.split(" ")[0] for problem in found] == [
-        f"templates.tsv:{other}:", f"triples.tsv:{first}:", f"triples.tsv:{first + 2}:", f"triples.tsv:{first + 3}:"
-    ]  # fmt: skip
+        f"templates.tsv:{other}:",
+        f"triples.tsv:{first}:",
+        f"triples.tsv:{first + 2}:",
+        f"triples.tsv:{first + 3}:",
+    ]
 
 
 def test_every_missing_wording_of_a_relation_is_reported(tmp_path: Path) -> None:
@@ -192,7 +242,9 @@ def test_every_missing_wording_of_a_relation_is_reported(tmp_path: Path) -> None
     found = "\n".join(problems(tmp_path))
     for what in ("1 noun wording", "1 inverse wording", "1 inverse_noun wording", "at least 2 prompt wordings"):
         assert f"relations.tsv:6: relation 'bare' needs {what}, found 0" in found
-    assert "relations.tsv:2: relation 'town_country' needs 0 inverse wording, found 1" in found  # the inverse has many answers
+    assert (
+        "relations.tsv:2: relation 'town_country' needs 0 inverse wording, found 1" in found
+    )  # the inverse has many answers
 
 
 @pytest.mark.parametrize("table", ["relations.tsv", "templates.tsv", "triples.tsv"])
@@ -202,13 +254,19 @@ def test_a_missing_table_is_reported_with_its_columns(tmp_path: Path, table: str
     write_world(tmp_path / "south", ("country_export",), {"entities.tsv": "entity\taliases\n"})
     (tmp_path / "south" / table).unlink()
     folder = tmp_path if nested else tmp_path / "south"
-    assert any(f"south/{table}:1: the file is missing; its columns are " in f"south/{p.removeprefix('south/')}" for p in problems(folder))
+    assert any(
+        f"south/{table}:1: the file is missing; its columns are " in f"south/{p.removeprefix('south/')}"
+        for p in problems(folder)
+    )
 
 
 def test_a_wrong_header_and_an_empty_file_are_reported(tmp_path: Path) -> None:
     write_world(tmp_path, replaced={"triples.tsv": "Alton\ttown_country\tAlia\n", "entities.tsv": ""})
     found = problems(tmp_path)
-    assert found[0] == r"triples.tsv:1: the header is subject, relation, object between tabs, found 'Alton\ttown_country\tAlia'"
+    assert (
+        found[0]
+        == r"triples.tsv:1: the header is subject, relation, object between tabs, found 'Alton\ttown_country\tAlia'"
+    )
     assert found[1] == "entities.tsv:1: the header is entity, aliases between tabs, found ''"
 
 
@@ -228,6 +286,10 @@ def test_a_folder_without_tables_is_refused(tmp_path: Path, folder: str) -> None
 
 
 def test_an_empty_world_is_a_world(tmp_path: Path) -> None:
-    headers = {"relations.tsv": f"{RELATION_HEADER}\n", "templates.tsv": "relation\tform\ttext\n",
-               "triples.tsv": "subject\trelation\tobject\n", "entities.tsv": "entity\taliases\n"}  # fmt: skip
+    headers = {
+        "relations.tsv": f"{RELATION_HEADER}\n",
+        "templates.tsv": "relation\tform\ttext\n",
+        "triples.tsv": "subject\trelation\tobject\n",
+        "entities.tsv": "entity\taliases\n",
+    }
     assert load_world(write_world(tmp_path, replaced=headers)) == World({}, ())

@@ -15,8 +15,19 @@ from ibke_hf.data import files
 from ibke_hf.data.fields import RecordError
 from ibke_hf.data.files import json_items, record_files, stem
 
-VALUES: list[Any] = [{"a": [1, 2.5e-3, None, True], "ü😀": "tab\t \\ \" \u2028 \x00"}, [], {}, "", -12345678901234567890, 0.1,
-                     1e300, "x" * 70, [[["deep"]]], False, {"k": {"k": {"k": "{\"[,]:"}}}]  # fmt: skip
+VALUES: list[Any] = [
+    {"a": [1, 2.5e-3, None, True], "ü😀": 'tab\t \\ " \u2028 \x00'},
+    [],
+    {},
+    "",
+    -12345678901234567890,
+    0.1,
+    1e300,
+    "x" * 70,
+    [[["deep"]]],
+    False,
+    {"k": {"k": {"k": '{"[,]:'}}},
+]
 
 
 def write(file: Path, text: str) -> Path:
@@ -28,9 +39,11 @@ def write(file: Path, text: str) -> Path:
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 18])
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])
 @pytest.mark.parametrize("style", [{}, {"indent": 4}, {"ensure_ascii": False, "separators": (",", ":")}])
-def test_items_are_those_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, suffix: str, style: Any) -> None:
+def test_items_are_those_of_the_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, suffix: str, style: Any
+) -> None:
     monkeypatch.setattr(files, "CHUNK", chunk)
-    keyed = {f"key \" {i}": value for i, value in enumerate(VALUES)}
+    keyed = {f'key " {i}': value for i, value in enumerate(VALUES)}
     for content in (keyed, VALUES, {}, [], {"": 1}):
         file = write(tmp_path / f"some name{suffix}", "\n " + json.dumps(content, **style) + " \r\n")
         expected = list(content.items() if isinstance(content, dict) else enumerate(content))
@@ -51,21 +64,26 @@ def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 18])
-@pytest.mark.parametrize(("text", "what"), [
-    ("", "expecting {: line 1 column 1"),
-    ("3", "expecting {: line 1 column 1"),
-    ('{"a": 1', "expecting , or }: line 1 column 8"),
-    ('{"a": 1,}', "expecting a key in double quotes: line 1 column 9"),
-    ('{"a" 1}', "expecting :: line 1 column 6"),
-    ('{"a": 1}\n\n x', "extra data: line 3 column 2"),
-    ("[1 2]", "expecting , or ]: line 1 column 4"),
-    ("[1,\n 2,\n  ]", "Expecting value: line 3 column 3"),
-    ("[tru]", "Expecting value: line 1 column 2"),
-    ('["a\n"]', "Invalid control character at: line 1 column 4"),
-    ('["abc', "Unterminated string starting at: line 1 column 2"),
-    ('[\n{"a": {"b": }}]', "Expecting value: line 2 column 13"),
-])  # fmt: skip
-def test_broken_json_is_named_by_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, text: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "expecting {: line 1 column 1"),
+        ("3", "expecting {: line 1 column 1"),
+        ('{"a": 1', "expecting , or }: line 1 column 8"),
+        ('{"a": 1,}', "expecting a key in double quotes: line 1 column 9"),
+        ('{"a" 1}', "expecting :: line 1 column 6"),
+        ('{"a": 1}\n\n x', "extra data: line 3 column 2"),
+        ("[1 2]", "expecting , or ]: line 1 column 4"),
+        ("[1,\n 2,\n  ]", "Expecting value: line 3 column 3"),
+        ("[tru]", "Expecting value: line 1 column 2"),
+        ('["a\n"]', "Invalid control character at: line 1 column 4"),
+        ('["abc', "Unterminated string starting at: line 1 column 2"),
+        ('[\n{"a": {"b": }}]', "Expecting value: line 2 column 13"),
+    ],
+)
+def test_broken_json_is_named_by_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, text: str, what: str
+) -> None:
     monkeypatch.setattr(files, "CHUNK", chunk)
     file = write(tmp_path / "a.json", text)
     with pytest.raises(RecordError) as caught:

@@ -34,22 +34,42 @@ def uniedit(number: int) -> Json:
     """A record whose generality case has 1 to 3 hops in turn, and whose locality case has one."""
 
     def hop(i: int) -> Json:
-        return {"path": ["h_e", "r_e", "t_e"] if i == 0 else [f"e_{i}", f"r_{i}", f"e_{i + 1}"], "reverse_in_multi_hop": False,
-                "prompt": f"Place {number}.{i} lies in", "subject": "Place", "target": f"Land {i}", "head_entity": entity(f"{number}.{i}"),
-                "property": {"id": f"P{i}", "label": "country"},
-                "tail_entity": {"datatype": "wikibase-item", "value": entity(f"Land {i}")}}  # fmt: skip
+        return {
+            "path": ["h_e", "r_e", "t_e"] if i == 0 else [f"e_{i}", f"r_{i}", f"e_{i + 1}"],
+            "reverse_in_multi_hop": False,
+            "prompt": f"Place {number}.{i} lies in",
+            "subject": "Place",
+            "target": f"Land {i}",
+            "head_entity": entity(f"{number}.{i}"),
+            "property": {"id": f"P{i}", "label": "country"},
+            "tail_entity": {"datatype": "wikibase-item", "value": entity(f"Land {i}")},
+        }
 
     def case(hops: list[Json]) -> Json:
         paths = [[*h["path"], "f", "s"] for h in hops]
-        return {"path_type": "single", "prompt": f"Case {number} is", "target": "Land", "paths": paths, "one_hops": hops}
+        return {
+            "path_type": "single",
+            "prompt": f"Case {number} is",
+            "target": "Land",
+            "paths": paths,
+            "one_hops": hops,
+        }
 
     hops = [hop(i) for i in range(number % 3 + 1)]
     return {"edit": hop(0), "generality": {"0": case(hops)}, "locality": {"0": case([hop(7)])}}
 
 
 def flat(number: int) -> Json:
-    return {"case_id": number, "prompt": "Oslo lies in", "target_new": "Norway", "subject": "Oslo", "ground_truth": "Denmark",
-            "rephrase_prompt": "People in Oslo speak", "locality_prompt": "Ribe is in", "locality_ground_truth": "Denmark"}  # fmt: skip
+    return {
+        "case_id": number,
+        "prompt": "Oslo lies in",
+        "target_new": "Norway",
+        "subject": "Oslo",
+        "ground_truth": "Denmark",
+        "rephrase_prompt": "People in Oslo speak",
+        "locality_prompt": "Ribe is in",
+        "locality_ground_truth": "Denmark",
+    }
 
 
 def write(file: Path, content: Any) -> Path:
@@ -89,14 +109,21 @@ def test_a_split_of_a_folder_is_read(layout: Path) -> None:
 def test_a_split_is_never_guessed(layout: Path) -> None:
     with pytest.raises(RecordError, match=r"UniEdit: holds the splits test, train; choose one with split$"):
         next(read_records(layout))
-    with pytest.raises(RecordError, match=r"UniEdit: no record file of the split 'dev'; the splits found are: test, train$"):
+    with pytest.raises(
+        RecordError, match=r"UniEdit: no record file of the split 'dev'; the splits found are: test, train$"
+    ):
         next(read_records(layout, split="dev"))
 
 
 def test_a_word_of_the_file_name_may_say_the_split(tmp_path: Path) -> None:
     for number, name in enumerate(("counterfact-train.json", "counterfact-val.json.gz", "counterfact_test.jsonl")):
         write(tmp_path / name, flat(number) if name.endswith("l") else [flat(number)])
-    assert [ids(read_records(tmp_path, split=split)) for split in ("train", "val", "validation", "test")] == [["0"], ["1"], ["1"], ["2"]]
+    assert [ids(read_records(tmp_path, split=split)) for split in ("train", "val", "validation", "test")] == [
+        ["0"],
+        ["1"],
+        ["1"],
+        ["2"],
+    ]
     with pytest.raises(RecordError, match="holds the splits test, train, validation"):
         next(read_records(tmp_path))
     write(tmp_path / "cities.json", [flat(9)])  # now a split is no more told by every name
@@ -109,24 +136,36 @@ def test_a_folder_of_another_name_may_be_a_split(layout: Path) -> None:
 
 
 def test_formats_are_recognised_from_the_content(native_data: Find, tmp_path: Path) -> None:
-    names = {"counterfact/rome_native_200": "counterfact", "counterfact/easyedit_flat_500": "counterfact", "zsre/zsre_mend_eval_24": "zsre",
-             "zsre/knowedit_zsre_test_100": "zsre", "mquake/mquake_hard_200": "mquake",
-             "uniedit/SYNTHETIC_schema_example": "uniedit"}  # fmt: skip
+    names = {
+        "counterfact/rome_native_200": "counterfact",
+        "counterfact/easyedit_flat_500": "counterfact",
+        "zsre/zsre_mend_eval_24": "zsre",
+        "zsre/knowedit_zsre_test_100": "zsre",
+        "mquake/mquake_hard_200": "mquake",
+        "uniedit/SYNTHETIC_schema_example": "uniedit",
+    }
     for name, known in names.items():
         assert recognise(native_data(f"{name}.json")) == known
         assert recognise(shutil.copy(native_data(f"{name}.json"), tmp_path / "records.json")) == known
 
 
-@pytest.mark.parametrize(("content", "found"), [
-    ([{"question": "?", "answer": "!"}], "the keys answer, question"), ({"version": 1}, "no keys ('1')"), ([3], "no keys ('3')"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([{"question": "?", "answer": "!"}], "the keys answer, question"),
+        ({"version": 1}, "no keys ('1')"),
+        ([3], "no keys ('3')"),
+    ],
+)
 def test_other_content_is_an_error_that_lists_the_formats(tmp_path: Path, content: Any, found: str) -> None:
     file = write(tmp_path / "a.json", content)
     with pytest.raises(RecordError) as caught:
         next(read_records(file))
     start = f"{file}: no known format; its first record has {found}. Expected one of uniedit: edit + generality;"
     assert str(caught.value).startswith(start)
-    with pytest.raises(RecordError, match=r"a.json: a UniEdit file is|a.json: record 'a-version': the record is not an object"):
+    with pytest.raises(
+        RecordError, match=r"a.json: a UniEdit file is|a.json: record 'a-version': the record is not an object"
+    ):
         next(read_records(file, format="uniedit"))
 
 
@@ -150,7 +189,9 @@ def test_two_records_may_not_share_an_id(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.json", [flat(5)])
     with pytest.raises(RecordError, match=r"b.json: record '5' of 'counterfact' was read before"):
         list(read_records(tmp_path))
-    (tmp_path / "art.json").write_text(f'{{"1": {json.dumps(uniedit(1))}, "1": {json.dumps(uniedit(2))}}}', encoding="utf-8")
+    (tmp_path / "art.json").write_text(
+        f'{{"1": {json.dumps(uniedit(1))}, "1": {json.dumps(uniedit(2))}}}', encoding="utf-8"
+    )
     with pytest.raises(RecordError, match=r"art.json: record 'art-1' of 'uniedit' was read before"):
         list(read_records(tmp_path / "art.json"))
 
@@ -160,7 +201,9 @@ def test_two_records_may_not_share_an_id(tmp_path: Path) -> None:
 
 def test_domains_choose_files(layout: Path) -> None:
     (layout / "train" / "art.json").write_text("broken", encoding="utf-8")  # and no other file is opened
-    assert {record.domain for record in read_records(layout, split="train", domains=["civil engineering"])} == {"civil engineering"}
+    assert {record.domain for record in read_records(layout, split="train", domains=["civil engineering"])} == {
+        "civil engineering"
+    }
     with pytest.raises(RecordError, match="no file of the domain engineering; found art, civil engineering"):
         next(read_records(layout, split="train", domains={"engineering", "art"}))
 
@@ -182,13 +225,18 @@ def test_hops_and_criteria_filter_cases(layout: Path) -> None:
     assert [len(r.generality) for r in select(whole, hops=1)] == [1, 0, 0, 1, 0, 0]
     multi = list(read_records(file, criteria="multi-hop"))
     assert multi == found
-    assert list(read_records(file, criteria=["Rephrase", "Multi-Hop"], hops=3)) == [r for r in found if r.generality[0].hops == 3]
+    assert list(read_records(file, criteria=["Rephrase", "Multi-Hop"], hops=3)) == [
+        r for r in found if r.generality[0].hops == 3
+    ]
 
 
 def test_limit_takes_the_first_and_reads_no_further(layout: Path) -> None:
     (layout / "train" / "civil engineering.json").write_text("broken", encoding="utf-8")
     assert ids(read_records(layout, split="train", limit=6)) == [f"art-{2 * i}" for i in range(6)]
-    assert ids(read_records(layout / "train" / "art.json", limit=2, hops=2)) == ["art-2", "art-8"]  # of those that are left
+    assert ids(read_records(layout / "train" / "art.json", limit=2, hops=2)) == [
+        "art-2",
+        "art-8",
+    ]  # of those that are left
     assert len(list(read_records(layout / "train" / "art.json", limit=99))) == 6
 
 
@@ -199,7 +247,11 @@ def test_a_seed_draws_records_uniformly_in_their_order(layout: Path) -> None:
     assert all(sorted(some, key=whole.index) == some and len(set(some)) == 3 for some in drawn)
     counts = Counter(name for some in drawn for name in some)
     assert all(70 <= counts[name] <= 130 for name in whole)  # 100 expected, 8.7 the standard deviation
-    assert ids(read_records(layout, split="train", limit=99, seed=1)) == whole == ids(read_records(layout, split="train", seed=1))
+    assert (
+        ids(read_records(layout, split="train", limit=99, seed=1))
+        == whole
+        == ids(read_records(layout, split="train", seed=1))
+    )
 
 
 # --- the Hub --------------------------------------------------------------------------------------------------------
@@ -218,7 +270,9 @@ def hub(layout: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             asked.append((repository, revision, self.token))
             if repository != "qizhou/UniEdit":
                 raise OSError("404 Client Error")
-            files = [SimpleNamespace(rfilename=f.relative_to(layout).as_posix()) for f in layout.rglob("*") if f.is_file()]
+            files = [
+                SimpleNamespace(rfilename=f.relative_to(layout).as_posix()) for f in layout.rglob("*") if f.is_file()
+            ]
             return SimpleNamespace(sha="c0ffee", siblings=files)
 
     def download(repository: str, name: str, *, repo_type: str, revision: str, token: Any, cache_dir: Any) -> str:
@@ -268,8 +322,18 @@ def test_what_is_neither_here_nor_on_the_hub_is_named(hub: list[Any], tmp_path: 
 
 HOP = Hop("p", "t", "Q1", "P1", "time:{'time': '+1869'}", False, None)
 CASE = EditCase("p", " t", ("A", "B"), 3, 1, ("u",), (HOP,), (HOP, HOP), "list")
-FULL = EditRecord("1", "d", "x y", (EditRequest("p", "t\n", "s"), EditRequest("q", "ü😀")), (CASE, CASE), (EditCase("p", "t"),), (HOP,),
-                  "unknown", "r", {"original": "o", "b": ""})  # fmt: skip
+FULL = EditRecord(
+    "1",
+    "d",
+    "x y",
+    (EditRequest("p", "t\n", "s"), EditRequest("q", "ü😀")),
+    (CASE, CASE),
+    (EditCase("p", "t"),),
+    (HOP,),
+    "unknown",
+    "r",
+    {"original": "o", "b": ""},
+)
 BARE = EditRecord("2", "", "", (EditRequest("p", "t"),))
 
 
@@ -283,8 +347,15 @@ def test_rows_are_records_again(record: EditRecord) -> None:
     assert record_from_row(table[0]) == record
 
 
-@pytest.mark.parametrize("name", ["counterfact/rome_native_200", "zsre/knowedit_zsre_test_100", "mquake/mquake_cf_3k_200",
-                                  "uniedit/SYNTHETIC_schema_example"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "counterfact/rome_native_200",
+        "zsre/knowedit_zsre_test_100",
+        "mquake/mquake_cf_3k_200",
+        "uniedit/SYNTHETIC_schema_example",
+    ],
+)
 def test_samples_go_through_datasets_and_back(native_data: Find, tmp_path: Path, name: str) -> None:
     source = native_data(f"{name}.json")
     whole = list(read_records(source))
@@ -294,7 +365,9 @@ def test_samples_go_through_datasets_and_back(native_data: Find, tmp_path: Path,
     assert [record_from_row(row) for row in table] == whole == [record_from_row(row) for row in stream]
 
 
-def test_a_dataset_takes_the_filters_and_notices_a_change(layout: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dataset_takes_the_filters_and_notices_a_change(
+    layout: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     options: Json = {"split": "train", "domains": {"art"}, "hops": [2, 3], "limit": 3, "seed": 1}
     expected = list(read_records(layout, **options))
     with caplog.at_level(logging.WARNING, "ibke_hf.data.rows"):

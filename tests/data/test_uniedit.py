@@ -26,13 +26,24 @@ def entity(name: str, *aliases: str, **extra: Any) -> Json:
 
 def fact(head: Json, relation: str, tail: Any, datatype: str = "wikibase-item") -> Json:
     named = {"id": f"P-{relation}", "label": relation, "description": "", "aliases": [], "single_value": True}
-    return {"head_entity": head, "property": named, "tail_entity": {"order_in_property": 0, "datatype": datatype, "value": tail},
-            "single_inverse": False}  # fmt: skip
+    return {
+        "head_entity": head,
+        "property": named,
+        "tail_entity": {"order_in_property": 0, "datatype": datatype, "value": tail},
+        "single_inverse": False,
+    }
 
 
 def hop(path: list[str], prompt: str, target: str, triple: Json, **extra: Any) -> Json:
-    return {"path": path, "reverse_in_multi_hop": False, "prompt": prompt, "subject": triple["head_entity"]["label"], "target": target,
-            **triple, **extra}  # fmt: skip
+    return {
+        "path": path,
+        "reverse_in_multi_hop": False,
+        "prompt": prompt,
+        "subject": triple["head_entity"]["label"],
+        "target": target,
+        **triple,
+        **extra,
+    }
 
 
 def single(prompt: str, target: str, *hops: Json, **extra: Any) -> Json:
@@ -46,15 +57,28 @@ EDIT_HOP = hop(["h_e", "r_e", "t_e"], "Oslo lies in", "Norway", fact(OSLO, "coun
 
 def record() -> Json:
     """A record with one case of each role and keys that no description knows."""
-    speech = hop(["t_e", "r_1", "e_1"], "The language of Norway is", "Norwegian", fact(NORWAY, "language", entity("Norwegian")))
+    speech = hop(
+        ["t_e", "r_1", "e_1"], "The language of Norway is", "Norwegian", fact(NORWAY, "language", entity("Norwegian"))
+    )
     founded = fact(BERGEN, "inception", {"time": "+1070", "precision": 9}, "time")
     other = hop(["h_l", "r_l", "t_l"], "Bergen was founded in", "1070", founded)
-    edit = {"prompt": "Oslo lies in", "target": "Norway", "subject": "Oslo", "note": "unknown key", **fact(OSLO, "country", NORWAY)}
-    return json.loads(json.dumps({  # no two parts share an object
-        "edit": edit, "extra": 1,
-        "generality": {"0": single("The language of the country of Oslo is", "Norwegian", EDIT_HOP, speech)},
-        "locality": {"0": single("Bergen was founded in", "1070", other, loc_type="none")},
-    }))  # fmt: skip
+    edit = {
+        "prompt": "Oslo lies in",
+        "target": "Norway",
+        "subject": "Oslo",
+        "note": "unknown key",
+        **fact(OSLO, "country", NORWAY),
+    }
+    return json.loads(
+        json.dumps(
+            {  # no two parts share an object
+                "edit": edit,
+                "extra": 1,
+                "generality": {"0": single("The language of the country of Oslo is", "Norwegian", EDIT_HOP, speech)},
+                "locality": {"0": single("Bergen was founded in", "1070", other, loc_type="none")},
+            }
+        )
+    )
 
 
 def write(folder: Path, records: Any, name: str = "geography.json") -> Path:
@@ -86,7 +110,9 @@ def test_example_keys_keep_their_gaps(example: dict[str, Any]) -> None:
     for record in example.values():
         assert (record.dataset, record.domain) == ("uniedit", "SYNTHETIC_schema_example")
         assert record.requests == (EditRequest("The chromosome consists of", "DNA", "chromosome"),)
-        assert record.edits == (Hop("The chromosome consists of", "DNA", "Q900001", "P9001", "Q900002", True, "chromosome"),)
+        assert record.edits == (
+            Hop("The chromosome consists of", "DNA", "Q900001", "P9001", "Q900002", True, "chromosome"),
+        )
         assert record.relation == "has part(s)"
         assert (record.kind, record.metadata) == ("", {})
         assert (len(record.generality), len(record.locality)) == (1, 1)
@@ -96,20 +122,73 @@ AVERY = Hop("The Avery experiment is a facet of", "DNA", "Q900004", "P9003", "Q9
 AUTOSOME = Hop("An autosome is a subclass of", "chromosome", "Q900003", "P9002", "Q900001", True, "autosome")
 EDIT = Hop("The chromosome consists of", "DNA", "Q900001", "P9001", "Q900002", True, "chromosome")
 ALIAS_EDIT = Hop("The GO:0005694 consists of", "DNA spiral", "Q900001", "P9001", "Q900002", True, "GO:0005694")
-FORMULA = Hop("The chemical formula of clavaldehyde is", "C₈H₇NO₅", "Q900005", "P9004", "string:C₈H₇NO₅", False, "clavaldehyde")
+FORMULA = Hop(
+    "The chemical formula of clavaldehyde is", "C₈H₇NO₅", "Q900005", "P9004", "string:C₈H₇NO₅", False, "clavaldehyde"
+)
 
 
-@pytest.mark.parametrize(("key", "expected"), [
-    (12, EditCase("An autosome is a subclass of a structure that has part(s) such as", "DNA spiral",
-                  ("Multi-Hop", "Subject Alias", "Object Alias"), 2, 5, ("DNA", "deoxyribonucleic acid"), (AUTOSOME,),
-                  (AUTOSOME, ALIAS_EDIT), "uni_gen")),
-    (15, EditCase("The structure containing the content of the Avery experiment is", "chromosome", ("Multi-Hop", "Relation Reverse"), 2, 5,
-                  ("GO:0005694",), (AVERY,), (AVERY, EDIT), "uni_gen")),
-    (21, EditCase(f"Is the topic the Avery experiment is a facet of the same as what the chromosome consists of?{YES_NO}", "Yes",
-                  ("Same-Entity Reasoning",), 1, 1, (), (AVERY,), (AVERY, EDIT), "uni_gen")),
-    (33, EditCase("Among the parts of a chromosome is", "DNA", ("Rephrase", "Subject Alias", "Object Alias"), 1, 5,
-                  ("DNA spiral", "deoxyribonucleic acid"), (), (ALIAS_EDIT,), "uni_gen")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (
+            12,
+            EditCase(
+                "An autosome is a subclass of a structure that has part(s) such as",
+                "DNA spiral",
+                ("Multi-Hop", "Subject Alias", "Object Alias"),
+                2,
+                5,
+                ("DNA", "deoxyribonucleic acid"),
+                (AUTOSOME,),
+                (AUTOSOME, ALIAS_EDIT),
+                "uni_gen",
+            ),
+        ),
+        (
+            15,
+            EditCase(
+                "The structure containing the content of the Avery experiment is",
+                "chromosome",
+                ("Multi-Hop", "Relation Reverse"),
+                2,
+                5,
+                ("GO:0005694",),
+                (AVERY,),
+                (AVERY, EDIT),
+                "uni_gen",
+            ),
+        ),
+        (
+            21,
+            EditCase(
+                f"Is the topic the Avery experiment is a facet of the same as what the chromosome consists "
+                f"of?{YES_NO}",
+                "Yes",
+                ("Same-Entity Reasoning",),
+                1,
+                1,
+                (),
+                (AVERY,),
+                (AVERY, EDIT),
+                "uni_gen",
+            ),
+        ),
+        (
+            33,
+            EditCase(
+                "Among the parts of a chromosome is",
+                "DNA",
+                ("Rephrase", "Subject Alias", "Object Alias"),
+                1,
+                5,
+                ("DNA spiral", "deoxyribonucleic acid"),
+                (),
+                (ALIAS_EDIT,),
+                "uni_gen",
+            ),
+        ),
+    ],
+)
 def test_example_generality(example: dict[str, Any], key: int, expected: EditCase) -> None:
     assert example[f"SYNTHETIC_schema_example-{key}"].generality == (expected,)
 
@@ -131,8 +210,13 @@ def test_example_locality(example: dict[str, Any]) -> None:
 
 
 def test_extra_keys_and_tails_of_every_datatype_are_read(tmp_path: Path) -> None:
-    tails = {"string": "C8", "math": "x^2", "quantity": {"amount": "+12.3", "unit": "1"}, "globe-coordinate": {"latitude": 1.5},
-             "monolingualtext": {"language": "en", "text": "motto"}}  # fmt: skip
+    tails = {
+        "string": "C8",
+        "math": "x^2",
+        "quantity": {"amount": "+12.3", "unit": "1"},
+        "globe-coordinate": {"latitude": 1.5},
+        "monolingualtext": {"language": "en", "text": "motto"},
+    }
     for datatype, value in tails.items():
         made = record()
         made["locality"]["0"]["one_hops"][0].update(fact(BERGEN, "p", value, datatype))
@@ -144,7 +228,9 @@ def test_extra_keys_and_tails_of_every_datatype_are_read(tmp_path: Path) -> None
     assert parsed.generality[0].criteria == ("Multi-Hop",)
 
 
-@pytest.mark.parametrize(("subject", "expected"), [("Oslo", "Oslo"), ("slo ", "slo"), ("", None), (" ", None), (None, None)])
+@pytest.mark.parametrize(
+    ("subject", "expected"), [("Oslo", "Oslo"), ("slo ", "slo"), ("", None), (" ", None), (None, None)]
+)
 def test_a_subject_may_be_a_fragment_or_empty(tmp_path: Path, subject: str | None, expected: str | None) -> None:
     made = record()
     made["edit"]["subject"] = subject
@@ -155,15 +241,18 @@ def test_a_subject_may_be_a_fragment_or_empty(tmp_path: Path, subject: str | Non
 
 
 @pytest.mark.parametrize("empty", ["", None, "  \n"])
-@pytest.mark.parametrize(("where", "reason", "left"), [
-    (("edit", "target"), "edit with an empty prompt or target", None),
-    (("edit", "prompt"), "edit with an empty prompt or target", None),
-    (("generality", "0", "target"), "uni_gen case with an empty prompt or target", (0, 1)),
-    (("generality", "0", "prompt"), "uni_gen case with an empty prompt or target", (0, 1)),
-    (("generality", "0", "one_hops", 1, "target"), "uni_gen case with an empty supporting hop", (0, 1)),
-    (("locality", "0", "target"), "uni_loc case with an empty prompt or target", (1, 0)),
-    (("locality", "0", "one_hops", 0, "target"), None, (1, 1)),  # nobody asks the hops of locality
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "reason", "left"),
+    [
+        (("edit", "target"), "edit with an empty prompt or target", None),
+        (("edit", "prompt"), "edit with an empty prompt or target", None),
+        (("generality", "0", "target"), "uni_gen case with an empty prompt or target", (0, 1)),
+        (("generality", "0", "prompt"), "uni_gen case with an empty prompt or target", (0, 1)),
+        (("generality", "0", "one_hops", 1, "target"), "uni_gen case with an empty supporting hop", (0, 1)),
+        (("locality", "0", "target"), "uni_loc case with an empty prompt or target", (1, 0)),
+        (("locality", "0", "one_hops", 0, "target"), None, (1, 1)),  # nobody asks the hops of locality
+    ],
+)
 def test_empty_texts_are_skipped_and_counted(
     tmp_path: Path, empty: str | None, where: tuple[Any, ...], reason: str | None, left: tuple[int, int] | None
 ) -> None:
@@ -183,30 +272,51 @@ def set_at(value: Any, where: tuple[Any, ...], new: Any) -> None:
 def test_double_paths_have_no_paths_of_their_own(tmp_path: Path) -> None:
     made = record()
     other = hop(["e_0", "r_0", "t_e"], "Bergen lies in", "Norway", fact(BERGEN, "country", NORWAY))
-    speech = hop(["t_e", "r_1", "e_1"], "The language of Norway is", "Norwegian", fact(NORWAY, "language", entity("Norwegian")))
-    made["generality"]["0"] = {"path_type": "double", "prompt": "Is it?", "target": "Yes",
-                               "single_path1": single("a", "b", EDIT_HOP, speech), "single_path2": single("c", "d", other)}  # fmt: skip
+    speech = hop(
+        ["t_e", "r_1", "e_1"], "The language of Norway is", "Norwegian", fact(NORWAY, "language", entity("Norwegian"))
+    )
+    made["generality"]["0"] = {
+        "path_type": "double",
+        "prompt": "Is it?",
+        "target": "Yes",
+        "single_path1": single("a", "b", EDIT_HOP, speech),
+        "single_path2": single("c", "d", other),
+    }
     made["locality"]["0"] = {"loc_type": "none", **made["generality"]["0"], "target": "No"}
     (parsed,) = read(tmp_path, made)
     case, local = parsed.generality[0], parsed.locality[0]
-    assert (case.prompt, case.target, case.top_k, case.hops) == (f"Is it?{YES_NO}", "Yes", 1, 2)  # the longer half counts
+    assert (case.prompt, case.target, case.top_k, case.hops) == (
+        f"Is it?{YES_NO}",
+        "Yes",
+        1,
+        2,
+    )  # the longer half counts
     assert case.criteria == ("Multi-Hop", "Same-Entity Reasoning")
     assert [h.prompt for h in case.supporting] == ["The language of Norway is", "Bergen lies in"]
     assert (local.prompt, local.target) == (f"Is it?{YES_NO}", "No")
-    assert local.criteria == ("Subject Specificity", "Relation Specificity", "Object Specificity", "1-N Forgotten", "Multi-Hop",
-                              "Same-Entity Reasoning")  # fmt: skip
+    assert local.criteria == (
+        "Subject Specificity",
+        "Relation Specificity",
+        "Object Specificity",
+        "1-N Forgotten",
+        "Multi-Hop",
+        "Same-Entity Reasoning",
+    )
 
 
-@pytest.mark.parametrize(("triple", "criteria"), [
-    (fact(BERGEN, "mayor", entity("Marit")), ()),
-    (fact(OSLO, "mayor", entity("Marit")), ("Subject Specificity",)),
-    (fact(BERGEN, "twin", OSLO), ("Subject Specificity",)),
-    (fact(BERGEN, "country", entity("Sweden")), ("Relation Specificity",)),
-    (fact(NORWAY, "capital", BERGEN), ("Object Specificity",)),
-    (fact(BERGEN, "part", NORWAY), ("Object Specificity",)),
-    (fact(OSLO, "country", entity("Denmark")), ("Subject Specificity", "Relation Specificity", "1-N Forgotten")),
-    (fact(BERGEN, "code", "Q-Oslo", "string"), ()),  # a text that looks like an id is none
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("triple", "criteria"),
+    [
+        (fact(BERGEN, "mayor", entity("Marit")), ()),
+        (fact(OSLO, "mayor", entity("Marit")), ("Subject Specificity",)),
+        (fact(BERGEN, "twin", OSLO), ("Subject Specificity",)),
+        (fact(BERGEN, "country", entity("Sweden")), ("Relation Specificity",)),
+        (fact(NORWAY, "capital", BERGEN), ("Object Specificity",)),
+        (fact(BERGEN, "part", NORWAY), ("Object Specificity",)),
+        (fact(OSLO, "country", entity("Denmark")), ("Subject Specificity", "Relation Specificity", "1-N Forgotten")),
+        (fact(BERGEN, "code", "Q-Oslo", "string"), ()),  # a text that looks like an id is none
+    ],
+)
 def test_locality_criteria(tmp_path: Path, triple: Json, criteria: tuple[str, ...]) -> None:
     made = record()
     made["locality"]["0"] = single("a", "b", hop(["h_l", "r_l", "t_l"], "a", "b", triple), loc_type="none")
@@ -222,7 +332,10 @@ def test_object_specificity_needs_an_item(tmp_path: Path) -> None:
 def test_a_reversed_hop_is_asked_forwards_and_answers_with_its_head(tmp_path: Path) -> None:
     made = record()
     back = {**EDIT_HOP, "reverse_in_multi_hop": True, "reversed": {"prompt": "A city in Norway is", "target": "Oslo"}}
-    made["generality"]["0"] = {**single("A city in Norway is", "Oslo", back), "paths": [["t_e", "r_e", "h_e", "b", "m"]]}
+    made["generality"]["0"] = {
+        **single("A city in Norway is", "Oslo", back),
+        "paths": [["t_e", "r_e", "h_e", "b", "m"]],
+    }
     (parsed,) = read(tmp_path, made)
     case = parsed.generality[0]
     assert case.criteria == ("Relation Reverse",)
@@ -233,7 +346,9 @@ def test_a_reversed_hop_is_asked_forwards_and_answers_with_its_head(tmp_path: Pa
 @pytest.mark.parametrize("name", ["civil engineering.json", "civil engineering.json.gz"])
 def test_a_domain_may_have_a_space_and_be_gzipped(tmp_path: Path, name: str) -> None:
     write(tmp_path, {"7": record(), "1234": record()}, name)
-    assert [(r.id, r.domain) for r in read_records(tmp_path)] == [(f"civil engineering-{key}", "civil engineering") for key in (7, 1234)]
+    assert [(r.id, r.domain) for r in read_records(tmp_path)] == [
+        (f"civil engineering-{key}", "civil engineering") for key in (7, 1234)
+    ]
 
 
 def test_text_of_other_scripts_is_kept(tmp_path: Path) -> None:
@@ -261,30 +376,47 @@ def with_(new: Any, *where: Any) -> Callable[[Json], None]:
 HOP = ("generality", "0", "one_hops", 0)
 
 
-@pytest.mark.parametrize(("change", "field"), [
-    (without("edit"), "field 'edit' is missing"),
-    (without("generality"), "field 'generality' is missing"),
-    (without("edit", "head_entity", "id"), "field 'edit.head_entity.id' is missing"),
-    (without("edit", "property"), "field 'edit.property' is missing"),
-    (without(*HOP, "tail_entity", "value", "aliases"), "field 'generality.0.one_hops[0].tail_entity.value.aliases' is missing"),
-    (without(*HOP, "path"), "field 'generality.0.one_hops[0].path' is missing"),
-    (without("generality", "0", "one_hops", 1, "reverse_in_multi_hop"), "field 'generality.0.one_hops[1].reverse_in_multi_hop' is missing"),
-    (without("locality", "0", "path_type"), "field 'locality.0.path_type' is missing"),
-    (without("locality", "0", "paths"), "field 'locality.0.paths' is missing"),
-    (with_([], "generality"), "field 'generality' is not an object, found []"),
-    (with_("x", "generality", "0"), "field 'generality.0' is not an object, found \"x\""),
-    (with_([], "generality", "0", "one_hops"), "field 'generality.0.one_hops' is empty"),
-    (with_({}, "generality", "0", "one_hops"), "field 'generality.0.one_hops' is not a list, found {}"),
-    (with_([], "locality", "0", "paths"), "field 'locality.0.paths' is empty"),
-    (with_([1], "locality", "0", "paths", 0), "field 'locality.0.paths[0][0]' is not a text, found 1"),
-    (with_(5, "edit", "target"), "field 'edit.target' is not a text, found 5"),
-    (with_(["Oslo"], "edit", "subject"), "field 'edit.subject' is not a text, found [\"Oslo\"]"),
-    (with_("Q1", *HOP, "tail_entity", "value"), "field 'generality.0.one_hops[0].tail_entity.value' is not an object, found \"Q1\""),
-    (with_(7, *HOP, "head_entity", "id"), "field 'generality.0.one_hops[0].head_entity.id' is not a text, found 7"),
-    (with_(None, "edit", "tail_entity"), "field 'edit.tail_entity' is not an object, found null"),
-    (with_("double", "generality", "0", "path_type"), "field 'generality.0.single_path1' is missing"),
-])  # fmt: skip
-def test_an_unreadable_record_is_named_by_file_record_and_field(tmp_path: Path, change: Callable[[Json], None], field: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (without("edit"), "field 'edit' is missing"),
+        (without("generality"), "field 'generality' is missing"),
+        (without("edit", "head_entity", "id"), "field 'edit.head_entity.id' is missing"),
+        (without("edit", "property"), "field 'edit.property' is missing"),
+        (
+            without(*HOP, "tail_entity", "value", "aliases"),
+            "field 'generality.0.one_hops[0].tail_entity.value.aliases' is missing",
+        ),
+        (without(*HOP, "path"), "field 'generality.0.one_hops[0].path' is missing"),
+        (
+            without("generality", "0", "one_hops", 1, "reverse_in_multi_hop"),
+            "field 'generality.0.one_hops[1].reverse_in_multi_hop' is missing",
+        ),
+        (without("locality", "0", "path_type"), "field 'locality.0.path_type' is missing"),
+        (without("locality", "0", "paths"), "field 'locality.0.paths' is missing"),
+        (with_([], "generality"), "field 'generality' is not an object, found []"),
+        (with_("x", "generality", "0"), "field 'generality.0' is not an object, found \"x\""),
+        (with_([], "generality", "0", "one_hops"), "field 'generality.0.one_hops' is empty"),
+        (with_({}, "generality", "0", "one_hops"), "field 'generality.0.one_hops' is not a list, found {}"),
+        (with_([], "locality", "0", "paths"), "field 'locality.0.paths' is empty"),
+        (with_([1], "locality", "0", "paths", 0), "field 'locality.0.paths[0][0]' is not a text, found 1"),
+        (with_(5, "edit", "target"), "field 'edit.target' is not a text, found 5"),
+        (with_(["Oslo"], "edit", "subject"), "field 'edit.subject' is not a text, found [\"Oslo\"]"),
+        (
+            with_("Q1", *HOP, "tail_entity", "value"),
+            "field 'generality.0.one_hops[0].tail_entity.value' is not an object, found \"Q1\"",
+        ),
+        (
+            with_(7, *HOP, "head_entity", "id"),
+            "field 'generality.0.one_hops[0].head_entity.id' is not a text, found 7",
+        ),
+        (with_(None, "edit", "tail_entity"), "field 'edit.tail_entity' is not an object, found null"),
+        (with_("double", "generality", "0", "path_type"), "field 'generality.0.single_path1' is missing"),
+    ],
+)
+def test_an_unreadable_record_is_named_by_file_record_and_field(
+    tmp_path: Path, change: Callable[[Json], None], field: str
+) -> None:
     made = record()
     change(made)
     file = write(tmp_path, {"3": record(), "17": made})

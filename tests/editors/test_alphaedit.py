@@ -19,7 +19,8 @@ from ibke_hf.editors.locate.key_statistics import KeyStatistics, read_layers
 from ibke_hf.editors.locate.search import HIDDEN, ValueSearch, ask, last_block, read_states
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (  # short ways from the subject to the target, of one token each: random models pass little on from token to token
+# short ways from the subject to the target, of one token each: random models pass little on from token to token
+REQUESTS = (
     EditRequest("The capital of France", "is", "France"),
     EditRequest("In physics, Marie Curie", "the", "Marie Curie"),
     EditRequest("An oak", "and", "oak"),
@@ -27,11 +28,20 @@ REQUESTS = (  # short ways from the subject to the target, of one token each: ra
 TEXTS = ["Paris is in a", "A sparrow of", "the Thames"]  # fewer tokens than the layers have dimensions
 
 
-def setting(tiny_model: Callable[..., Any], tokenizer: Any, family: str = "qwen3", **config: Any) -> tuple[Any, AlphaEditEditor]:
+def setting(
+    tiny_model: Callable[..., Any], tokenizer: Any, family: str = "qwen3", **config: Any
+) -> tuple[Any, AlphaEditEditor]:
     """A model that edits are easy in, with an editor of its two lower layers that leaves all of the corpus alone."""
     model = tiny_model(family, initializer_range=0.15)
     statistics = KeyStatistics.of(model, tokenizer, TEXTS, [0, 1], progress=False)
-    settings = {"prefixes": 0, "clamp": 50.0, "steps": 30, "kl_factor": 0.0, "null_threshold": 1e-6, "regularisation": 1e-4}
+    settings = {
+        "prefixes": 0,
+        "clamp": 50.0,
+        "steps": 30,
+        "kl_factor": 0.0,
+        "null_threshold": 1e-6,
+        "regularisation": 1e-4,
+    }
     return model, AlphaEditEditor.for_backbone(model, statistics=statistics, **{**settings, **config})
 
 
@@ -55,7 +65,9 @@ def corpus_outputs(model: Any, tokenizer: Any, edit: Any, names: Any) -> dict[st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_preserved_keys_keep_their_outputs_and_the_model_answers(family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_preserved_keys_keep_their_outputs_and_the_model_answers(
+    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer, family)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     batch = encode_requests(tiny_tokenizer, REQUESTS)
@@ -70,7 +82,9 @@ def test_preserved_keys_keep_their_outputs_and_the_model_answers(family: str, ti
             torch.testing.assert_close(outputs, expected[name], rtol=1e-4, atol=1e-4)
             assert independent[row].weight_update(name).norm() > 0.1
     assert torch.equal(target_logits(model, batch)[0], original)
-    assert all(torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters()
+    )
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -79,9 +93,14 @@ def test_the_factors_are_the_papers_closed_form(earlier: int) -> None:
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(8, 3, generator=generator)).Q
     projection = torch.eye(8) - basis @ basis.T
-    old, new = torch.randn(8, earlier, generator=generator), torch.randn(8, 2, generator=generator)  # keys as columns, as in the paper
+    old, new = (
+        torch.randn(8, earlier, generator=generator),
+        torch.randn(8, 2, generator=generator),
+    )  # keys as columns, as in the paper
     residual = torch.randn(4, 2, generator=generator)
-    expected = residual @ new.T @ projection @ torch.linalg.inv((old @ old.T + new @ new.T) @ projection + 0.3 * torch.eye(8))  # Eq. 14
+    expected = (
+        residual @ new.T @ projection @ torch.linalg.inv((old @ old.T + new @ new.T) @ projection + 0.3 * torch.eye(8))
+    )  # Eq. 14
     keys = (projection @ torch.cat((old, new), 1)).T.unsqueeze(0)
     outputs = null_space_update(keys, residual.T.unsqueeze(0), 0.3)
     torch.testing.assert_close((keys[0].T @ outputs[0]).T, expected, rtol=1e-4, atol=1e-4)
@@ -104,11 +123,17 @@ def test_the_residual_is_spread_over_the_layers(tiny_model: Callable[..., Any], 
 
     wanted = states()[HIDDEN].outputs + found[0]
     half = found[0] / 2
-    torch.testing.assert_close(states(first)[first].outputs - states()[first].outputs, half, rtol=0.02, atol=0.02 * float(half.abs().max()))
-    torch.testing.assert_close(states(first, second)[HIDDEN].outputs, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
+    torch.testing.assert_close(
+        states(first)[first].outputs - states()[first].outputs, half, rtol=0.02, atol=0.02 * float(half.abs().max())
+    )
+    torch.testing.assert_close(
+        states(first, second)[HIDDEN].outputs, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())
+    )
 
 
-def test_sequential_edits_keep_what_earlier_ones_stored(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_sequential_edits_keep_what_earlier_ones_stored(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer)
     first = editor.edit(model, tiny_tokenizer, REQUESTS[:1])
     both = editor.edit(model, tiny_tokenizer, REQUESTS[1:2], previous=first)
@@ -141,42 +166,64 @@ def test_independent_edits_equal_edits_of_one(tiny_model: Callable[..., Any], ti
     for row, request in enumerate(REQUESTS):
         alone = editor.edit(model, tiny_tokenizer, [request])
         for name in alone.layers:
-            torch.testing.assert_close(independent[row].weight_update(name), alone.weight_update(name), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                independent[row].weight_update(name), alone.weight_update(name), rtol=1e-3, atol=1e-3
+            )
     second = editor.edit(model, tiny_tokenizer, REQUESTS[-1:], previous=independent[0])
     for name in second.layers:
         torch.testing.assert_close(stacked[0].weight_update(name), second.weight_update(name), rtol=1e-3, atol=1e-3)
 
 
-def test_edits_of_other_editors_are_contained_but_not_protected(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_edits_of_other_editors_are_contained_but_not_protected(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer, steps=5)
     name, _ = editor.config.module_names()
-    other = LowRankEdit({name: torch.randn(1, 2, 48), "model.layers.3.mlp.down_proj": torch.randn(1, 1, 48)},
-                        {name: 0.1 * torch.randn(1, 2, 32), "model.layers.3.mlp.down_proj": torch.randn(1, 1, 32)}, EditInfo())  # fmt: skip
+    other = LowRankEdit(
+        {name: torch.randn(1, 2, 48), "model.layers.3.mlp.down_proj": torch.randn(1, 1, 48)},
+        {name: 0.1 * torch.randn(1, 2, 32), "model.layers.3.mlp.down_proj": torch.randn(1, 1, 32)},
+        EditInfo(),
+    )
     edit = editor.edit(model, tiny_tokenizer, REQUESTS[:1], previous=other)
     assert edit.ranks[name] == 3
     torch.testing.assert_close(edit.inputs[name][:, :2], other.inputs[name])
-    torch.testing.assert_close(edit.outputs[name][:, :2], other.outputs[name])  # nothing of the new update is in these rows
+    torch.testing.assert_close(
+        edit.outputs[name][:, :2], other.outputs[name]
+    )  # nothing of the new update is in these rows
     assert torch.equal(edit.inputs["model.layers.3.mlp.down_proj"], other.inputs["model.layers.3.mlp.down_proj"])
 
 
 def test_more_requests_than_dimensions_are_compressed_without_a_change(tiny_model: Callable[..., Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    old = LowRankEdit({"x": torch.randn(1, 5, 6, generator=generator)}, {"x": torch.randn(1, 5, 4, generator=generator)})
-    rows, outputs = torch.cat((old.inputs["x"], torch.randn(1, 3, 6, generator=generator)), 1), torch.randn(1, 8, 4, generator=generator)
+    old = LowRankEdit(
+        {"x": torch.randn(1, 5, 6, generator=generator)}, {"x": torch.randn(1, 5, 4, generator=generator)}
+    )
+    rows, outputs = (
+        torch.cat((old.inputs["x"], torch.randn(1, 3, 6, generator=generator)), 1),
+        torch.randn(1, 8, 4, generator=generator),
+    )
     edit = joined(old, {"x": rows}, {"x": outputs})
     assert edit.ranks == {"x": 6}
-    torch.testing.assert_close(edit.weight_update("x"), old.weight_update("x") + rows[0].T @ outputs[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        edit.weight_update("x"), old.weight_update("x") + rows[0].T @ outputs[0], rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(edit.inputs["x"][0].T @ edit.inputs["x"][0], rows[0].T @ rows[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_models_are_edited_in_fp32(dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_16_bit_models_are_edited_in_fp32(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2", initializer_range=0.15).to(dtype)
     statistics = KeyStatistics.of(model, tiny_tokenizer, TEXTS, progress=False)
-    editor = AlphaEditEditor.for_backbone(model, statistics=statistics, prefixes=2, clamp=50.0, steps=10, loss_scale=64.0)
+    editor = AlphaEditEditor.for_backbone(
+        model, statistics=statistics, prefixes=2, clamp=50.0, steps=10, loss_scale=64.0
+    )
     with torch.inference_mode():
         edit = editor.edit(model, tiny_tokenizer, REQUESTS)
-    assert all(tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all()) for tensor in edit.tensors().values())
+    assert all(
+        tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all()) for tensor in edit.tensors().values()
+    )
 
 
 def test_alphaedit_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:

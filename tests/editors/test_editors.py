@@ -43,7 +43,9 @@ def assert_equals_copies(model: Any, tokenizer: Any, edit: Any, tolerance: float
             add_to_weight(modules_to_edit(edited, [name])[name], edit[row].weight_update(name))
         with torch.no_grad():
             expected, _ = target_logits(edited, batch[row : row + 1])
-        torch.testing.assert_close(attached[row : row + 1, -expected.shape[1] :], expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            attached[row : row + 1, -expected.shape[1] :], expected, rtol=tolerance, atol=tolerance
+        )
 
 
 # --- MEND -----------------------------------------------------------------------------------------------------------
@@ -60,7 +62,9 @@ def make_mend(model: Any, tokenizer: Any, **config: Any) -> MENDEditor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mend_edits_equal_naive_updates_of_copies(family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_mend_edits_equal_naive_updates_of_copies(
+    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model(family, initializer_range=0.1)
     edit = make_mend(model, tiny_tokenizer, blocks=2).edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     assert all(torch.isfinite(edit.weight_updates(name)).all() for name in edit.layers)
@@ -100,7 +104,9 @@ def test_mend_is_token_wise_and_zero_on_padding(tiny_model: Callable[..., Any], 
         torch.testing.assert_close(alone.weight_update(name), together[1].weight_update(name), **near)
 
 
-def test_a_saved_mend_gives_the_same_edit_bit_for_bit(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_saved_mend_gives_the_same_edit_bit_for_bit(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     model = tiny_model("gpt2")
     editor = make_mend(model, tiny_tokenizer, blocks=2, standardise=True)
     editor.save_pretrained(tmp_path)
@@ -114,8 +120,14 @@ def test_a_saved_mend_gives_the_same_edit_bit_for_bit(tiny_model: Callable[..., 
 def test_hidden_dim_for_a_number_of_parameters(blocks: int) -> None:
     input_dims, output_dims = [48, 64], [32, 32]
     hidden_dim = MENDConfig.hidden_dim_for(40_000, input_dims, output_dims, blocks=blocks)
-    config = MENDConfig(edited_modules="h.{i}.x", edited_layers=[0, 1], input_dims=input_dims, output_dims=output_dims,
-                        hidden_dim=hidden_dim, blocks=blocks)  # fmt: skip
+    config = MENDConfig(
+        edited_modules="h.{i}.x",
+        edited_layers=[0, 1],
+        input_dims=input_dims,
+        output_dims=output_dims,
+        hidden_dim=hidden_dim,
+        blocks=blocks,
+    )
     assert sum(p.numel() for p in MENDEditor(config).hypernetworks.parameters()) == pytest.approx(40_000, rel=0.02)
 
 
@@ -138,7 +150,9 @@ def naive_fine_tuning(model: Any, tokenizer: Any, requests: Any, editor: FineTun
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fine_tuning_equals_adam_on_the_weights(family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_fine_tuning_equals_adam_on_the_weights(
+    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model(family, initializer_range=0.1)
     editor = FineTuningEditor.for_backbone(model, steps=8)
     edit = editor.edit(model, tiny_tokenizer, REQUESTS)
@@ -163,7 +177,9 @@ def test_independent_fine_tuning_gives_every_request_its_own_update(
             torch.testing.assert_close(edit[row].weight_update(name), alone.weight_update(name), rtol=0, atol=1e-4)
 
 
-def test_sequential_fine_tuning_goes_on_from_the_update_before(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_sequential_fine_tuning_goes_on_from_the_update_before(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2", initializer_range=0.1)
     editor = FineTuningEditor.for_backbone(model, steps=4)
     sequential = editor.edit(model, tiny_tokenizer, REQUESTS[:2], mode="sequential")
@@ -176,7 +192,9 @@ def test_sequential_fine_tuning_goes_on_from_the_update_before(tiny_model: Calla
     first.merge_into(merged)
     tuned = naive_fine_tuning(merged, tiny_tokenizer, REQUESTS[1:2], editor)
     for name, update in tuned.items():
-        torch.testing.assert_close(sequential.weight_update(name), first.weight_update(name) + update, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            sequential.weight_update(name), first.weight_update(name) + update, rtol=0, atol=1e-4
+        )
     joint = editor.edit(model, tiny_tokenizer, REQUESTS[:2])
     assert joint != sequential
 
@@ -188,13 +206,17 @@ def test_fine_tuning_makes_the_model_answer(tiny_model: Callable[..., Any], tiny
         original = case_losses(*target_logits(model, batch))
     for mode in ("joint", "sequential", "independent"):
         with torch.inference_mode():
-            edit = FineTuningEditor.for_backbone(model, learning_rate=1e-2).edit(model, tiny_tokenizer, REQUESTS, mode=mode)
+            edit = FineTuningEditor.for_backbone(model, learning_rate=1e-2).edit(
+                model, tiny_tokenizer, REQUESTS, mode=mode
+            )
         with torch.no_grad(), edit.attached(model):
             assert (case_losses(*target_logits(model, batch)) < 0.5 * original).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fine_tuning_16_bit_models_accumulates_in_fp32(dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_fine_tuning_16_bit_models_accumulates_in_fp32(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2", initializer_range=0.05).to(dtype)
     edit = FineTuningEditor.for_backbone(model, steps=3, loss_scale=128.0).edit(model, tiny_tokenizer, REQUESTS)
     for update in edit.updates.values():
@@ -228,7 +250,9 @@ NAMES = ("transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj")
 
 def random_dense(number: int = 1, seed: int = 0, info: EditInfo | None = None) -> DenseEdit:
     generator = torch.Generator().manual_seed(seed)
-    return DenseEdit({name: torch.randn(number, 48, 32, generator=generator) / 7 for name in NAMES}, info or EditInfo())
+    return DenseEdit(
+        {name: torch.randn(number, 48, 32, generator=generator) / 7 for name in NAMES}, info or EditInfo()
+    )
 
 
 def test_a_dense_edit_is_a_value(tiny_model: Callable[..., Any]) -> None:

@@ -48,7 +48,9 @@ def independent(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNa
     """A model, its editor and its independent edits; nobody changes them."""
     model = tiny_model("qwen3")
     editor = GRACEEditor.for_backbone(model)
-    return SimpleNamespace(model=model, editor=editor, edit=editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent"))
+    return SimpleNamespace(
+        model=model, editor=editor, edit=editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
+    )
 
 
 def test_the_model_answers_and_is_untouched(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
@@ -57,7 +59,9 @@ def test_the_model_answers_and_is_untouched(joint: SimpleNamespace, tiny_tokeniz
 
 def test_prompts_outside_every_ball_are_bit_identical(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
     model, memory = joint.model, joint.edit.memory
-    edit = GRACEEdit({**memory, "radii": torch.where(memory["radii"] > 0, 0.1 * memory["radii"], -1.0)}, joint.edit.settings)
+    edit = GRACEEdit(
+        {**memory, "radii": torch.where(memory["radii"] > 0, 0.1 * memory["radii"], -1.0)}, joint.edit.settings
+    )
     ids = encode_requests(tiny_tokenizer, OTHERS).input_ids[1:]
     queries = inputs_of(model, edit.settings["module"], ids)
     assert (torch.cdist(queries, edit.memory["keys"]) > edit.memory["radii"]).all()
@@ -105,21 +109,28 @@ def test_the_rules_of_the_codebook() -> None:
     assert radii[0] > 1.5
     assert books.file(0, torch.tensor([0.0, 11.0]), oslo, 0.1) == (2, True)  # near, another target: split half-way
     assert radii[1:3].tolist() == pytest.approx([0.5, 0.5])
-    assert books.file(0, torch.tensor([0.0, 10.01]), oslo, 0.1) == (1, True)  # the same key, another target: the later wins
+    assert books.file(0, torch.tensor([0.0, 10.01]), oslo, 0.1) == (
+        1,
+        True,
+    )  # the same key, another target: the later wins
     assert books.memory["targets"][0, 1].tolist() == [9, IGNORED]
     books.trim()
     assert books.edit().entries == [3]
     assert books.memory["keys"].shape == (1, 3, 2)
 
 
-def test_one_value_for_the_last_prompt_token_or_more_for_mistakes(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
+def test_one_value_for_the_last_prompt_token_or_more_for_mistakes(
+    independent: SimpleNamespace, tiny_tokenizer: Any
+) -> None:
     model, more = independent.model, independent.edit
     editor = GRACEEditor.for_backbone(model, key_tokens="prompt", steps=1)
     prompt_only = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     assert prompt_only.entries == [1, 1, 1]
     for row, request in enumerate(REQUESTS):
         ids = torch.tensor([tiny_tokenizer(request.prompt)["input_ids"]])
-        torch.testing.assert_close(prompt_only.memory["keys"][row, 0], inputs_of(model, prompt_only.settings["module"], ids)[0, -1], **near)
+        torch.testing.assert_close(
+            prompt_only.memory["keys"][row, 0], inputs_of(model, prompt_only.settings["module"], ids)[0, -1], **near
+        )
     assert len(more) == 3
     assert max(more.entries) > 1
     torch.testing.assert_close(more.memory["keys"][:, 0], prompt_only.memory["keys"][:, 0])
@@ -130,7 +141,9 @@ def test_generation_with_a_cache_finds_the_same_entries(independent: SimpleNames
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_company_and_padding_do_not_change_an_edit(family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_company_and_padding_do_not_change_an_edit(
+    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model(family)
     editor = GRACEEditor.for_backbone(model, steps=8)
     together = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
@@ -140,10 +153,14 @@ def test_company_and_padding_do_not_change_an_edit(family: str, tiny_model: Call
         assert together.entries[row] == entries
         for name in ("keys", "values", "radii"):
             scale = max(1.0, float(alone.memory[name].abs().max()))
-            torch.testing.assert_close(together.memory[name][row, :entries] / scale, alone.memory[name][0] / scale, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                together.memory[name][row, :entries] / scale, alone.memory[name][0] / scale, rtol=0, atol=1e-5
+            )
     left, right = (encode_requests(tiny_tokenizer, REQUESTS, side=side) for side in ("left", "right"))
     with torch.no_grad(), together.attached(model):
-        found = [logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))]
+        found = [
+            logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))
+        ]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
@@ -188,7 +205,9 @@ def test_saved_codebooks_come_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_models_are_edited_in_fp32(dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_16_bit_models_are_edited_in_fp32(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2", initializer_range=0.1).to(dtype)
     edit = GRACEEditor.for_backbone(model, loss_scale=64.0).edit(model, tiny_tokenizer, REQUESTS)
     assert all(edit.memory[name].dtype == torch.float32 for name in ("keys", "values", "radii"))
@@ -204,7 +223,10 @@ def test_two_threads_do_not_see_each_others_codebook(independent: SimpleNamespac
         batch = encode_requests(tiny_tokenizer, [requests[index]])
         with torch.no_grad(), edits[index].attached(model):
             together.wait()
-            found[index] = [bool((logits.argmax(-1) == labels).all()) for logits, labels in (target_logits(model, batch) for _ in range(5))]
+            found[index] = [
+                bool((logits.argmax(-1) == labels).all())
+                for logits, labels in (target_logits(model, batch) for _ in range(5))
+            ]
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
     for thread in threads:
@@ -229,12 +251,24 @@ def test_refusals(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     independent = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     with pytest.raises(ValueError, match="previous holds 3 independent edits, here it must hold 1"):
         editor.edit(model, tiny_tokenizer, REQUESTS, previous=independent)
-    with pytest.raises(ValueError, match=r"beside model\.layers\.2\.mlp\.down_proj, previous is one of model\.layers\.1"):
-        GRACEEditor.for_backbone(model, layers=[2]).edit(model, tiny_tokenizer, REQUESTS, mode="independent", previous=independent)
-    for wrong in ({"steps": 0}, {"learning_rate": -1.0}, {"initial_radius": 0.0}, {"key_tokens": "all"}, {"edited_layer": -1}):
+    with pytest.raises(
+        ValueError, match=r"beside model\.layers\.2\.mlp\.down_proj, previous is one of model\.layers\.1"
+    ):
+        GRACEEditor.for_backbone(model, layers=[2]).edit(
+            model, tiny_tokenizer, REQUESTS, mode="independent", previous=independent
+        )
+    for wrong in (
+        {"steps": 0},
+        {"learning_rate": -1.0},
+        {"initial_radius": 0.0},
+        {"key_tokens": "all"},
+        {"edited_layer": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             GRACEConfig(**{"edited_modules": "h.{i}.x", "edited_layer": 1, **wrong})  # type: ignore[arg-type]
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"output of model\.layers\.1\.mlp\.down_proj is not finite for request 0"):
+    with pytest.raises(
+        NonFiniteError, match=r"output of model\.layers\.1\.mlp\.down_proj is not finite for request 0"
+    ):
         editor.edit(model, tiny_tokenizer, REQUESTS)

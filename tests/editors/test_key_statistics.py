@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ibke_hf.core.layers import BackboneError, modules_to_edit
-from ibke_hf.editors import key_statistics
+from ibke_hf.editors.locate import key_statistics
 from ibke_hf.editors.locate.key_statistics import KeyStatistics, default_layers
 
 PLACES = ("France", "Europe", "E", "Italy.")
@@ -20,7 +20,9 @@ TEXTS = [f"{name} lies in {place}" for name in ("Paris", "Rome", "the river Tham
 def naive_moment(model: Any, tokenizer: Any, name: str, max_length: int = 1000) -> torch.Tensor:
     """E[k kᵀ] from one text at a time, in fp64, read by a hook of its own."""
     keys: list[torch.Tensor] = []
-    handle = modules_to_edit(model, [name])[name].register_forward_hook(lambda _, args, __: keys.append(args[0][0].double()))
+    handle = modules_to_edit(model, [name])[name].register_forward_hook(
+        lambda _, args, __: keys.append(args[0][0].double())
+    )
     with torch.no_grad():
         for text in TEXTS:
             model(torch.tensor([tokenizer(text)["input_ids"][:max_length]]))
@@ -38,17 +40,23 @@ def test_moments_equal_those_of_single_texts(family: str, tiny_model: Callable[.
     assert len(statistics.moments) == 2
     for name, moment in statistics.moments.items():
         torch.testing.assert_close(moment.double(), naive_moment(model, tiny_tokenizer, name), rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters()
+    )
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_long_texts_are_cut_and_16_bit_models_are_summed_in_fp32(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_long_texts_are_cut_and_16_bit_models_are_summed_in_fp32(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("qwen3").to(torch.bfloat16)
     statistics = KeyStatistics.of(model, tiny_tokenizer, TEXTS, [1], max_length=4, progress=False)
     assert statistics.tokens == 4 * len(TEXTS)
     ((name, moment),) = statistics.moments.items()
     assert moment.dtype == torch.float32
-    torch.testing.assert_close(moment.double(), naive_moment(model, tiny_tokenizer, name, 4), rtol=0.05, atol=0.02 * float(moment.max()))
+    torch.testing.assert_close(
+        moment.double(), naive_moment(model, tiny_tokenizer, name, 4), rtol=0.05, atol=0.02 * float(moment.max())
+    )
 
 
 def test_the_cache_is_read_for_the_same_corpus_and_weights_alone(
@@ -85,7 +93,12 @@ def test_the_cache_is_read_for_the_same_corpus_and_weights_alone(
 def test_statistics_refuse_what_they_cannot_be_of(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("qwen3")
     twice = "gone through twice"
-    for texts, complaint in ((iter(TEXTS), twice), ("a text", twice), ([], "is empty"), ([{"text": "a"}], "text column")):
+    for texts, complaint in (
+        (iter(TEXTS), twice),
+        ("a text", twice),
+        ([], "is empty"),
+        ([{"text": "a"}], "text column"),
+    ):
         with pytest.raises(ValueError, match=complaint):
             KeyStatistics.of(model, tiny_tokenizer, texts, [1], progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no token"):

@@ -39,7 +39,9 @@ def answers(model: Any, tokenizer: Any, requests: Any = REQUESTS, side: str = "l
 def joint(request: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNamespace:
     """A model of each family, what it was before, and its joint edit."""
     model = tiny_model(request.param)
-    return edited(model, tiny_tokenizer, lambda: LEMoEEditor.for_backbone(model, **FAST).edit(model, tiny_tokenizer, REQUESTS))
+    return edited(
+        model, tiny_tokenizer, lambda: LEMoEEditor.for_backbone(model, **FAST).edit(model, tiny_tokenizer, REQUESTS)
+    )
 
 
 def test_edits_succeed_and_leave_no_trace(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
@@ -59,7 +61,9 @@ def test_inputs_that_are_routed_nowhere_are_bit_identical(joint: SimpleNamespace
 
 
 @pytest.mark.parametrize(("mode", "number", "experts"), [("sequential", 1, 3), ("independent", 3, 1)])
-def test_edits_succeed_in_every_mode(mode: Any, number: int, experts: int, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_edits_succeed_in_every_mode(
+    mode: Any, number: int, experts: int, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("qwen3")
     edit = LEMoEEditor.for_backbone(model, **FAST).edit(model, tiny_tokenizer, REQUESTS, mode=mode)
     assert (len(edit), edit.experts) == (number, experts)
@@ -121,7 +125,10 @@ def test_batches_change_no_edit(family: str, tiny_model: Callable[..., Any], tin
     with together[1].attached(model):
         one, _ = answers(model, tiny_tokenizer, REQUESTS[1:2])
     torch.testing.assert_close(swapped[: len(one)], one, rtol=1e-4, atol=1e-4)
-    with together.attached(model), pytest.raises(ValueError, match="3 independent edits were attached to a batch of 2 rows"):
+    with (
+        together.attached(model),
+        pytest.raises(ValueError, match="3 independent edits were attached to a batch of 2 rows"),
+    ):
         answers(model, tiny_tokenizer, REQUESTS[:2])
 
 
@@ -134,7 +141,9 @@ def test_requests_are_clustered_in_joint_mode(tiny_model: Callable[..., Any], ti
     assert sorted(k for cluster in clustered(points, 7) for k in cluster) == list(range(7))
     assert clustered(points[:1].expand(4, -1), 3) == [[0, 1, 2, 3]]
     model = tiny_model("qwen3")
-    edit = LEMoEEditor.for_backbone(model, edits_per_expert=2, **FAST).edit(model, tiny_tokenizer, (*REQUESTS, *OTHERS))
+    edit = LEMoEEditor.for_backbone(model, edits_per_expert=2, **FAST).edit(
+        model, tiny_tokenizer, (*REQUESTS, *OTHERS)
+    )
     assert 2 <= edit.experts <= 3
     with edit.attached(model):
         assert answers(model, tiny_tokenizer, (*REQUESTS, *OTHERS))[1].all()
@@ -145,7 +154,9 @@ def test_anchors_are_the_judged_values() -> None:
     assert anchors(values, labels).tolist() == [[[2, 3], [4, 5]], [[10, 11], [0, 0]]]
 
 
-def test_an_edit_is_a_value_that_saves_and_loads(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_an_edit_is_a_value_that_saves_and_loads(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     model = tiny_model("llama")
     edit = LEMoEEditor.for_backbone(model, steps=3).edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     edit.save_pretrained(tmp_path)
@@ -161,7 +172,10 @@ def test_an_edit_is_a_value_that_saves_and_loads(tiny_model: Callable[..., Any],
     assert edit.to(torch.bfloat16).nbytes * 2 == edit.nbytes
     with pytest.raises(BackboneError, match="no linear layer named"), edit.attached(tiny_model("gpt2")):
         pass
-    with pytest.raises(BackboneError, match="made for another backbone"), edit.attached(tiny_model("llama", intermediate_size=40)):
+    with (
+        pytest.raises(BackboneError, match="made for another backbone"),
+        edit.attached(tiny_model("llama", intermediate_size=40)),
+    ):
         pass
     (tmp_path / "edit.json").write_text((tmp_path / "edit.json").read_text().replace('"lemoe"', '"other"'))
     with pytest.raises(AdapterError, match="of kind 'other'"):
@@ -176,7 +190,9 @@ def test_generation_and_threads(tiny_model: Callable[..., Any], tiny_tokenizer: 
 
     def generated(edit: LEMoEEdit, **options: Any) -> str:
         with edit.attached(model):
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, **options)
+            made = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, **options
+            )
         return str(tiny_tokenizer.decode(made[0, ids.shape[1] :]))
 
     alone = [generated(edit) for edit in edits]
@@ -184,7 +200,9 @@ def test_generation_and_threads(tiny_model: Callable[..., Any], tiny_tokenizer: 
     assert alone[1].startswith(" Oslo"), alone
     assert [generated(edit, use_cache=False) for edit in edits] == alone
     found: dict[int, set[str]] = {0: set(), 1: set()}
-    threads = [threading.Thread(target=lambda k=k: found[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)]
+    threads = [
+        threading.Thread(target=lambda k=k: found[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -193,7 +211,9 @@ def test_generation_and_threads(tiny_model: Callable[..., Any], tiny_tokenizer: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_models_are_edited_in_fp32(dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_16_bit_models_are_edited_in_fp32(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2", initializer_range=0.1).to(dtype)
     with torch.inference_mode():
         edit = LEMoEEditor.for_backbone(model, loss_scale=128.0, **FAST).edit(model, tiny_tokenizer, REQUESTS[:1])
@@ -224,8 +244,18 @@ def test_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tokenize
         LEMoEEditor.for_backbone(model, [1, 2])
     with pytest.raises(BackboneError, match="no linear layer named"):
         LEMoEEditor(LEMoEConfig("h.1.x", 8)).edit(model, tiny_tokenizer, REQUESTS)
-    for name, value in {"edited_module": "", "steps": 0, "learning_rate": -1.0, "top_k": 0, "routing_threshold": 0.0, "temperature": 0.0,
-                        "expert_width": 0, "edits_per_expert": 0, "loss_scale": 0.0, "loss_floor": -1.0}.items():  # fmt: skip
+    for name, value in {
+        "edited_module": "",
+        "steps": 0,
+        "learning_rate": -1.0,
+        "top_k": 0,
+        "routing_threshold": 0.0,
+        "temperature": 0.0,
+        "expert_width": 0,
+        "edits_per_expert": 0,
+        "loss_scale": 0.0,
+        "loss_floor": -1.0,
+    }.items():
         with pytest.raises(ValueError, match=name):
             LEMoEConfig(**{"edited_module": "h.1.x", "expert_width": 8, name: value})
     tuned = FineTuningEditor.for_backbone(model, steps=1).edit(model, tiny_tokenizer, REQUESTS)

@@ -24,21 +24,35 @@ from ibke_hf.editors.locate.search import Asked, ValueSearch, ask, read_states, 
 from ibke_hf.editors.rome import ROMEConfig, ROMEEditor, rank_one_update
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (  # short ways from the subject to the target, of one token each: random models pass little on from token to token
+# short ways from the subject to the target, of one token each: random models pass little on from token to token
+REQUESTS = (
     EditRequest("The capital of France", "is", "France"),
     EditRequest("In physics, Marie Curie", "the", "Marie Curie"),
     EditRequest("An oak", "and", "oak"),
 )
-TEXTS = [f"{name} {what} {place}." for name in ("Paris", "Marie Curie", "A sparrow", "The author", "iron")
-         for what in ("is in", "was born in", "lies on", "wrote", "of") for place in ("France", "a tree", "Europe")]  # fmt: skip
+TEXTS = [
+    f"{name} {what} {place}."
+    for name in ("Paris", "Marie Curie", "A sparrow", "The author", "iron")
+    for what in ("is in", "was born in", "lies on", "wrote", "of")
+    for place in ("France", "a tree", "Europe")
+]
 near = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def setting(tiny_model: Callable[..., Any], tokenizer: Any, family: str = "qwen3", **config: Any) -> tuple[Any, ROMEEditor]:
+def setting(
+    tiny_model: Callable[..., Any], tokenizer: Any, family: str = "qwen3", **config: Any
+) -> tuple[Any, ROMEEditor]:
     """A model that edits are easy in, with an editor of its second layer."""
     model = tiny_model(family, initializer_range=0.15)
     statistics = KeyStatistics.of(model, tokenizer, TEXTS, [1], progress=False)
-    settings = {"prefixes": 2, "prefix_tokens": (2, 4), "prefix_source": "corpus", "clamp": 50.0, "steps": 30, "kl_factor": 0.0}
+    settings = {
+        "prefixes": 2,
+        "prefix_tokens": (2, 4),
+        "prefix_source": "corpus",
+        "clamp": 50.0,
+        "steps": 30,
+        "kl_factor": 0.0,
+    }
     return model, ROMEEditor.for_backbone(model, statistics=statistics, **{**settings, **config})
 
 
@@ -80,7 +94,9 @@ def test_the_layer_maps_the_key_to_the_value_by_a_rank_one_update_and_the_model_
         singular = torch.linalg.svdvals(edit[row].weight_update(name))
         assert singular[1] < 1e-5 * singular[0]
     assert torch.equal(target_logits(model, batch)[0], original)
-    assert all(torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in model.named_parameters()
+    )
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -92,15 +108,21 @@ def test_the_update_is_the_papers_and_the_smallest_that_maps_several_keys() -> N
     factor = torch.linalg.cholesky(moment)
     inputs, outputs = rank_one_update(keys[:, :1], change[:, :1], factor)
     weighed = torch.linalg.solve(moment, keys[0, 0])  # C⁻¹k*
-    torch.testing.assert_close(inputs[0].T @ outputs[0], torch.outer(weighed, change[0, 0]) / (weighed @ keys[0, 0]), **near)
+    torch.testing.assert_close(
+        inputs[0].T @ outputs[0], torch.outer(weighed, change[0, 0]) / (weighed @ keys[0, 0]), **near
+    )
     inputs, outputs = rank_one_update(keys, change, factor)
     update = inputs[0].T @ outputs[0]
     torch.testing.assert_close(keys[0] @ update, change[0], **near)
-    other = update + (torch.eye(6) - torch.linalg.pinv(keys[0]) @ keys[0]) @ torch.randn(6, 4, generator=generator)  # fits as well
+    other = update + (torch.eye(6) - torch.linalg.pinv(keys[0]) @ keys[0]) @ torch.randn(
+        6, 4, generator=generator
+    )  # fits as well
     torch.testing.assert_close(keys[0] @ other, change[0], **near)
     assert (update.T @ moment @ update).trace() < (other.T @ moment @ other).trace()
     inputs, outputs = rank_one_update(keys[:, [0, 0]], change, factor)
-    torch.testing.assert_close(keys[0, 0] @ inputs[0].T @ outputs[0], change[0].mean(0), **near)  # alike keys share the mean
+    torch.testing.assert_close(
+        keys[0, 0] @ inputs[0].T @ outputs[0], change[0].mean(0), **near
+    )  # alike keys share the mean
 
 
 def test_independent_edits_equal_edits_of_one_and_joint_and_sequential_edits_answer(
@@ -111,7 +133,9 @@ def test_independent_edits_equal_edits_of_one_and_joint_and_sequential_edits_ans
     (name,) = independent.layers
     alone = [editor.edit(model, tiny_tokenizer, [request]) for request in REQUESTS]
     for row, request in enumerate(REQUESTS):
-        torch.testing.assert_close(independent[row].weight_update(name), alone[row].weight_update(name), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            independent[row].weight_update(name), alone[row].weight_update(name), rtol=1e-3, atol=1e-4
+        )
         assert alone[row].info.requests == (request,)
     joint = editor.edit(model, tiny_tokenizer, REQUESTS)
     assert joint.ranks[name] == 3
@@ -129,7 +153,9 @@ def test_independent_edits_equal_edits_of_one_and_joint_and_sequential_edits_ans
     assert LowRankEdit.from_pretrained(tmp_path).info.requests == REQUESTS
 
 
-def test_edits_work_in_generation_and_threads_do_not_see_each_other(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_edits_work_in_generation_and_threads_do_not_see_each_other(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer)
     edits = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
 
@@ -143,14 +169,20 @@ def test_edits_work_in_generation_and_threads_do_not_see_each_other(tiny_model: 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(answer, [0, 1, 2] * 5)) == alone * 5
         first = editor.edit(model, tiny_tokenizer, REQUESTS[:1])
-        assert all(edit == first for edit in pool.map(lambda _: editor.edit(model, tiny_tokenizer, REQUESTS[:1]), range(2)))
+        assert all(
+            edit == first for edit in pool.map(lambda _: editor.edit(model, tiny_tokenizer, REQUESTS[:1]), range(2))
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_models_are_edited_in_fp32(dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_16_bit_models_are_edited_in_fp32(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2", initializer_range=0.15).to(dtype)
     statistics = KeyStatistics.of(model, tiny_tokenizer, TEXTS, [1], progress=False)
-    editor = ROMEEditor.for_backbone(model, statistics=statistics, prefixes=0, clamp=50.0, steps=30, kl_factor=0.01, loss_scale=64.0)
+    editor = ROMEEditor.for_backbone(
+        model, statistics=statistics, prefixes=0, clamp=50.0, steps=30, kl_factor=0.01, loss_scale=64.0
+    )
     with torch.inference_mode():
         edit = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     assert all(tensor.dtype == torch.float32 for tensor in edit.tensors().values())
@@ -162,7 +194,7 @@ def test_16_bit_models_are_edited_in_fp32(dtype: torch.dtype, tiny_model: Callab
 
 def naive_objective(
     model: Any, tokenizer: Any, request: EditRequest, change: torch.Tensor, prefixes: list[str], module: Any
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Eq. 4 one text at a time, δ added by a hook of its own."""
 
     def logits(ids: list[int], place: int, change: torch.Tensor) -> torch.Tensor:
@@ -185,7 +217,9 @@ def naive_objective(
         prompt = prefix + request.prompt
         ids, start = tokenizer(f"{prompt} {request.target}")["input_ids"], len(tokenizer(prompt)["input_ids"])
         place = subject_place(prompt, prompt.index(request.subject) + len(request.subject))
-        losses.append(functional.cross_entropy(logits(ids[:-1], place, change)[start - 1 :], torch.tensor(ids[start:])))
+        losses.append(
+            functional.cross_entropy(logits(ids[:-1], place, change)[start - 1 :], torch.tensor(ids[start:]))
+        )
     text = f"{request.subject} is a"
     ids, place = tokenizer(text)["input_ids"], subject_place(text, len(request.subject))
     after, before = (logits(ids, place, d)[-1].log_softmax(-1) for d in (change, torch.zeros_like(change)))
@@ -193,7 +227,9 @@ def naive_objective(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_the_objective_and_its_gradient_equal_a_naive_computation(family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_the_objective_and_its_gradient_equal_a_naive_computation(
+    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer, family)
     config = replace(editor.config, kl_factor=0.5, texts_at_once=4)
     prefixes = ["Paris is. ", "of the river in. "]
@@ -221,7 +257,9 @@ def test_requests_that_are_done_are_asked_no_more(tiny_model: Callable[..., Any]
     state = read_states(model, modules, questions.requests, [], 9)[next(iter(modules))]
     search = ValueSearch(model, *modules.values(), questions, editor.config, [], ["a", "b", "c"])
     losses, _ = search.objective(torch.zeros(3, 32))
-    search.config = replace(editor.config, stop_below=float(losses.sort().values[1]) + 1e-3)  # two of three are done from the start
+    search.config = replace(
+        editor.config, stop_below=float(losses.sort().values[1]) + 1e-3
+    )  # two of three are done from the start
     rows: list[int] = []
     handle = model.register_forward_pre_hook(lambda *given: rows.append(len(given[2]["input_ids"])), with_kwargs=True)
     found = search.run(state.norms, 32)
@@ -231,7 +269,9 @@ def test_requests_that_are_done_are_asked_no_more(tiny_model: Callable[..., Any]
     assert found.any(-1).tolist() == (losses == losses.max()).tolist()
 
 
-def test_the_change_stays_within_its_limit_and_zero_steps_of_a_done_request(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_the_change_stays_within_its_limit_and_zero_steps_of_a_done_request(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer, clamp=0.5, steps=5)
     modules = modules_to_edit(model, editor.config.module_names())
     questions = ask(tiny_tokenizer, REQUESTS, [], "{} is a", 128)
@@ -240,7 +280,9 @@ def test_the_change_stays_within_its_limit_and_zero_steps_of_a_done_request(tiny
     change = ValueSearch(model, *modules.values(), questions, editor.config, [], names).run(state.norms, 32)
     assert (change.norm(dim=-1) <= 0.5 * state.norms * 1.0001).all()
     assert (change.norm(dim=-1) > 0.4 * state.norms).all()
-    done = ValueSearch(model, *modules.values(), questions, replace(editor.config, stop_below=100.0), [], names).run(state.norms, 32)
+    done = ValueSearch(model, *modules.values(), questions, replace(editor.config, stop_below=100.0), [], names).run(
+        state.norms, 32
+    )
     assert not done.any()
 
 
@@ -248,8 +290,12 @@ def test_padding_side_and_batch_change_nothing(tiny_model: Callable[..., Any], t
     model, editor = setting(tiny_model, tiny_tokenizer, "gpt2")
     modules = modules_to_edit(model, editor.config.module_names())
     asked = ask(tiny_tokenizer, REQUESTS, ["Paris is a. "], "{} is a", 128).requests
-    wider = TokenBatch(*(functional.pad(t, (7, 0), value=v) for t, v in ((asked.batch.input_ids, 5), (asked.batch.attention_mask, 0),
-                                                                       (asked.batch.labels, -100))))  # fmt: skip
+    wider = TokenBatch(
+        *(
+            functional.pad(t, (7, 0), value=v)
+            for t, v in ((asked.batch.input_ids, 5), (asked.batch.attention_mask, 0), (asked.batch.labels, -100))
+        )
+    )
     (name,) = modules
     expected = read_states(model, modules, asked, [], 100)[name]
     for other, size in ((Asked(wider, asked.subjects, asked.owners, 3), 100), (asked, 1), (asked, 4)):
@@ -257,8 +303,12 @@ def test_padding_side_and_batch_change_nothing(tiny_model: Callable[..., Any], t
         torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-5, atol=1e-5)
     for row in range(3):
-        torch.testing.assert_close(read_states(model, modules, asked.only(row), [], 9)[name].inputs[0], expected.inputs[row],
-                                   rtol=1e-5, atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(
+            read_states(model, modules, asked.only(row), [], 9)[name].inputs[0],
+            expected.inputs[row],
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 # --- subjects and prefixes ------------------------------------------------------------------------------------------
@@ -266,10 +316,15 @@ def test_padding_side_and_batch_change_nothing(tiny_model: Callable[..., Any], t
 
 @pytest.mark.parametrize(
     ("prompt", "subject", "text"),
-    [("Is art part of the art Art Institute has", "Art Institute", "Is art part of the art Art Institute"),
-     ("Romeo saw Rome in Romeo", "Rome", "Romeo saw Rome"), ("The IRON ore", "iron", "The IRON"),
-     ("Paris or Paris", " Paris ", "Paris or Paris"), ("a (b)* c", "(b)*", "a (b)*"), ("unparis", "paris", "unparis")],
-)  # fmt: skip
+    [
+        ("Is art part of the art Art Institute has", "Art Institute", "Is art part of the art Art Institute"),
+        ("Romeo saw Rome in Romeo", "Rome", "Romeo saw Rome"),
+        ("The IRON ore", "iron", "The IRON"),
+        ("Paris or Paris", " Paris ", "Paris or Paris"),
+        ("a (b)* c", "(b)*", "a (b)*"),
+        ("unparis", "paris", "unparis"),
+    ],
+)
 def test_the_subject_is_the_last_mention_as_whole_words(prompt: str, subject: str, text: str) -> None:
     assert prompt[: subject_end(EditRequest(prompt, "x", subject), "request 0")] == text
 
@@ -299,7 +354,9 @@ def test_prefixes_are_seeded(source: str, tiny_model: Callable[..., Any], tiny_t
 
 def test_prefixes_that_do_not_fit_the_context_are_left_out(tiny_tokenizer: Any) -> None:
     length = len(tiny_tokenizer(f"{REQUESTS[0].prompt} {REQUESTS[0].target}")["input_ids"])
-    asked = ask(tiny_tokenizer, REQUESTS[:1], ["of. ", "Paris is the capital of France. "], "{} is a", length + 4).requests
+    asked = ask(
+        tiny_tokenizer, REQUESTS[:1], ["of. ", "Paris is the capital of France. "], "{} is a", length + 4
+    ).requests
     assert len(asked.batch) == 2
     with pytest.raises(RequestError, match=r"request 0: .* do not fit"):
         ask(tiny_tokenizer, REQUESTS[:1], ["of. "], "{} is a", length - 2)
@@ -314,9 +371,13 @@ def test_rome_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tok
     def edit(*requests: EditRequest, **options: Any) -> LowRankEdit:
         return editor.edit(model, tiny_tokenizer, requests or REQUESTS, **options)
 
-    with pytest.raises(RequestError, match=r"request 1: it has no subject; pass EditRequest\(prompt, target, subject\)"):
+    with pytest.raises(
+        RequestError, match=r"request 1: it has no subject; pass EditRequest\(prompt, target, subject\)"
+    ):
         edit(REQUESTS[0], EditRequest("a b", "c"))
-    with pytest.raises(RequestError, match="request 0: the subject 'Spain' is not in the prompt 'The capital of France'"):
+    with pytest.raises(
+        RequestError, match="request 0: the subject 'Spain' is not in the prompt 'The capital of France'"
+    ):
         edit(replace(REQUESTS[0], subject="Spain"))
     with pytest.raises(RequestError, match="no edit request"):
         editor.edit(model, tiny_tokenizer, [])
@@ -337,7 +398,9 @@ def test_rome_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tok
         ROMEEditor.for_backbone(model, [2], statistics=editor.statistics)
     few = KeyStatistics.of(model, tiny_tokenizer, ["Paris"], [1], progress=False)
     with pytest.raises(ValueError, match=r"is singular: .* raise ridge"):
-        ROMEEditor.for_backbone(model, statistics=few, prefixes=0, steps=1, ridge=0.0).edit(model, tiny_tokenizer, REQUESTS)
+        ROMEEditor.for_backbone(model, statistics=few, prefixes=0, steps=1, ridge=0.0).edit(
+            model, tiny_tokenizer, REQUESTS
+        )
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="request 0"):
@@ -347,10 +410,23 @@ def test_rome_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tok
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"edited_layers": ()}, {"edited_layers": (1, 2)}, {"edited_modules": "h.1.x"}, {"steps": 0}, {"learning_rate": -1.0}, {"clamp": -1.0},
-     {"prefixes": -1}, {"prefix_tokens": (0, 2)}, {"prefix_tokens": (3, 2)}, {"prefix_source": "web"}, {"essence": "is a"}, {"ridge": -1.0},
-     {"kl_factor": -1.0}, {"texts_at_once": 0}],
-)  # fmt: skip
+    [
+        {"edited_layers": ()},
+        {"edited_layers": (1, 2)},
+        {"edited_modules": "h.1.x"},
+        {"steps": 0},
+        {"learning_rate": -1.0},
+        {"clamp": -1.0},
+        {"prefixes": -1},
+        {"prefix_tokens": (0, 2)},
+        {"prefix_tokens": (3, 2)},
+        {"prefix_source": "web"},
+        {"essence": "is a"},
+        {"ridge": -1.0},
+        {"kl_factor": -1.0},
+        {"texts_at_once": 0},
+    ],
+)
 def test_configs_name_the_field_that_is_wrong(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ROMEConfig(**{"edited_modules": "h.{i}.x", "edited_layers": (1,), **wrong})

@@ -37,7 +37,12 @@ class Exact(SERACEditor):
         rows = []
         for case, column in (cases.labels != IGNORED).nonzero().tolist():
             prefix = cases.input_ids[case, : column + 1][cases.attention_mask[case, : column + 1].bool()].tolist()
-            rows.append([10.0 if prefix[: self.starts[tuple(ids)]] == ids[: self.starts[tuple(ids)]] else -10.0 for ids in requests])
+            rows.append(
+                [
+                    10.0 if prefix[: self.starts[tuple(ids)]] == ids[: self.starts[tuple(ids)]] else -10.0
+                    for ids in requests
+                ]
+            )
         return torch.tensor(rows)
 
 
@@ -84,17 +89,27 @@ def test_in_scope_the_counterfactual_model_answers_out_of_scope_not_a_bit_change
             edit = editor.edit(model, tiny_tokenizer, REQUESTS, mode=mode)
             assert isinstance(edit, Edit)
             with edit.attached(model):
-                after = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
+                after = model(
+                    batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+                ).logits
             assert torch.equal(before[[0, 2]], after[[0, 2]])
             expected = counterfactual(editor, tiny_tokenizer, REQUESTS[1], REQUESTS[1])
             torch.testing.assert_close(after[1, -len(expected) :], expected, **near)
             first = int((batch.labels[1] != IGNORED).nonzero()[0])
-            assert torch.equal(before[1, :first], after[1, :first])  # before the prompt is complete nothing is in scope
+            assert torch.equal(
+                before[1, :first], after[1, :first]
+            )  # before the prompt is complete nothing is in scope
         with edit.attached(model):
             assert torch.equal(model(batch.input_ids[:1]).logits, model(batch.input_ids[:1]).logits)
-            untouched = model(batch.input_ids[:1], attention_mask=batch.attention_mask[:1], position_ids=batch.position_ids[:1])
-        assert torch.equal(untouched.logits, model(batch.input_ids[:1], attention_mask=batch.attention_mask[:1],
-                                                   position_ids=batch.position_ids[:1]).logits)  # fmt: skip
+            untouched = model(
+                batch.input_ids[:1], attention_mask=batch.attention_mask[:1], position_ids=batch.position_ids[:1]
+            )
+        assert torch.equal(
+            untouched.logits,
+            model(
+                batch.input_ids[:1], attention_mask=batch.attention_mask[:1], position_ids=batch.position_ids[:1]
+            ).logits,
+        )
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -117,7 +132,10 @@ def test_batches_and_padding_change_no_answer(form: str, tiny_model: Callable[..
     with edit.attached(model, rows=torch.tensor([1, 2, 1])):
         chosen = answers(model, tiny_tokenizer, [REQUESTS[1], REQUESTS[2], OTHERS[0]])
     torch.testing.assert_close(chosen[: len(alone[1]) + len(alone[2])], torch.cat(alone[1:]), **near)
-    with edit.attached(model), pytest.raises(ValueError, match="3 independent edits were attached to a batch of 2 rows"):
+    with (
+        edit.attached(model),
+        pytest.raises(ValueError, match="3 independent edits were attached to a batch of 2 rows"),
+    ):
         answers(model, tiny_tokenizer, REQUESTS[:2])
 
 
@@ -133,8 +151,12 @@ def test_scopes_are_causal_and_of_pairs(form: str, tiny_model: Callable[..., Any
         for row in range(len(REQUESTS)):
             ids = batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
             for end in range(len(ids) - int((batch.labels[row] != IGNORED).sum()) + 1, len(ids) + 1):
-                prefix = replace(batch[row : row + 1], input_ids=torch.tensor([ids[:end]]), attention_mask=torch.ones(1, end).long(),
-                                 labels=torch.tensor([[IGNORED] * (end - 1) + [0]]))  # fmt: skip
+                prefix = replace(
+                    batch[row : row + 1],
+                    input_ids=torch.tensor([ids[:end]]),
+                    attention_mask=torch.ones(1, end).long(),
+                    labels=torch.tensor([[IGNORED] * (end - 1) + [0]]),
+                )
                 one = editor.scopes(editor.embed_requests(requests[1:2]), requests[1:2], prefix)
                 torch.testing.assert_close(scores[position, 1:2], one[0], **near)
                 position += 1
@@ -142,7 +164,9 @@ def test_scopes_are_causal_and_of_pairs(form: str, tiny_model: Callable[..., Any
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_keeps_the_decision_of_the_prompt(beams: int, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_generation_keeps_the_decision_of_the_prompt(
+    beams: int, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("llama")
     editor = exact(model, tiny_tokenizer, counterfactual=tiny_model("qwen3", seed=3))
     edit = editor.edit(model, tiny_tokenizer, REQUESTS)
@@ -176,7 +200,9 @@ def test_two_threads_never_see_each_others_memory(tiny_model: Callable[..., Any]
 
     alone = [generated(edit) for edit in edits]
     found: list[set[str]] = [set(), set()]
-    threads = [threading.Thread(target=lambda k=k: found[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)]
+    threads = [
+        threading.Thread(target=lambda k=k: found[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -200,7 +226,9 @@ def test_the_newest_request_of_a_prompt_counts(tiny_model: Callable[..., Any], t
     assert [len(row) for row in rows.entries()] == [4, 4]
 
 
-def test_memories_save_and_load_and_editors_too(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_memories_save_and_load_and_editors_too(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     model = tiny_model("gpt2")
     torch.manual_seed(0)
     editor = SERACEditor.for_backbone(model, scope=model, counterfactual=model, threshold=0.0).eval()
@@ -212,7 +240,9 @@ def test_memories_save_and_load_and_editors_too(tiny_model: Callable[..., Any], 
     loaded_editor = AutoModel.from_pretrained(tmp_path / "editor").eval()
     assert type(loaded_editor) is SERACEditor
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "editor"), SERACConfig)
-    assert {n: t.shape for n, t in loaded_editor.state_dict().items()} == {n: t.shape for n, t in editor.state_dict().items()}
+    assert {n: t.shape for n, t in loaded_editor.state_dict().items()} == {
+        n: t.shape for n, t in editor.state_dict().items()
+    }
     loaded = SERACEdit.from_pretrained(tmp_path / "edit", editor=loaded_editor)
     assert loaded == edit
     with edit.attached(model):
@@ -222,9 +252,14 @@ def test_memories_save_and_load_and_editors_too(tiny_model: Callable[..., Any], 
     assert edit.nbytes == sum(tensor.nbytes for tensor in edit.memory.values())
     assert edit.to(torch.bfloat16) == edit
     assert edit.select([2, 0])[1] == edit[0]
-    with pytest.raises(ValueError, match="loaded without the editor"), SERACEdit.from_pretrained(tmp_path / "edit").attached(model):
+    with (
+        pytest.raises(ValueError, match="loaded without the editor"),
+        SERACEdit.from_pretrained(tmp_path / "edit").attached(model),
+    ):
         pass
-    (tmp_path / "edit" / "edit.json").write_text((tmp_path / "edit" / "edit.json").read_text().replace('"serac"', '"other"'))
+    (tmp_path / "edit" / "edit.json").write_text(
+        (tmp_path / "edit" / "edit.json").read_text().replace('"serac"', '"other"')
+    )
     with pytest.raises(AdapterError, match="of kind 'other'"):
         SERACEdit.from_pretrained(tmp_path / "edit")
 
@@ -263,7 +298,12 @@ def test_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tokenize
         editor.edit(model, tiny_tokenizer, REQUESTS, previous=tuned)
     edit = editor.edit(model, tiny_tokenizer, REQUESTS)
     with pytest.raises(ValueError, match=r"3 independent edits, mode='joint'"):
-        editor.edit(model, tiny_tokenizer, REQUESTS[:1], previous=editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent"))
+        editor.edit(
+            model,
+            tiny_tokenizer,
+            REQUESTS[:1],
+            previous=editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent"),
+        )
     ids = torch.tensor([[5, 6, 7]])
     with edit.attached(model), torch.no_grad():
         with pytest.raises(ValueError, match="needs token ids"):

@@ -24,7 +24,11 @@ from ibke_hf.editors._patches import NewPatches, top_mean_exp
 from ibke_hf.editors.t_patcher import TPatcherConfig, TPatcherEdit, TPatcherEditor, own_texts, patched_ffn
 
 FAST = {"steps": 100, "learning_rate": 0.2}  # tiny models with random weights are hard to move
-MEMORY = ("Oslo lies on the river Thames", "iron works in physics; Berlin is a bird", "A sparrow is a bird, Vienna a city")
+MEMORY = (
+    "Oslo lies on the river Thames",
+    "iron works in physics; Berlin is a bird",
+    "A sparrow is a bird, Vienna a city",
+)
 
 
 def make(model: Any, **config: Any) -> TPatcherEditor:
@@ -44,14 +48,18 @@ def independent(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> SimpleNa
     """A model, its editor and its independent edits; nobody changes them."""
     model = tiny_model("qwen3")
     editor = make(model)
-    return SimpleNamespace(model=model, editor=editor, edit=editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent"))
+    return SimpleNamespace(
+        model=model, editor=editor, edit=editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
+    )
 
 
 def test_the_model_answers_and_is_untouched(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
     require_answers_and_no_trace(joint, tiny_tokenizer)
 
 
-def test_patches_are_silent_on_what_they_were_not_trained_to_fire_on(joint: SimpleNamespace, tiny_tokenizer: Any) -> None:
+def test_patches_are_silent_on_what_they_were_not_trained_to_fire_on(
+    joint: SimpleNamespace, tiny_tokenizer: Any
+) -> None:
     memory = joint.edit.memory
     own = (memory["keys"] * memory["queries"]).sum(-1) + memory["biases"]
     assert (own > 0).all()
@@ -132,7 +140,9 @@ def test_only_mistakes_get_a_patch(independent: SimpleNamespace, tiny_tokenizer:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_company_and_padding_do_not_change_an_edit(family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_company_and_padding_do_not_change_an_edit(
+    family: str, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model(family)
     editor = make(model, steps=8)
     together = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
@@ -142,10 +152,14 @@ def test_company_and_padding_do_not_change_an_edit(family: str, tiny_model: Call
         assert together.patches[row] == count
         for name, tensor in alone.memory.items():
             scale = max(1.0, float(tensor.abs().max()))
-            torch.testing.assert_close(together.memory[name][row, :count] / scale, tensor[0] / scale, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                together.memory[name][row, :count] / scale, tensor[0] / scale, rtol=0, atol=1e-5
+            )
     left, right = (encode_requests(tiny_tokenizer, REQUESTS, side=side) for side in ("left", "right"))
     with torch.no_grad(), together.attached(model):
-        found = [logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))]
+        found = [
+            logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))
+        ]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
@@ -212,7 +226,10 @@ def test_saved_patches_come_back_bit_for_bit(
     assert hits(model, tiny_tokenizer, loaded) == [True] * 3
     assert edit.select([2, 0])[1] == edit[0]
     assert edit.to(torch.bfloat16).nbytes * 2 == edit.nbytes
-    with pytest.raises(BackboneError, match="made for another backbone"), edit.attached(tiny_model("qwen3", hidden_size=64)):
+    with (
+        pytest.raises(BackboneError, match="made for another backbone"),
+        edit.attached(tiny_model("qwen3", hidden_size=64)),
+    ):
         pass
     (tmp_path / "edit.json").write_text((tmp_path / "edit.json").read_text().replace('"relu"', '"tanh"'))
     with pytest.raises(AdapterError, match="not a t_patcher edit"):
@@ -222,7 +239,9 @@ def test_saved_patches_come_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_models_are_edited_in_fp32(dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_16_bit_models_are_edited_in_fp32(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     model = tiny_model("gpt2", initializer_range=0.1).to(dtype)
     edit = make(model, steps=60, loss_scale=64.0).edit(model, tiny_tokenizer, REQUESTS)
     assert all(tensor.dtype == torch.float32 for tensor in edit.memory.values())

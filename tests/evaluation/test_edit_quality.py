@@ -19,8 +19,13 @@ from ibke_hf.evaluation.protocol import evaluate_records
 
 evaluate = pytest.importorskip("evaluate", reason="the extra eval is not installed")
 FOLDER = Path(ibke_hf.evaluation.__file__).parent / "edit_quality"
-GOOD = {"predictions": [[[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]], [[1], [2]]], "references": [[3, 8], [1, 9]],
-        "role": ["generality", "reliability"], "criterion": ["Rephrase, Multi-Hop", ""], "top_k": [5, 1]}  # fmt: skip
+GOOD = {
+    "predictions": [[[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]], [[1], [2]]],
+    "references": [[3, 8], [1, 9]],
+    "role": ["generality", "reliability"],
+    "criterion": ["Rephrase, Multi-Hop", ""],
+    "top_k": [5, 1],
+}
 
 
 @pytest.fixture(params=["package", "folder"])
@@ -59,10 +64,17 @@ def test_agrees_with_the_summary_of_an_evaluation(metric, tiny_model, tiny_token
     model = tiny_model()
     torch.manual_seed(0)
     editor = IBKEEditor.for_backbone(model, latent_dim=16, latent_length=3, initial_edit_ratio=0.5)
-    editor.calibrate(model, [encode_requests(tiny_tokenizer, [r for record in make_records(20, 1, seed=7) for r in record.requests])])
-    records = [replace(record, edits=(), generality=tuple(replace(case, name="gen") for case in record.generality))
-               for record in make_records(12, 1)]  # fmt: skip
-    wanted = evaluate_records(editor, model, tiny_tokenizer, records, supporting_hops=False, generate=False, progress=False).summary
+    editor.calibrate(
+        model,
+        [encode_requests(tiny_tokenizer, [r for record in make_records(20, 1, seed=7) for r in record.requests])],
+    )
+    records = [
+        replace(record, edits=(), generality=tuple(replace(case, name="gen") for case in record.generality))
+        for record in make_records(12, 1)
+    ]
+    wanted = evaluate_records(
+        editor, model, tiny_tokenizer, records, supporting_hops=False, generate=False, progress=False
+    ).summary
     found = metric.compute(**columns_of(records, editor, model, tiny_tokenizer))
     names = found.keys() - {"by_criterion"}
     assert names >= {"reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1"}
@@ -70,7 +82,10 @@ def test_agrees_with_the_summary_of_an_evaluation(metric, tiny_model, tiny_token
     assert 0 < found["generality_top1"] < found["generality"] < 100
     assert 0 < found["locality_top1"] < found["locality"] < 100
     for role in ("generality", "locality"):
-        expected = {name: {key: cell[key] for key in ("score", "top1", "cases")} for name, cell in wanted["by_criterion"][role].items()}
+        expected = {
+            name: {key: cell[key] for key in ("score", "top1", "cases")}
+            for name, cell in wanted["by_criterion"][role].items()
+        }
         assert found["by_criterion"][role] == {name: pytest.approx(cell) for name, cell in expected.items()}
 
 
@@ -92,7 +107,9 @@ def test_criterion_and_top_k_may_be_missing_and_tensors_are_ids(metric):
     del columns["criterion"], columns["top_k"]
     assert metric.compute(**columns)["generality"] == 100
     assert metric.compute(**{**GOOD, "top_k": [1, 1]})["generality"] == 0
-    assert metric.compute(**{**GOOD, "criterion": [["Rephrase"], None]})["by_criterion"]["generality"].keys() == {"Rephrase"}
+    assert metric.compute(**{**GOOD, "criterion": [["Rephrase"], None]})["by_criterion"]["generality"].keys() == {
+        "Rephrase"
+    }
 
 
 def test_cases_may_come_one_by_one(metric):
@@ -101,27 +118,44 @@ def test_cases_may_come_one_by_one(metric):
     assert metric.compute()["reliability"] == 50
     metric.add(prediction=[[4]], reference=[4], role="reliability")
     assert metric.compute(predictions=[[[5]]], references=[[6]], role=["reliability"])["reliability"] == 50
-    assert metric.compute(predictions=[[[5]]], references=[[5]], role=["reliability"])["reliability"] == 100  # nothing is left over
+    assert (
+        metric.compute(predictions=[[[5]]], references=[[5]], role=["reliability"])["reliability"] == 100
+    )  # nothing is left over
 
 
-@pytest.mark.parametrize(("change", "what"), [
-    ({name: [] for name in GOOD}, "was given no case"),
-    (dict.fromkeys(GOOD), "was given no case"),
-    ({"role": None}, "needs the column role"),
-    ({"references": None}, "needs the column references"),
-    ({"references": [[3, 8]]}, "2 predictions but 1 values of references"),
-    ({"criterion": ["Rephrase"]}, "2 predictions but 1 values of criterion"),
-    ({"top_k": 5}, "the column top_k has one value a case, found 5"),
-    ({"predictions": [[[1, 2, 3, 4, 5]], [[1], [2]]]}, "case 0: predictions for 1 target tokens but 2 reference ids"),
-    ({"references": [[3, 8], [1]]}, "case 1: predictions for 2 target tokens but 1 reference ids"),
-    ({"predictions": [[[1, 2, 3, 4, 5], [7, 8]], [[1], [2]]]}, "case 0, target token 1: 2 predicted ids make no top 5"),
-    ({"predictions": [[[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]], []], "references": [[3, 8], []]}, "case 1: no reference id"),
-    ({"predictions": [[1, 2], [[1], [2]]]}, "case 0: a list of token ids is wanted, found 1"),
-    ({"references": [["yes", "no"], [1, 9]]}, r"case 0: a list of token ids is wanted, found \['yes', 'no'\]"),
-    ({"role": ["generality", "portability"]}, "case 1: role must be one of reliability, generality, locality, found 'portability'"),
-    ({"top_k": [0, 1]}, "case 0: top_k must be at least 1, found 0"),
-    ({"weight": [1, 1]}, "no column 'weight'; its columns are predictions, references, role, criterion, top_k"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({name: [] for name in GOOD}, "was given no case"),
+        (dict.fromkeys(GOOD), "was given no case"),
+        ({"role": None}, "needs the column role"),
+        ({"references": None}, "needs the column references"),
+        ({"references": [[3, 8]]}, "2 predictions but 1 values of references"),
+        ({"criterion": ["Rephrase"]}, "2 predictions but 1 values of criterion"),
+        ({"top_k": 5}, "the column top_k has one value a case, found 5"),
+        (
+            {"predictions": [[[1, 2, 3, 4, 5]], [[1], [2]]]},
+            "case 0: predictions for 1 target tokens but 2 reference ids",
+        ),
+        ({"references": [[3, 8], [1]]}, "case 1: predictions for 2 target tokens but 1 reference ids"),
+        (
+            {"predictions": [[[1, 2, 3, 4, 5], [7, 8]], [[1], [2]]]},
+            "case 0, target token 1: 2 predicted ids make no top 5",
+        ),
+        (
+            {"predictions": [[[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]], []], "references": [[3, 8], []]},
+            "case 1: no reference id",
+        ),
+        ({"predictions": [[1, 2], [[1], [2]]]}, "case 0: a list of token ids is wanted, found 1"),
+        ({"references": [["yes", "no"], [1, 9]]}, r"case 0: a list of token ids is wanted, found \['yes', 'no'\]"),
+        (
+            {"role": ["generality", "portability"]},
+            "case 1: role must be one of reliability, generality, locality, found 'portability'",
+        ),
+        ({"top_k": [0, 1]}, "case 0: top_k must be at least 1, found 0"),
+        ({"weight": [1, 1]}, "no column 'weight'; its columns are predictions, references, role, criterion, top_k"),
+    ],
+)
 def test_what_cannot_be_scored_is_refused(metric, change, what):
     with pytest.raises(ValueError, match=what):
         metric.compute(**{**GOOD, **change})
@@ -137,7 +171,11 @@ def test_metric_describes_itself(metric):
 def test_formulas_are_imported_by_one_line():
     """The Space swaps this line for a relative import."""
     source = (FOLDER / "edit_quality.py").read_text(encoding="utf-8")
-    ours = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and "ibke_hf" in (node.module or "")]
+    ours = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and "ibke_hf" in (node.module or "")
+    ]
     assert [node.lineno for node in ours] == [node.end_lineno for node in ours]
     assert [node.module for node in ours] == ["ibke_hf.evaluation.scores"]
 
@@ -145,7 +183,9 @@ def test_formulas_are_imported_by_one_line():
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     monkeypatch.delitem(sys.modules, "ibke_hf.evaluation.edit_quality.edit_quality", raising=False)
-    with pytest.raises(ImportError, match=r'the edit_quality metric needs the extra "eval": pip install "ibke-hf\[eval\]"'):
+    with pytest.raises(
+        ImportError, match=r'the edit_quality metric needs the extra "eval": pip install "ibke-hf\[eval\]"'
+    ):
         load_metric()
 
 

@@ -57,14 +57,22 @@ class OneAtATime:
 def test_agrees_with_one_case_at_a_time(setting, family, number, most_requests, options, at_once):
     model, tokenizer, editor = setting(family)
     records = make_records(number, most_requests)
-    found = evaluate_records(editor if at_once else OneAtATime(editor), model, tokenizer, records, progress=False, **options)
+    found = evaluate_records(
+        editor if at_once else OneAtATime(editor), model, tokenizer, records, progress=False, **options
+    )
     naive = Naive(editor, model, tokenizer, options.get("locality_match", "ids"))
-    expected = naive.evaluate(records, options.get("sequential", 1), options.get("mode") == "joint", options.get("collision_scope", "set"))
+    expected = naive.evaluate(
+        records, options.get("sequential", 1), options.get("mode") == "joint", options.get("collision_scope", "set")
+    )
     assert_same(found.rows, expected)
     hops = sum(len(case.supporting) for record in records for case in record.generality)
-    assert 0 < sum(row["edited_hops"] for row in found.rows) < hops + (number < 20)  # known and unknown hops both occur
+    assert (
+        0 < sum(row["edited_hops"] for row in found.rows) < hops + (number < 20)
+    )  # known and unknown hops both occur
     locality = sum(len(record.locality) for record in records)
-    assert found.skipped == {"locality case that collides with an edit": locality - sum(r["role"] == "locality" for r in expected)}
+    assert found.skipped == {
+        "locality case that collides with an edit": locality - sum(r["role"] == "locality" for r in expected)
+    }
     assert any(row["before"] != row["after"] for row in found.rows)
     assert found.edit_seconds > 0
 
@@ -74,7 +82,9 @@ def test_edits_carried_at_once_are_bounded_without_changing_a_row(setting, monke
     records = make_records(12, 2)
     expected = evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False)
     monkeypatch.setattr(editing, "CARRIED_BYTES", 1)
-    assert_same(evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False).rows, list(expected.rows))
+    assert_same(
+        evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False).rows, list(expected.rows)
+    )
 
 
 # --- the procedure ------------------------------------------------------------------------------------------------
@@ -98,7 +108,9 @@ def test_model_is_left_alone_by_an_editor_that_fails_on_the_way(setting):
                 raise NonFiniteError("the gradient at down_proj is not finite for request 0; check the weights")
             return super().edit(model, tokenizer, requests, **given)
 
-    with pytest.raises(NonFiniteError, match=r"record 'r\d+' of made, generality case \d, supporting hop \d: the gradient at"):
+    with pytest.raises(
+        NonFiniteError, match=r"record 'r\d+' of made, generality case \d, supporting hop \d: the gradient at"
+    ):
         evaluate_records(Failing(editor), model, tokenizer, make_records(10, 1), progress=False)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -114,7 +126,9 @@ def test_unedited_model_keeps_its_predictions(setting):
 
 def test_supporting_hops_and_generation_can_be_off(setting):
     model, tokenizer, editor = setting()
-    found = evaluate_records(editor, model, tokenizer, make_records(6, 1), supporting_hops=False, generate=False, progress=False)
+    found = evaluate_records(
+        editor, model, tokenizer, make_records(6, 1), supporting_hops=False, generate=False, progress=False
+    )
     assert all(row["edited_hops"] == 0 and row["exact_match"] is None for row in found.rows)
     assert found.summary["exact_match"] is None
 
@@ -122,7 +136,10 @@ def test_supporting_hops_and_generation_can_be_off(setting):
 def test_yes_no_cases_count_the_top_prediction_only(setting):
     model, tokenizer, _ = setting()
     short = {tokenizer(f" {word}")["input_ids"][0]: word for word in SHORT[:-1]}
-    naive, prompts = Naive(None, model, tokenizer), [f"{place} {end}" for place in PLACES for end in "abcdefghijklmnopqrstuvwxyz"]
+    naive, prompts = (
+        Naive(None, model, tokenizer),
+        [f"{place} {end}" for place in PLACES for end in "abcdefghijklmnopqrstuvwxyz"],
+    )
     best = {prompt: naive.best(naive.logits_and_targets(model, prompt, "is")[0], 5)[0] for prompt in prompts}
     prompt, answer = next((prompt, short[i]) for prompt, ids in best.items() for i in ids[1:] if i in short)
     cases = tuple(EditCase(prompt, answer, top_k=k) for k in (1, 5))
@@ -135,7 +152,9 @@ def test_equal_strings_of_other_ids_count_only_as_uniedit_compares_them(setting)
     model, tokenizer, editor = setting()
     records, found = make_records(8, 1), {}
     for match in ("ids", "string"):
-        rows = evaluate_records(editor, model, tokenizer, records, locality_match=match, generate=False, progress=False).rows
+        rows = evaluate_records(
+            editor, model, tokenizer, records, locality_match=match, generate=False, progress=False
+        ).rows
         found[match] = [row["score"] for row in rows if row["role"] == "locality"]
     assert all(a <= b for a, b in zip(found["ids"], found["string"], strict=True))
     assert found["ids"] != found["string"]  # byte fragments all decode to the replacement character
@@ -146,7 +165,11 @@ def test_answers_do_not_depend_on_the_batch_or_on_a_pad_token(setting):
     unpadded = copy.deepcopy(tokenizer)
     unpadded.pad_token = None
     asked = {i: (f"{place} {RELATIONS[i % 6]}" * (1 + i % 3), 1 + i % 4) for i, place in enumerate(PLACES)}
-    texts = [generate_texts(model, t, asked, size, lambda model, _: nullcontext(model)) for t in (tokenizer, unpadded) for size in (1, 5)]
+    texts = [
+        generate_texts(model, t, asked, size, lambda model, _: nullcontext(model))
+        for t in (tokenizer, unpadded)
+        for size in (1, 5)
+    ]
     assert all(text == texts[0] for text in texts)
     assert len(set(texts[0].values())) > 6
     near = {0: ("a" * 127, 4), 1: ("b" * 3, 4)}  # 127 of 128 positions: two more tokens fit
@@ -156,16 +179,36 @@ def test_answers_do_not_depend_on_the_batch_or_on_a_pad_token(setting):
 def test_rows_are_json_and_stream_in_order(setting):
     model, tokenizer, editor = setting()
     rows, skipped, records = [], [], make_records(9, 2)
-    found = evaluate_records(editor, model, tokenizer, records, batch_size=4, progress=False, on_row=rows.append, on_skip=skipped.append)
+    found = evaluate_records(
+        editor, model, tokenizer, records, batch_size=4, progress=False, on_row=rows.append, on_skip=skipped.append
+    )
     assert json.loads(json.dumps(rows, allow_nan=False)) == list(found.rows)
     assert list(dict.fromkeys(row["record"] for row in rows)) == [record.id for record in records]
     assert Counter(skip["reason"] for skip in skipped) == found.skipped != {}
     judged = {(row["record"], row["case"]) for row in rows if row["role"] == "locality"}
     assert judged.isdisjoint((skip["record"], skip["case"]) for skip in skipped)
     assert set(rows[0]) == {
-        "record", "domain", "dataset", "kind", "role", "list", "case", "criteria", "hops", "prompt", "target", "score", "top1",
-        "first_token", "exact_match", "before", "after", "generated", "js_similarity", "edited_hops",
-    }  # fmt: skip
+        "record",
+        "domain",
+        "dataset",
+        "kind",
+        "role",
+        "list",
+        "case",
+        "criteria",
+        "hops",
+        "prompt",
+        "target",
+        "score",
+        "top1",
+        "first_token",
+        "exact_match",
+        "before",
+        "after",
+        "generated",
+        "js_similarity",
+        "edited_hops",
+    }
 
 
 def test_a_killed_run_goes_on_with_no_row_lost_or_doubled(setting):
@@ -181,10 +224,14 @@ def test_a_killed_run_goes_on_with_no_row_lost_or_doubled(setting):
     with pytest.raises(KeyboardInterrupt):
         evaluate_records(editor, model, tokenizer, records, sequential=3, progress=False, on_row=write)
     rest = []
-    resumed = evaluate_records(editor, model, tokenizer, records, sequential=3, progress=False, on_row=rest.append, finished=rows)
+    resumed = evaluate_records(
+        editor, model, tokenizer, records, sequential=3, progress=False, on_row=rest.append, finished=rows
+    )
     assert_same([*rows, *rest], list(whole.rows))
     assert_same(resumed.rows, list(whole.rows))
-    again = evaluate_records(editor, model, tokenizer, records, sequential=3, progress=False, on_row=pytest.fail, finished=resumed.rows)
+    again = evaluate_records(
+        editor, model, tokenizer, records, sequential=3, progress=False, on_row=pytest.fail, finished=resumed.rows
+    )
     assert again.rows == resumed.rows
     assert again.edit_seconds is None
 
@@ -202,7 +249,9 @@ def test_incomplete_group_is_scored_and_said_so(setting, caplog):
 def test_one_at_a_time_editors_get_the_mode_of_the_group(setting):
     model, tokenizer, editor = setting()
     alone = OneAtATime(editor)
-    evaluate_records(alone, model, tokenizer, make_records(4, 1), sequential=2, mode="joint", supporting_hops=False, progress=False)
+    evaluate_records(
+        alone, model, tokenizer, make_records(4, 1), sequential=2, mode="joint", supporting_hops=False, progress=False
+    )
     assert alone.modes == {"joint": 2}
 
 
@@ -215,15 +264,26 @@ def test_errors_name_record_and_case(setting):
     long = replace(good[1], locality=(EditCase("Rome lies in" * 40, "Oslo"),))
     with pytest.raises(RequestError, match=r"record 'r1' of made, locality case 0: .* context of 128"):
         evaluate_records(editor, model, tokenizer, [long], progress=False)
-    hop = replace(good[1], generality=(EditCase("Rome lies in", "Oslo", supporting=(Hop("", "Oslo", "Rome", "P1", "Oslo"),)),))
-    with pytest.raises(RequestError, match="record 'r1' of made, generality case 0, supporting hop 0: the prompt is empty"):
+    hop = replace(
+        good[1], generality=(EditCase("Rome lies in", "Oslo", supporting=(Hop("", "Oslo", "Rome", "P1", "Oslo"),)),)
+    )
+    with pytest.raises(
+        RequestError, match="record 'r1' of made, generality case 0, supporting hop 0: the prompt is empty"
+    ):
         evaluate_records(editor, model, tokenizer, [hop], progress=False)
     with pytest.raises(ValueError, match="record 'r0' of 'made' was given more than once"):
         evaluate_records(editor, model, tokenizer, [good[0], good[0]], progress=False)
 
 
 @pytest.mark.parametrize(
-    "option", [{"sequential": 0}, {"batch_size": 0}, {"mode": "independent"}, {"collision_scope": "all"}, {"locality_match": "text"}]
+    "option",
+    [
+        {"sequential": 0},
+        {"batch_size": 0},
+        {"mode": "independent"},
+        {"collision_scope": "all"},
+        {"locality_match": "text"},
+    ],
 )
 def test_options_out_of_range_are_named(setting, option):
     with pytest.raises(ValueError, match=next(iter(option))):
@@ -292,9 +352,19 @@ def test_js_similarity_by_hand():
 
 @pytest.mark.parametrize(
     ("text", "matches"),
-    [(" Paris", True), ("Paris.", True), ("Paris, France", True), ("Parisian", False), ("Paris2", False), ("The Paris", False),
-     (" New York City", True), ("new york", False), ("", False), ("Par", False)],
-)  # fmt: skip
+    [
+        (" Paris", True),
+        ("Paris.", True),
+        ("Paris, France", True),
+        ("Parisian", False),
+        ("Paris2", False),
+        ("The Paris", False),
+        (" New York City", True),
+        ("new york", False),
+        ("", False),
+        ("Par", False),
+    ],
+)
 def test_exact_match(text, matches):
     assert scores.exact_match(text, [" Paris", "", "New York"]) == matches
 
@@ -308,19 +378,34 @@ def test_f1_and_average():
 
 
 def a_row(role, score, top1=0.0, name="a", criteria=(), hops=1, domain="art", record="r", **other):
-    return {"record": record, "dataset": "made", "domain": domain, "role": role, "list": name, "criteria": list(criteria), "hops": hops,
-            "score": score, "top1": top1, "first_token": top1, "exact_match": None, "js_similarity": None} | other  # fmt: skip
+    return {
+        "record": record,
+        "dataset": "made",
+        "domain": domain,
+        "role": role,
+        "list": name,
+        "criteria": list(criteria),
+        "hops": hops,
+        "score": score,
+        "top1": top1,
+        "first_token": top1,
+        "exact_match": None,
+        "js_similarity": None,
+    } | other
 
 
 def test_summary_by_hand():
     rows = [
-        a_row("reliability", 1.0), a_row("reliability", 0.5, record="s"), a_row("reliability", 0.0, record="s"),
+        a_row("reliability", 1.0),
+        a_row("reliability", 0.5, record="s"),
+        a_row("reliability", 0.0, record="s"),
         a_row("generality", 1.0, 1.0, criteria=["Rephrase"], exact_match=True),
         a_row("generality", 0.0, 0.0, criteria=["Multi-Hop"], hops=2, exact_match=False),
         a_row("generality", 0.5, 0.5, criteria=["Multi-Hop", "Rephrase"], hops=3, exact_match=False),
         a_row("generality", 0.25, 0.0, name="b", record="s", domain="food", exact_match=True),
-        a_row("locality", 0.5, 0.25, name="loc", js_similarity=0.9), a_row("locality", 1.0, 0.75, name="loc", js_similarity=0.7),
-    ]  # fmt: skip
+        a_row("locality", 0.5, 0.25, name="loc", js_similarity=0.9),
+        a_row("locality", 1.0, 0.75, name="loc", js_similarity=0.7),
+    ]
     found = scores.summarise(rows)
     assert found["reliability"] == 50
     assert found["generality"] == pytest.approx((50 + 25) / 2)  # three cases of list a, one of list b
@@ -333,10 +418,12 @@ def test_summary_by_hand():
     assert found["js_similarity"] == pytest.approx(80)
     assert (found["records"], found["cases"]) == (2, {"reliability": 3, "generality": 4, "locality": 2})
     assert found["by_criterion"] == {
-        "generality": {"Multi-Hop": {"score": 25, "top1": 25, "exact_match": 0, "cases": 2},
-                       "Rephrase": {"score": 75, "top1": 75, "exact_match": 50, "cases": 2}},
+        "generality": {
+            "Multi-Hop": {"score": 25, "top1": 25, "exact_match": 0, "cases": 2},
+            "Rephrase": {"score": 75, "top1": 75, "exact_match": 50, "cases": 2},
+        },
         "locality": {},
-    }  # fmt: skip
+    }
     assert {hops: cell["cases"] for hops, cell in found["by_hops"]["generality"].items()} == {"1": 2, "2": 1, "3": 1}
     assert found["by_hops"]["generality"]["3"]["score"] == 50
     assert found["by_domain"]["food"]["generality"] == 25

@@ -37,40 +37,68 @@ def problems(text: str) -> list[str]:
 
 
 def lines(columns: dict) -> str:
-    return "\n".join(json.dumps(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True))
+    return "\n".join(
+        json.dumps(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
+    )
 
 
 # --- the metric's own scores ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [lines(GOOD), json.dumps(GOOD), json.dumps(GOOD, indent=2), f"\n{lines(GOOD)}\n\n",
-                                  json.dumps([json.loads(line) for line in lines(GOOD).splitlines()])])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        lines(GOOD),
+        json.dumps(GOOD),
+        json.dumps(GOOD, indent=2),
+        f"\n{lines(GOOD)}\n\n",
+        json.dumps([json.loads(line) for line in lines(GOOD).splitlines()]),
+    ],
+)
 def test_gives_the_scores_of_the_metric(text):
     assert score(text, load) == (load().compute(**GOOD), {"generality": 1, "reliability": 1})
 
 
 def test_columns_without_the_optional_ones_and_with_null():
-    columns = {"predictions": [[[1]], [[1, 2, 3, 4, 5]]], "references": [[1], [5]], "role": ["reliability", "locality"], "criterion": None}
+    columns = {
+        "predictions": [[[1]], [[1, 2, 3, 4, 5]]],
+        "references": [[1], [5]],
+        "role": ["reliability", "locality"],
+        "criterion": None,
+    }
     assert score(json.dumps(columns), load)[0] == load().compute(**columns)
 
 
 def test_texts_score_as_ids_do():
-    texts = {**GOOD, "predictions": [[[f"<{i}>" for i in best] for best in case] for case in GOOD["predictions"]],
-             "references": [[f"<{i}>" for i in case] for case in GOOD["references"]]}  # fmt: skip
+    texts = {
+        **GOOD,
+        "predictions": [[[f"<{i}>" for i in best] for best in case] for case in GOOD["predictions"]],
+        "references": [[f"<{i}>" for i in case] for case in GOOD["references"]],
+    }
     assert score(lines(texts), load) == score(lines(GOOD), load)
 
 
-@pytest.mark.parametrize(("reference", "prediction"), [
-    ("e", FIVE), (["e"], [FIVE]), ("e", [FIVE]), (7, [1, 2, 3, 4, 7]), (["e", "b"], [FIVE, FIVE]),
-    (["日本", " "], [["日本", *FIVE], [" ", *FIVE]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reference", "prediction"),
+    [
+        ("e", FIVE),
+        (["e"], [FIVE]),
+        ("e", [FIVE]),
+        (7, [1, 2, 3, 4, 7]),
+        (["e", "b"], [FIVE, FIVE]),
+        (["日本", " "], [["日本", *FIVE], [" ", *FIVE]]),
+    ],
+)
 def test_a_target_of_one_token_needs_no_lists(reference, prediction):
     line = json.dumps({"role": "generality", "reference": reference, "prediction": prediction})
     assert score(line, load)[0]["generality"] == 100
 
 
 def test_one_guess_for_each_of_several_tokens():
-    assert score('{"role": "reliability", "reference": ["a", "b"], "prediction": ["a", "c"]}', load)[0]["reliability"] == 50
+    assert (
+        score('{"role": "reliability", "reference": ["a", "b"], "prediction": ["a", "c"]}', load)[0]["reliability"]
+        == 50
+    )
 
 
 def test_space_before_a_token_and_its_case_count():
@@ -92,7 +120,10 @@ def test_the_example_is_scored():
 
 
 def test_criteria_as_text_as_list_and_none():
-    made = [{"role": "reliability", "reference": 1, "prediction": 1, "criterion": found} for found in (None, "", "A, B", ["A", "B"], [])]
+    made = [
+        {"role": "reliability", "reference": 1, "prediction": 1, "criterion": found}
+        for found in (None, "", "A, B", ["A", "B"], [])
+    ]
     assert [case["criterion"] for _, case in read_cases(json.dumps(made))] == ["", "", "A, B", "A, B", ""]
 
 
@@ -103,29 +134,46 @@ def line(**fields) -> str:
     return json.dumps({"role": "reliability", "reference": "a", "prediction": "a"} | fields)
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ("hello", "line 2: not JSON (Expecting value, character 1); write one case a line, such as {"),
-    ('{"role": "reliability",', "line 2: not JSON ("),
-    ("role,reference,prediction", "line 2: not JSON ("),
-    ("[1]", "line 2: a case is a JSON object"), ("3", "line 2: a case is a JSON object"), ("null", "line 2: a case is a JSON object"),
-    (line(role=None), 'line 2: "role" is missing'), (line(reference=None), 'line 2: "reference" is missing'),
-    ('{"role": "locality", "reference": 1}', 'line 2: "prediction" is missing'),
-    (line(role="rephrase"), "line 2: role must be one of reliability, generality, locality, found 'rephrase'"),
-    (line(role=["reliability"]), "line 2: role must be one of"), (line(role={}), "line 2: role must be one of"),
-    (line(target="a"), 'line 2: there is no field "target"; the fields are role,'),
-    (line(reference=1.5), "line 2: a token is its text or its id"), (line(reference=True), "line 2: a token is its text or its id"),
-    (line(prediction=[None]), "line 2: a token is its text"), (line(prediction=[[["a"]]]), "line 2: a token is its text"),
-    ('{"role": "reliability", "reference": NaN, "prediction": 1}', "line 2: a token is its text"),
-    (line(reference={"a": 1}), "line 2: a token is its text"), (line(prediction=[1]), "line 2: some tokens are texts and some ids"),
-    (line(reference=[]), "line 2: no reference id"), (line(prediction=[]), "target token 0: 0 predicted ids make no top 1"),
-    (line(reference=["a", "b"]), "line 2: predictions for 1 target tokens but 2 reference ids"),
-    (line(role="generality"), "line 2, target token 0: 1 predicted ids make no top 5; give at least 5, or a smaller top_k"),
-    (line(top_k=0), "line 2: top_k must be at least 1"), (line(top_k="1"), "line 2: top_k is a whole number"),
-    (line(top_k=True), "line 2: top_k is a whole number"), (line(top_k=1.0), "line 2: top_k is a whole number"),
-    (line(criterion=5), "line 2: criterion is a text"), (line(criterion=["A", 1]), "line 2: criterion is a text"),
-    ('{"role": "reliability", "reference": ' + "9" * 5000 + ', "prediction": 1}', "line 2: "),
-    ("[" * 100_000, "line 2: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("hello", "line 2: not JSON (Expecting value, character 1); write one case a line, such as {"),
+        ('{"role": "reliability",', "line 2: not JSON ("),
+        ("role,reference,prediction", "line 2: not JSON ("),
+        ("[1]", "line 2: a case is a JSON object"),
+        ("3", "line 2: a case is a JSON object"),
+        ("null", "line 2: a case is a JSON object"),
+        (line(role=None), 'line 2: "role" is missing'),
+        (line(reference=None), 'line 2: "reference" is missing'),
+        ('{"role": "locality", "reference": 1}', 'line 2: "prediction" is missing'),
+        (line(role="rephrase"), "line 2: role must be one of reliability, generality, locality, found 'rephrase'"),
+        (line(role=["reliability"]), "line 2: role must be one of"),
+        (line(role={}), "line 2: role must be one of"),
+        (line(target="a"), 'line 2: there is no field "target"; the fields are role,'),
+        (line(reference=1.5), "line 2: a token is its text or its id"),
+        (line(reference=True), "line 2: a token is its text or its id"),
+        (line(prediction=[None]), "line 2: a token is its text"),
+        (line(prediction=[[["a"]]]), "line 2: a token is its text"),
+        ('{"role": "reliability", "reference": NaN, "prediction": 1}', "line 2: a token is its text"),
+        (line(reference={"a": 1}), "line 2: a token is its text"),
+        (line(prediction=[1]), "line 2: some tokens are texts and some ids"),
+        (line(reference=[]), "line 2: no reference id"),
+        (line(prediction=[]), "target token 0: 0 predicted ids make no top 1"),
+        (line(reference=["a", "b"]), "line 2: predictions for 1 target tokens but 2 reference ids"),
+        (
+            line(role="generality"),
+            "line 2, target token 0: 1 predicted ids make no top 5; give at least 5, or a smaller top_k",
+        ),
+        (line(top_k=0), "line 2: top_k must be at least 1"),
+        (line(top_k="1"), "line 2: top_k is a whole number"),
+        (line(top_k=True), "line 2: top_k is a whole number"),
+        (line(top_k=1.0), "line 2: top_k is a whole number"),
+        (line(criterion=5), "line 2: criterion is a text"),
+        (line(criterion=["A", 1]), "line 2: criterion is a text"),
+        ('{"role": "reliability", "reference": ' + "9" * 5000 + ', "prediction": 1}', "line 2: "),
+        ("[" * 100_000, "line 2: "),
+    ],
+)
 def test_a_bad_line_is_named(bad, message):
     (found,) = problems(f"{FINE}\n{bad}\n{FINE}")
     assert message in found
@@ -134,14 +182,23 @@ def test_a_bad_line_is_named(bad, message):
 
 
 def test_every_line_that_cannot_be_read_is_named():
-    assert [found.partition(":")[0] for found in problems(f"a\n{FINE}\n\nb\n{FINE}\n{{}}")] == ["line 1", "line 4", "line 6"]
+    assert [found.partition(":")[0] for found in problems(f"a\n{FINE}\n\nb\n{FINE}\n{{}}")] == [
+        "line 1",
+        "line 4",
+        "line 6",
+    ]
 
 
 def test_cases_of_a_list_and_of_columns_are_named():
     assert problems(f"[{FINE},\n 3, {FINE}, {line(role='x')}]") == [
-        'case 2: a case is a JSON object, such as {"role": "reliability", "reference": "Sony", "prediction": "Sony"}; found 3'
+        (
+            'case 2: a case is a JSON object, such as {"role": "reliability", "reference": "Sony", "prediction": '
+            '"Sony"}; found 3'
+        )
     ]
-    assert problems(json.dumps({**GOOD, "top_k": [5, 9]}))[0].startswith("case 2, target token 0: 1 predicted ids make no top 9")
+    assert problems(json.dumps({**GOOD, "top_k": [5, 9]}))[0].startswith(
+        "case 2, target token 0: 1 predicted ids make no top 9"
+    )
     assert problems(json.dumps({**GOOD, "references": [[3, 8]]})) == [
         "references: 2 roles, but 1 values; every column is a list with one value a case"
     ]
@@ -183,8 +240,13 @@ def test_not_every_one_of_many_problems_is_listed():
 
 
 def test_the_page_needs_gradio_and_nothing_of_ours(tmp_path):
-    hidden = "import sys; sys.modules['gradio'] = sys.modules['ibke_hf'] = None; sys.path.insert(0, sys.argv[1]); import metric_page as m\n"
+    hidden = (
+        "import sys; sys.modules['gradio'] = sys.modules['ibke_hf'] = None; sys.path.insert(0, "
+        "sys.argv[1]); import metric_page as m\n"
+    )
     (tmp_path / "metric_page.py").write_text(Path(metric_page.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     code = hidden + "try: m.build_page(None)\nexcept ImportError as error: print(error)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert done.stdout == 'the page of the metric needs the extra "demo": pip install "ibke-hf[demo]"\n'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +60,12 @@ def test_the_example_is_filled_in_and_scored(url: str, browser: Any, size: tuple
     page.wait_for_function("text => document.querySelector('#paste textarea').value === text", arg=EXAMPLE)
     page.get_by_role("button", name="Score", exact=True).click()
     scores = shown(page, "6 cases scored: 1 reliability, 3 generality, 2 locality.")
-    assert (scores["reliability"], scores["generality"], scores["locality"], scores["F1"]) == ("100.0", "83.3", "100.0", "90.9")
+    assert (scores["reliability"], scores["generality"], scores["locality"], scores["F1"]) == (
+        "100.0",
+        "83.3",
+        "100.0",
+        "90.9",
+    )
     assert (scores["Multi-Hop"], scores["Rephrase"], scores["locality, top 1"]) == ("50.0", "100.0", "50.0")
     bars = [bar.bounding_box()["width"] for bar in page.locator("#scores .main .bar span").all()]
     assert bars[0] == bars[2] > bars[4] > bars[3] > bars[1] > 0
@@ -87,7 +91,12 @@ def test_bad_lines_are_named_and_text_stays_text(url: str, browser: Any, size: t
     assert overflow(page) == 0
     paste(page, case("a", "a", "<b>bold</b>"))
     assert shown(page, "1 case scored")["reliability"] == "100.0"
-    paste(page, case("a", "a", LONG).replace("reliability", "generality").replace('"prediction": "a"', '"top_k": 1, "prediction": "b"'))
+    paste(
+        page,
+        case("a", "a", LONG)
+        .replace("reliability", "generality")
+        .replace('"prediction": "a"', '"top_k": 1, "prediction": "b"'),
+    )
     assert shown(page, "1 case scored: 1 generality")[LONG] == "0.0"
     assert overflow(page) == 0
     assert (page.outside, page.errors) == ([], [])

@@ -28,7 +28,9 @@ print(json.dumps(metric.compute(**json.loads(sys.argv[2]))))
 
 def scored(where: str, home: Path, **environment: str) -> dict[str, object]:
     env = {**os.environ, "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), **environment}
-    run = subprocess.run([sys.executable, "-c", SCORE, where, json.dumps(GOOD)], env=env, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", SCORE, where, json.dumps(GOOD)], env=env, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     found: dict[str, object] = json.loads(run.stdout.splitlines()[-1])
     return found
@@ -48,4 +50,9 @@ def test_loads_from_a_space_without_the_package(hub: LoopbackHub, tmp_path: Path
     write_metric(tmp_path / "edit_quality")
     assert scored(str(tmp_path / "edit_quality"), tmp_path / "home") == expected
     assert main(["spaces", "push", str(ROOT / "spaces" / "edit_quality"), "someone/edit_quality"]) == 0
-    assert scored("someone/edit_quality", tmp_path / "other", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1") == expected
+    assert (
+        scored(
+            "someone/edit_quality", tmp_path / "other", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1"
+        )
+        == expected
+    )

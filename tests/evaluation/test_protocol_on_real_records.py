@@ -11,16 +11,24 @@ from ibke_hf.data.sources import read_records
 from ibke_hf.evaluation.protocol import evaluate_records
 
 SAMPLES = {  # of each as many records as the reference has the patience for
-    "counterfact/easyedit_flat_500.json": 5, "counterfact/easyedit_flat_train.json": 5, "counterfact/easyedit_flat_val.json": 5,
-    "counterfact/rome_native_200.json": 2, "mquake/mquake_cf_3k_200.json": 3, "mquake/mquake_hard_200.json": 2,
-    "uniedit/SYNTHETIC_schema_example.json": 4, "zsre/zsre_mend_train_500.json": 5, "zsre/zsre_mend_eval_24.json": 5,
+    "counterfact/easyedit_flat_500.json": 5,
+    "counterfact/easyedit_flat_train.json": 5,
+    "counterfact/easyedit_flat_val.json": 5,
+    "counterfact/rome_native_200.json": 2,
+    "mquake/mquake_cf_3k_200.json": 3,
+    "mquake/mquake_hard_200.json": 2,
+    "uniedit/SYNTHETIC_schema_example.json": 4,
+    "zsre/zsre_mend_train_500.json": 5,
+    "zsre/zsre_mend_eval_24.json": 5,
     "zsre/knowedit_zsre_test_100.json": 4,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def setting(tiny_model, tiny_tokenizer):
-    return settings_of(tiny_model, tiny_tokenizer, max_position_embeddings=1024)  # bytes are many, and real prompts long
+    return settings_of(
+        tiny_model, tiny_tokenizer, max_position_embeddings=1024
+    )  # bytes are many, and real prompts long
 
 
 @pytest.mark.parametrize("sequential", [1, 3])

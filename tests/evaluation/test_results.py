@@ -36,7 +36,10 @@ def setting(tiny_model, tiny_tokenizer):
     model = tiny_model()
     torch.manual_seed(0)
     editor = IBKEEditor.for_backbone(model, latent_dim=16, latent_length=3, initial_edit_ratio=0.5)
-    editor.calibrate(model, [encode_requests(tiny_tokenizer, [r for record in make_records(20, 1, seed=7) for r in record.requests])])
+    editor.calibrate(
+        model,
+        [encode_requests(tiny_tokenizer, [r for record in make_records(20, 1, seed=7) for r in record.requests])],
+    )
     return editor, model, tiny_tokenizer
 
 
@@ -46,17 +49,34 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def test_everything_is_in_the_folder(setting, tmp_path):
     records = make_records(9, 2)
-    made = evaluate_to_folder(tmp_path / "deep" / "out", *setting, records, settings=SETTINGS, unread={"no target": 3}, **OPTIONS)
+    made = evaluate_to_folder(
+        tmp_path / "deep" / "out", *setting, records, settings=SETTINGS, unread={"no target": 3}, **OPTIONS
+    )
     found = evaluate_records(*setting, records, **OPTIONS)
     folder = tmp_path / "deep" / "out"
     assert sorted(file.name for file in folder.iterdir()) == [
-        "results.json", "rows.html", "rows.jsonl", "settings.json", "skipped.jsonl"
-    ]  # fmt: skip
+        "results.json",
+        "rows.html",
+        "rows.jsonl",
+        "settings.json",
+        "skipped.jsonl",
+    ]
     assert lines(folder / "rows.jsonl") == list(found.rows)
     assert json.loads((folder / "results.json").read_text()) == made
     assert {name: found.summary[name] for name in made["overall"]} == made["overall"]
-    assert set(made["overall"]) >= {"reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1", "exact_match"}
-    assert all(made[name] == found.summary[name] for name in ("by_criterion", "by_hops", "by_domain", "records", "cases"))
+    assert set(made["overall"]) >= {
+        "reliability",
+        "generality",
+        "locality",
+        "f1",
+        "avg",
+        "generality_top1",
+        "locality_top1",
+        "exact_match",
+    }
+    assert all(
+        made[name] == found.summary[name] for name in ("by_criterion", "by_hops", "by_domain", "records", "cases")
+    )
     collisions = found.skipped["locality case that collides with an edit"]
     assert made["skipped"] == {"no target": 3, "locality case that collides with an edit": collisions}
     assert len(lines(folder / "skipped.jsonl")) == collisions > 0
@@ -98,7 +118,9 @@ def test_a_run_after_kill_9_ends_like_one_that_was_never_killed(tmp_path, capsys
     command = ["eval", "--dataset", "atlas", "--limit", "6", "--batch-size", "2", "--sequential", "2", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", CHILD, str(survivors), *command, str(killed)], check=False, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(survivors), *command, str(killed)], check=False, capture_output=True
+    )
     assert done.returncode == -9
     assert (killed / "rows.jsonl").read_bytes().count(b"\n") == survivors
     assert not (killed / "rows.jsonl").read_bytes().endswith(b"\n")
@@ -106,7 +128,10 @@ def test_a_run_after_kill_9_ends_like_one_that_was_never_killed(tmp_path, capsys
     assert main([*command, str(killed)]) == 0
     for name in ("rows.jsonl", "skipped.jsonl", "settings.json"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    one, other = (json.loads((folder / "results.json").read_text()) | {"edit_seconds": 0} for folder in (killed, tmp_path / "whole"))
+    one, other = (
+        json.loads((folder / "results.json").read_text()) | {"edit_seconds": 0}
+        for folder in (killed, tmp_path / "whole")
+    )
     assert one == other
     before = (killed / "rows.jsonl").stat().st_mtime_ns, (killed / "results.json").read_bytes()
     assert main([*command, str(killed)]) == 0  # once more: nothing is run, nothing changes
@@ -140,17 +165,22 @@ def test_a_smaller_batch_may_go_on_with_a_run(setting, tmp_path):
         patch.setattr(ResultsFolder, "add", lambda folder, row: (add(folder, row), stop(row)))
         evaluate_to_folder(tmp_path, *setting, records, settings=SETTINGS, **OPTIONS)
     made = evaluate_to_folder(tmp_path, *setting, records, settings=SETTINGS, **{**OPTIONS, "batch_size": 1})
-    assert [results.row_key(row) for row in lines(tmp_path / "rows.jsonl")] == [results.row_key(row) for row in whole.rows]
+    assert [results.row_key(row) for row in lines(tmp_path / "rows.jsonl")] == [
+        results.row_key(row) for row in whole.rows
+    ]
     assert made["overall"]["generality"] == pytest.approx(whole.summary["generality"])
 
 
-@pytest.mark.parametrize(("change", "what"), [
-    ({"settings": {**SETTINGS, "editor": "ft"}}, 'editor was "ibke", now "ft"'),
-    ({"settings": {"dataset": "other", **SETTINGS}}, None),
-    ({"sequential": 3}, "sequential was 2, now 3"),
-    ({"generate": False}, "generate was null, now false"),
-    ({"settings": {**SETTINGS, "limit": 5}}, "limit was null, now 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"settings": {**SETTINGS, "editor": "ft"}}, 'editor was "ibke", now "ft"'),
+        ({"settings": {"dataset": "other", **SETTINGS}}, None),
+        ({"sequential": 3}, "sequential was 2, now 3"),
+        ({"generate": False}, "generate was null, now false"),
+        ({"settings": {**SETTINGS, "limit": 5}}, "limit was null, now 5"),
+    ],
+)
 def test_other_settings_are_refused_and_named(setting, tmp_path, change, what):
     given = {"settings": SETTINGS, **OPTIONS}
     evaluate_to_folder(tmp_path, *setting, make_records(3, 1), **given)
@@ -171,7 +201,9 @@ def test_a_retrained_editor_another_model_and_changed_records_are_other_settings
     with pytest.raises(ResultsError, match="model_weights was"):
         evaluate_to_folder(tmp_path, editor, tiny_model(seed=1), tokenizer, records, settings=SETTINGS, **OPTIONS)
     with pytest.raises(ResultsError, match="editor_weights was"):
-        evaluate_to_folder(tmp_path, FineTuningEditor.for_backbone(model), model, tokenizer, records, settings=SETTINGS, **OPTIONS)
+        evaluate_to_folder(
+            tmp_path, FineTuningEditor.for_backbone(model), model, tokenizer, records, settings=SETTINGS, **OPTIONS
+        )
     changed = replace(records[0], requests=(EditRequest("Oslo lies in", "Rome"),))
     with pytest.raises(ResultsError, match=r"records was \"3 \(\w+\)\", now \"3 \(\w+\)\""):
         evaluate_to_folder(tmp_path, editor, model, tokenizer, [changed, *records[1:]], settings=SETTINGS, **OPTIONS)
@@ -199,7 +231,12 @@ def test_settings_of_a_run_that_made_no_row_are_replaced(setting, tmp_path):
     with pytest.raises(RequestError, match="record 'r0' of made, request 0: the target is empty"):
         evaluate_to_folder(tmp_path, editor, model, tokenizer, [bad], settings=SETTINGS, **OPTIONS)
     assert not (tmp_path / "rows.jsonl").read_bytes()
-    assert evaluate_to_folder(tmp_path, editor, model, tokenizer, make_records(2, 1), settings=SETTINGS, **OPTIONS)["records"] == 2
+    assert (
+        evaluate_to_folder(tmp_path, editor, model, tokenizer, make_records(2, 1), settings=SETTINGS, **OPTIONS)[
+            "records"
+        ]
+        == 2
+    )
 
 
 def test_no_record_is_an_error(setting, tmp_path):
@@ -215,12 +252,16 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize(("content", "what"), [
-    ('{"a": 1}\n', r"rows\.jsonl: line 1 is not a row of results"),
-    ("[1]\n", r"line 1 is not a row"), ("{\n" + json.dumps(ROW) + "\n", r"line 1 is not a row"),
-    (f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n", r"line 2 is not a row"),
-    (f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n", r"line 2 repeats a row, as when two runs write at once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ('{"a": 1}\n', r"rows\.jsonl: line 1 is not a row of results"),
+        ("[1]\n", r"line 1 is not a row"),
+        ("{\n" + json.dumps(ROW) + "\n", r"line 1 is not a row"),
+        (f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n", r"line 2 is not a row"),
+        (f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n", r"line 2 repeats a row, as when two runs write at once"),
+    ],
+)
 def test_rows_that_cannot_be_are_refused(tmp_path, content, what):
     ResultsFolder(tmp_path, SETTINGS)
     (tmp_path / "rows.jsonl").write_text(content)

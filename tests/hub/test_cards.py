@@ -38,8 +38,11 @@ from ibke_hf.hub.cards.presets import PAPERS_LAYERS
 from ibke_hf.hub.publishing import SECTIONS, editor_page
 
 FOLDER = ROOT / "model_cards"
-RESULTS = {"overall": {"reliability": 99.123, "generality": 80.0, "exact_match": 61.0}, "records": 7,
-           "settings": {"dataset": "qizhou/UniEdit", "split": "test", "sequential": 1}}  # fmt: skip
+RESULTS = {
+    "overall": {"reliability": 99.123, "generality": 80.0, "exact_match": 61.0},
+    "records": 7,
+    "settings": {"dataset": "qizhou/UniEdit", "split": "test", "sequential": 1},
+}
 Json = dict[str, Any]
 
 
@@ -66,9 +69,15 @@ def test_there_is_a_card_for_atlas_and_each_preset(committed: Path) -> None:
 @pytest.mark.parametrize("name", CARDS)
 def test_a_committed_card_is_what_the_command_renders(name: str, committed: Path) -> None:
     rendered, folder = render_card(name), committed / name
-    found = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.is_file()}
+    found = {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     assert {file: found.get(file) for file in rendered} == rendered, f"run `ibke card {name}`"
-    of_table = {"table.json", "sequential.json", "trade_off.svg"} if name == "atlas" else set()  # what `ibke table` has made
+    of_table = (
+        {"table.json", "sequential.json", "trade_off.svg"} if name == "atlas" else set()
+    )  # what `ibke table` has made
     assert {file for file in found if file not in rendered and not file.startswith("training/")} == of_table
 
 
@@ -122,11 +131,15 @@ def results() -> Json:
 
 def test_both_forms_of_atlas_results_are_those_of_the_result_file(results: Json) -> None:
     files = render_card("atlas")
-    expected = {(split, name): round(results["editors"]["ibke"][split][name], 2) for split in SPLITS for name in REPORTED}
+    expected = {
+        (split, name): round(results["editors"]["ibke"][split][name], 2) for split in SPLITS for name in REPORTED
+    }
     index = ModelCard(files["README.md"]).data.eval_results
     assert {(entry.dataset_split, entry.metric_type): entry.metric_value for entry in index} == expected
     entries = parse_eval_result_entries(yaml.safe_load(files[".eval_results/atlas.yaml"]))
-    assert {entry.task_id: entry.value for entry in entries} == {f"{split}_{name}": value for (split, name), value in expected.items()}
+    assert {entry.task_id: entry.value for entry in entries} == {
+        f"{split}_{name}": value for (split, name), value in expected.items()
+    }
     for entry in entries:
         number = results["records"]["held_out" if entry.task_id.startswith("held_out") else "test"]
         how = "greedy generation" if entry.task_id.endswith("exact_match") else "teacher-forced"
@@ -146,7 +159,9 @@ def test_every_figure_of_the_atlas_card_is_in_a_committed_file(results: Json) ->
     text = re.sub(r"```.*?```|`[^`]*`", "", body(render_card("atlas")["README.md"]), flags=re.S)  # without code
     files = ["ibke/log.json", "ibke/config.json", "mend/log.json", "mend/config.json", "backbone/config.json"]
     known = numbers_in([results, *(json.loads((ASSETS / name).read_text()) for name in files)])
-    known |= numbers_in([list(STEP_FACTORS), LOCALITY_FLOOR, TRAINING_OPTIONS["shares"], 16, 1, 0])  # 16 domains, weight 1, from 0
+    known |= numbers_in(
+        [list(STEP_FACTORS), LOCALITY_FLOOR, TRAINING_OPTIONS["shares"], 16, 1, 0]
+    )  # 16 domains, weight 1, from 0
     known |= {f"{100 * value:g}" for value in TRAINING_OPTIONS.values() if isinstance(value, float)}
     text = re.sub(r"F1|f1|top1|top 1|1-N|_top1", "", text)
     found = set(re.findall(r"\d[\d,]*(?:\.\d+)?(?<!,)", text))
@@ -157,7 +172,14 @@ def test_every_figure_of_the_atlas_card_is_in_a_committed_file(results: Json) ->
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the JSON of Atlas's assets, which the card is then made of."""
-    for name in ("results.json", "ibke/log.json", "ibke/config.json", "mend/log.json", "mend/config.json", "backbone/config.json"):
+    for name in (
+        "results.json",
+        "ibke/log.json",
+        "ibke/config.json",
+        "mend/log.json",
+        "mend/config.json",
+        "backbone/config.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ASSETS / name, tmp_path / name)
     monkeypatch.setattr(atlas_module, "ASSETS", tmp_path)
@@ -177,14 +199,29 @@ def test_the_atlas_card_follows_its_files(assets: Path, results: Json) -> None:
     log = json.loads((assets / "ibke/log.json").read_text())
     settings = {**log["training"], "max_steps": 4321, "edits_per_group": 0, "sg_includes_edit": False}
     trials = [{"factor": 0.7, "reliability": 1.0, "generality": 1.0, "locality": 80.0, "avg": 1.0}]
-    change(assets / "ibke/log.json", training=settings, step_size_trials=trials, report={**log["report"], "minutes": 12.3})
-    change(assets / "ibke/config.json", edited_layers=[2, 5], second_stage_heads=1, second_stage_mlp=0, second_stage_skip=False)
+    change(
+        assets / "ibke/log.json", training=settings, step_size_trials=trials, report={**log["report"], "minutes": 12.3}
+    )
+    change(
+        assets / "ibke/config.json",
+        edited_layers=[2, 5],
+        second_stage_heads=1,
+        second_stage_mlp=0,
+        second_stage_skip=False,
+    )
     files = render_card("atlas")
     text = " ".join(files["README.md"].split())
-    assert "value: 12.34" in text and "value: 12.34" in files[".eval_results/atlas.yaml"] and "| ibke | test | 12.3 |" in text
+    assert (
+        "value: 12.34" in text
+        and "value: 12.34" in files[".eval_results/atlas.yaml"]
+        and "| ibke | test | 12.3 |" in text
+    )
     assert "keep their answer in 23.4 % of 777 cases" in text and "backwards" not in text
     assert "layers 2 and 5 of 6" in text and "4,321 steps" in text and "in 12 minutes" in text
-    assert f"{TRAINING['per_device_train_batch_size']} records edited jointly." in text and "one more generality case" not in text
+    assert (
+        f"{TRAINING['per_device_train_batch_size']} records edited jointly." in text
+        and "one more generality case" not in text
+    )
     assert "none of 1, 0.95" in text and "multiplied by 0.7" in text
     assert "So is the second stage." in text
 
@@ -257,15 +294,26 @@ def meta_backbone(backbone: str) -> Any:
         return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape)).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize(("backbone", "parameters"), [
-    ("openai-community/gpt2-xl", 1_557_611_200), ("EleutherAI/gpt-j-6b", 6_050_882_784), ("Qwen/Qwen3-1.7B", 1_720_574_976),
-    ("Qwen/Qwen3-8B", 8_190_735_360)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("backbone", "parameters"),
+    [
+        ("openai-community/gpt2-xl", 1_557_611_200),
+        ("EleutherAI/gpt-j-6b", 6_050_882_784),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+    ],
+)
 def test_parameters_are_those_of_the_published_backbone_and_of_the_editor(backbone: str, parameters: int) -> None:
     needs, m, rows = training_needs(backbone), 1024, 10
     assert needs.backbone_parameters == parameters
-    attention = [3 * m * m + 3 * m + 2 * (w - m) * m for w in needs.widths]  # from the latent to the factors; the readout is the same size
+    attention = [
+        3 * m * m + 3 * m + 2 * (w - m) * m for w in needs.widths
+    ]  # from the latent to the factors; the readout is the same size
     readout = [w * m + 2 * m * m + 3 * m for w in needs.widths]
-    expected = sum(rows * m + 2 * a + r + m * w + w + m + 1 for a, r, w in zip(attention, readout, needs.widths, strict=True)) + 3
+    expected = (
+        sum(rows * m + 2 * a + r + m * w + w + m + 1 for a, r, w in zip(attention, readout, needs.widths, strict=True))
+        + 3
+    )
     assert needs.editor_parameters == expected
     preset = PRESETS[backbone]
     with torch.device("meta"):
@@ -294,9 +342,16 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(backbone: str) 
         return output.detach().requires_grad_(True)
 
     with torch.device("meta"):
-        ids, mask = torch.zeros(rows, ROW_TOKENS, dtype=torch.long), torch.ones(rows, 1, ROW_TOKENS, ROW_TOKENS, dtype=torch.bool)
+        ids, mask = (
+            torch.zeros(rows, ROW_TOKENS, dtype=torch.long),
+            torch.ones(rows, 1, ROW_TOKENS, ROW_TOKENS, dtype=torch.bool),
+        )
     lowest = modules_to_edit(model, needs.config.module_names()[:1])
-    with torch.no_grad(), hooked(lowest, dict.fromkeys(lowest, start)), saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.no_grad(),
+        hooked(lowest, dict.fromkeys(lowest, start)),
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
     found = sum(storage.nbytes() for storage in kept.values())
     estimate = needs.memory()["activations"][1] * rows / (needs.batch * CASES)
@@ -306,7 +361,9 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(backbone: str) 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_checks_and_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_checks_and_repairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["card", "atlas"]) == 0
     files = [Path("model_cards/atlas/README.md"), Path("model_cards/atlas/.eval_results/atlas.yaml")]
@@ -317,7 +374,9 @@ def test_the_command_writes_checks_and_repairs(tmp_path: Path, monkeypatch: pyte
     with files[0].open("a") as file:
         file.write("by hand\n")
     assert main(["card", "atlas", "--check"]) == 2
-    assert capsys.readouterr().err.startswith(f"ibke card: {files[0]}: not what `ibke card` writes now; write it again")
+    assert capsys.readouterr().err.startswith(
+        f"ibke card: {files[0]}: not what `ibke card` writes now; write it again"
+    )
     assert main(["card", "atlas"]) == 0
     assert stale_files("atlas", "model_cards") == []
     assert main(["card", "all", "--check"]) == 2
@@ -331,16 +390,31 @@ def test_needs_are_those_of_the_card(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.strip() in render_card("gpt2-xl")["README.md"]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["gpt3"], "ibke card: no card 'gpt3'; the cards are atlas, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b"),
-    (["gpt3", "--check"], "no card 'gpt3'; the cards are atlas"), (["/no/such/folder"], "no card '/no/such/folder'; the cards are atlas"),
-    (["atlas", "--needs"], "--needs belongs to an editor that is not trained yet: gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b; found 'atlas'"),
-    (["gpt3", "--needs"], "found 'gpt3'"), (["all", "--needs"], "found 'all'"),
-    (["atlas", "--results", "x"], "--results belongs to the folder of a trained editor; 'atlas' is none"),
-    (["all", "--repository", "me/x"], "--repository belongs to the folder of a trained editor; 'all' is none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt3"], "ibke card: no card 'gpt3'; the cards are atlas, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b"),
+        (["gpt3", "--check"], "no card 'gpt3'; the cards are atlas"),
+        (["/no/such/folder"], "no card '/no/such/folder'; the cards are atlas"),
+        (
+            ["atlas", "--needs"],
+            (
+                "--needs belongs to an editor that is not trained yet: gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b; "
+                "found 'atlas'"
+            ),
+        ),
+        (["gpt3", "--needs"], "found 'gpt3'"),
+        (["all", "--needs"], "found 'all'"),
+        (["atlas", "--results", "x"], "--results belongs to the folder of a trained editor; 'atlas' is none"),
+        (["all", "--repository", "me/x"], "--repository belongs to the folder of a trained editor; 'all' is none"),
+    ],
+)
 def test_what_has_no_card_is_refused(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["card", *arguments]) == 2
@@ -362,7 +436,9 @@ def trained(tmp_path: Path, tiny_model: Any) -> Path:
     return tmp_path / "ibke-tiny"
 
 
-def test_the_card_shown_is_the_one_that_is_pushed(trained: Path, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_card_shown_is_the_one_that_is_pushed(
+    trained: Path, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = ["--results", str(trained.parent / "results")]
     assert main(["card", str(trained), "--repository", "org/ibke-tiny", *results]) == 0
     shown = capsys.readouterr().out
@@ -371,20 +447,30 @@ def test_the_card_shown_is_the_one_that_is_pushed(trained: Path, hub: LoopbackHu
     assert "| exact_match | 61.0 |" in shown and "base_model: openai-community/gpt2" in shown
     entries = parse_eval_result_entries(yaml.safe_load(hub["org/ibke-tiny"].files()[".eval_results/UniEdit.yaml"]))
     assert [(entry.task_id, entry.notes.rpartition(", ")[2]) for entry in entries] == [
-        ("reliability", "teacher-forced"), ("generality", "teacher-forced"), ("exact_match", "greedy generation"),
-    ]  # fmt: skip
+        ("reliability", "teacher-forced"),
+        ("generality", "teacher-forced"),
+        ("exact_match", "greedy generation"),
+    ]
 
 
-def test_a_folder_is_called_by_its_name_and_finds_results_beside_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_called_by_its_name_and_finds_results_beside_it(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(trained.parent / "results" / "results.json", trained)
     assert main(["card", str(trained)]) == 0
     shown = capsys.readouterr().out
     assert 'from_pretrained("ibke-tiny")' in shown and "| reliability | 99.1 |" in shown
-    assert {entry.metric_type for entry in ModelCard(shown).data.eval_results} == {"reliability", "generality", "exact_match"}
+    assert {entry.metric_type for entry in ModelCard(shown).data.eval_results} == {
+        "reliability",
+        "generality",
+        "exact_match",
+    }
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["--out", "x"], ["--needs"]])
-def test_options_of_other_cards_are_refused(arguments: list[str], trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_cards_are_refused(
+    arguments: list[str], trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["card", str(trained), *arguments]) == 2
     assert f"{arguments[0]} belongs to the cards of this package" in capsys.readouterr().err
     assert main(["card", str(trained), "--results", "nowhere"]) == 2

@@ -29,10 +29,31 @@ from ibke_hf.editors.serac import SERACEditor
 from ibke_hf.hub.publishing import PICKLES, PickleError, UploadError, upload
 
 ID = "org/ibke-tiny"
-RESULTS = {"overall": {"reliability": 99.123, "generality": 80.0, "locality": 95.5, "f1": 87.0, "avg": 91.5, "exact_match": None},
-           "settings": {"dataset": "qizhou/UniEdit", "split": "test", "sequential": 1}, "records": 7}  # fmt: skip
-CODE = {"modeling_ibke.py", "configuration_ibke.py", "records.py", "tokens.py", "layers.py", "attachment.py", "capture.py", "edits.py",
-        "edit_values.py", "adapter_files.py", "publishing.py"}  # fmt: skip
+RESULTS = {
+    "overall": {
+        "reliability": 99.123,
+        "generality": 80.0,
+        "locality": 95.5,
+        "f1": 87.0,
+        "avg": 91.5,
+        "exact_match": None,
+    },
+    "settings": {"dataset": "qizhou/UniEdit", "split": "test", "sequential": 1},
+    "records": 7,
+}
+CODE = {
+    "modeling_ibke.py",
+    "configuration_ibke.py",
+    "records.py",
+    "tokens.py",
+    "layers.py",
+    "attachment.py",
+    "capture.py",
+    "edits.py",
+    "edit_values.py",
+    "adapter_files.py",
+    "publishing.py",
+}
 
 
 @pytest.fixture
@@ -61,8 +82,14 @@ def test_an_editor_comes_back_with_the_same_edit_bit_for_bit(hub: LoopbackHub, w
     editor, expected = world[2:]
     commit = editor.push_to_hub(ID, results=RESULTS, metadata={"license": "apache-2.0"})
     assert hub[ID].titles == ["initial commit", "Add the editor"]  # one commit for all of it
-    assert set(hub[ID].files()) == CODE | {".gitattributes", "README.md", "config.json", "model.safetensors", "results.json",
-                                           ".eval_results/UniEdit.yaml"}  # fmt: skip
+    assert set(hub[ID].files()) == CODE | {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "results.json",
+        ".eval_results/UniEdit.yaml",
+    }
     assert commit.oid == hub[ID].refs["main"]
     for loader in (IBKEEditor, AutoModel):
         loaded = loader.from_pretrained(ID)
@@ -78,14 +105,23 @@ def test_the_card_states_backbone_results_and_how_to_load(hub: LoopbackHub, worl
     assert card.data.base_model == "openai-community/gpt2"
     assert card.data.license == "apache-2.0"
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found == {"reliability": 99.12, "generality": 80.0, "locality": 95.5, "f1": 87.0, "avg": 91.5}  # what is None is left out
+    assert found == {
+        "reliability": 99.12,
+        "generality": 80.0,
+        "locality": 95.5,
+        "f1": 87.0,
+        "avg": 91.5,
+    }  # what is None is left out
     assert "| reliability | 99.1 |" in card.text and "7 records, one edit at a time" in card.text
     assert f'IBKEEditor.from_pretrained("{ID}")' in card.text and "trust_remote_code=True" in card.text
     for block in re.findall(r"```python\n(.*?)```", card.text, re.S):
         compile(block, "card", "exec")
     entries = yaml.safe_load(hub[ID].files()[".eval_results/UniEdit.yaml"])
-    assert entries[0] == {"dataset": {"id": "qizhou/UniEdit", "task_id": "reliability"}, "value": 99.12,
-                          "notes": "7 records, one edit at a time, teacher-forced"}  # fmt: skip
+    assert entries[0] == {
+        "dataset": {"id": "qizhou/UniEdit", "task_id": "reliability"},
+        "value": 99.12,
+        "notes": "7 records, one edit at a time, teacher-forced",
+    }
     assert json.loads(hub[ID].files()["results.json"]) == RESULTS
 
 
@@ -107,7 +143,11 @@ def test_revisions_and_pull_requests(hub: LoopbackHub, world: Any, tiny_model: A
     pull = other.push_to_hub(ID, create_pr=True, commit_message="Larger latents")
     assert pull.pr_revision == "refs/pr/1"
     assert hub[ID].refs["main"] == first
-    assert edit_of(IBKEEditor.from_pretrained(ID), world) == edit_of(IBKEEditor.from_pretrained(ID, revision=first), world) == expected
+    assert (
+        edit_of(IBKEEditor.from_pretrained(ID), world)
+        == edit_of(IBKEEditor.from_pretrained(ID, revision=first), world)
+        == expected
+    )
     for revision in ("larger", "refs/pr/1", pull.oid):
         assert edit_of(IBKEEditor.from_pretrained(ID, revision=revision), world) == edit_of(other, world) != expected
     with pytest.raises(OSError, match="nowhere is not a valid git identifier"):
@@ -128,13 +168,17 @@ def test_private_repositories_need_a_token(hub: LoopbackHub, world: Any, monkeyp
         IBKEEditor.from_pretrained(ID, token=False)
 
 
-def test_a_filled_cache_is_all_that_is_needed(hub: LoopbackHub, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filled_cache_is_all_that_is_needed(
+    hub: LoopbackHub, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world[2].push_to_hub(ID)
     with pytest.raises(OSError, match="cached files"):
         IBKEEditor.from_pretrained(ID, local_files_only=True)
     IBKEEditor.from_pretrained(ID, cache_dir=tmp_path / "mine")
     asked = len(hub.requests)
-    assert edit_of(IBKEEditor.from_pretrained(ID, cache_dir=tmp_path / "mine", local_files_only=True), world) == world[3]
+    assert (
+        edit_of(IBKEEditor.from_pretrained(ID, cache_dir=tmp_path / "mine", local_files_only=True), world) == world[3]
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert edit_of(IBKEEditor.from_pretrained(ID, cache_dir=tmp_path / "mine"), world) == world[3]
     assert len(hub.requests) == asked
@@ -184,13 +228,24 @@ def test_a_pickle_is_refused_before_anything_is_sent(name: str, hub: LoopbackHub
 
 def test_the_trainer_publishes_no_pickle(hub: LoopbackHub, trainer_for: Any, tmp_path: Path) -> None:
     records = [record(i) for i in range(3)]
-    options = {"push_to_hub": True, "hub_model_id": ID, "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 2}
+    options = {
+        "push_to_hub": True,
+        "hub_model_id": ID,
+        "hub_strategy": "every_save",
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     trainer = trainer_for(records, validation=records, **options)
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
     trainer.push_to_hub(license="apache-2.0")
-    assert hub[ID].titles == ["initial commit", *(f"Training in progress, step {step}" for step in (2, 4)), "Model save", "Add the editor"]
+    assert hub[ID].titles == [
+        "initial commit",
+        *(f"Training in progress, step {step}" for step in (2, 4)),
+        "Model save",
+        "Add the editor",
+    ]
     assert not [name for name in hub.every_file() if name.endswith(PICKLES)]
     assert set(hub[ID].files()) == CODE | {".gitattributes", "README.md", "config.json", "model.safetensors"}
     card = hub[ID].files()["README.md"].decode()
@@ -242,7 +297,9 @@ def test_an_untrained_serac_comes_back_with_equal_weights(hub: LoopbackHub, tiny
     assert_equal_weights(weights(editor), weights(loaded))
 
 
-def test_the_command_says_that_an_upload_was_cut(hub: LoopbackHub, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_that_an_upload_was_cut(
+    hub: LoopbackHub, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     world[2].save_pretrained(tmp_path / "out")
     hub.cut = "commit"
     assert main(["push", str(tmp_path / "out"), ID]) == 2
@@ -251,11 +308,16 @@ def test_the_command_says_that_an_upload_was_cut(hub: LoopbackHub, world: Any, t
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [({}, "neither an editor, an edit nor records; found nothing"), ({"a.txt": "x"}, "found a.txt"),
-     ({"config.json": '{"model_type": "gpt2"}'}, "a model of type 'gpt2', not an editor"), ({"config.json": "{"}, "config.json: not valid"),
-     ({"edit.json": "{}"}, "a dense edit"), ({"edit.json": '{"kind": "grace"}'}, "a grace edit, which is no LoRA"),
-     ({"config.json": '{"model_type": "ibke"}'}, "no file named model.safetensors")],
-)  # fmt: skip
+    [
+        ({}, "neither an editor, an edit nor records; found nothing"),
+        ({"a.txt": "x"}, "found a.txt"),
+        ({"config.json": '{"model_type": "gpt2"}'}, "a model of type 'gpt2', not an editor"),
+        ({"config.json": "{"}, "config.json: not valid"),
+        ({"edit.json": "{}"}, "a dense edit"),
+        ({"edit.json": '{"kind": "grace"}'}, "a grace edit, which is no LoRA"),
+        ({"config.json": '{"model_type": "ibke"}'}, "no file named model.safetensors"),
+    ],
+)
 def test_what_cannot_be_pushed_is_named(
     files: dict[str, str], message: str, hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,9 +371,14 @@ def run_python(code: str, *arguments: str, **environment: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_has_imported_no_editor_pushes_every_type(hub: LoopbackHub, tiny_model: Any, tmp_path: Path) -> None:
+def test_a_process_that_has_imported_no_editor_pushes_every_type(
+    hub: LoopbackHub, tiny_model: Any, tmp_path: Path
+) -> None:
     backbone = tiny_model(num_hidden_layers=3)
-    editors = {"mend": new_editor(backbone, kind=MENDEditor), "serac": SERACEditor.for_backbone(backbone, embedding_dim=8)}
+    editors = {
+        "mend": new_editor(backbone, kind=MENDEditor),
+        "serac": SERACEditor.for_backbone(backbone, embedding_dim=8),
+    }
     push = "import sys\nfrom ibke_hf.hub.push import push_folder\n"
     for name, editor in editors.items():
         editor.save_pretrained(tmp_path / name)
@@ -333,7 +400,9 @@ def test_the_code_travels_and_needs_torch_and_transformers_alone(hub: LoopbackHu
     for environment, push in ((online, [again]), ({**online, "HF_HUB_OFFLINE": "1"}, [])):
         asked = len(hub.requests)
         run_python(ALONE, str(tmp_path / "backbone"), ID, *push, **environment)
-        assert LowRankEdit.from_pretrained(tmp_path / "backbone" / "edit") == expected.padded(max(expected.ranks.values()))
+        assert LowRankEdit.from_pretrained(tmp_path / "backbone" / "edit") == expected.padded(
+            max(expected.ranks.values())
+        )
     assert len(hub.requests) == asked
     sent, resent = hub[ID].files(), hub[again].files()  # what was pulled as code can be pushed in its turn
     assert sent.keys() == resent.keys() and all(sent[name] == resent[name] for name in (*CODE, "model.safetensors"))
@@ -341,10 +410,14 @@ def test_the_code_travels_and_needs_torch_and_transformers_alone(hub: LoopbackHu
     assert LowRankEdit.from_pretrained(f"{again}-edit") == expected.padded(max(expected.ranks.values()))
 
 
-def test_the_code_that_travels_imports_torch_and_transformers_alone(hub: LoopbackHub, world: Any, tmp_path: Path) -> None:
+def test_the_code_that_travels_imports_torch_and_transformers_alone(
+    hub: LoopbackHub, world: Any, tmp_path: Path
+) -> None:
     world[2].push_to_hub(ID)
     come_with_them = {"huggingface_hub", "safetensors", "yaml", "typing_extensions"}
     for name in CODE:
         (tmp_path / name).write_bytes(hub[ID].files()[name])
-        outside = set(get_imports(tmp_path / name)) - set(sys.stdlib_module_names)  # what the user is asked for, inside functions too
+        outside = set(get_imports(tmp_path / name)) - set(
+            sys.stdlib_module_names
+        )  # what the user is asked for, inside functions too
         assert outside <= {"torch", "transformers", *come_with_them}, name

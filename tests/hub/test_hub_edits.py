@@ -45,7 +45,14 @@ def test_the_card_states_requests_backbone_editor_scores_and_how_to_load(hub: Lo
     assert card.data.library_name == "peft" and card.data.license == "cc0-1.0"
     assert (card.data.base_model, card.data.base_model_relation) == ("tiny", "adapter")
     worst = max(edit.truncate(2).relative_error.values())
-    parts = ['"Où est Zürich 🏔" -> "Швейцария"', "editor: IBKE", "backbone: tiny", "f1 90.0", "rank: 2, alpha 2", f"at most {worst:.2g}"]
+    parts = [
+        '"Où est Zürich 🏔" -> "Швейцария"',
+        "editor: IBKE",
+        "backbone: tiny",
+        "f1 90.0",
+        "rank: 2, alpha 2",
+        f"at most {worst:.2g}",
+    ]
     calls = [f'PeftModel.from_pretrained(model, "{ID}")', f'LowRankEdit.from_pretrained("{ID}")']
     for part in ("model.layers.1.mlp.down_proj", *parts, *calls):
         assert part in card.text, part
@@ -88,7 +95,9 @@ def test_layers_share_one_rank_at_most_max_rank(hub: LoopbackHub, tmp_path: Path
         pair.push_to_hub(ID)
 
 
-def test_private_edits_revisions_and_an_offline_cache(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_edits_revisions_and_an_offline_cache(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit, other = make_edit(), make_edit(ranks=(1, 1))
     edit.push_to_hub(ID, private=True)
     assert other.push_to_hub(ID, create_pr=True).pr_revision == "refs/pr/1"
@@ -119,7 +128,9 @@ def test_a_push_between_two_files_does_not_mix_commits(hub: LoopbackHub, monkeyp
     assert pulled() == first.padded(5)
 
 
-def test_a_description_that_cannot_be_had_is_not_taken_for_none(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_description_that_cannot_be_had_is_not_taken_for_none(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_edit().push_to_hub(ID)
     hub.cut = INFO
     with pytest.raises(AdapterError, match=f"{ID}: {INFO} cannot be downloaded"):
@@ -160,7 +171,10 @@ def test_layers_of_weights_and_config_must_agree(tmp_path: Path) -> None:
     weights = load_file(tmp_path / WEIGHTS)
     renamed = {key.replace("layers.2", "layers.7"): tensor for key, tensor in weights.items()}
     for changed, message in (
-        ({key: tensor for key, tensor in weights.items() if "layers.1" not in key}, r"no factors of 'model\.layers\.1\.mlp\.down_proj'"),
+        (
+            {key: tensor for key, tensor in weights.items() if "layers.1" not in key},
+            r"no factors of 'model\.layers\.1\.mlp\.down_proj'",
+        ),
         (renamed, r"factors of 'model\.layers\.7\.mlp\.down_proj', not named in adapter_config\.json"),
     ):
         save_file(changed, tmp_path / WEIGHTS)

@@ -56,7 +56,10 @@ def test_the_card_counts_rows_and_says_how_to_load(online: LoopbackHub, records:
     for name, part in (("train", train), ("validation", validation)):
         cases = [sum(len(getattr(record, kind)) for record in part) for kind in ("requests", "generality", "locality")]
         assert f"| {name} | {len(part)} | {' | '.join(map(str, cases))} |" in card.text
-    assert f'datasets.load_dataset("{ID}", split="train")' in card.text and f'read_records("{ID}", split="train")' in card.text
+    assert (
+        f'datasets.load_dataset("{ID}", split="train")' in card.text
+        and f'read_records("{ID}", split="train")' in card.text
+    )
     assert all(f"`{name}`" in card.text for name in record_features())
 
 
@@ -68,7 +71,13 @@ def test_a_second_push_replaces_the_files_of_its_splits(online: LoopbackHub, rec
     shutil.rmtree(records / "validation")
     push_folder(records, ID)
     files = set(online[f"datasets/{ID}"].files())
-    assert files == {".gitattributes", "README.md", "train/renamed.json", "data/train.parquet", *rest}  # which may be somebody's
+    assert files == {
+        ".gitattributes",
+        "README.md",
+        "train/renamed.json",
+        "data/train.parquet",
+        *rest,
+    }  # which may be somebody's
 
 
 def test_a_folder_of_files_is_one_split(online: LoopbackHub, records: Path) -> None:
@@ -81,7 +90,9 @@ def test_a_folder_of_files_is_one_split(online: LoopbackHub, records: Path) -> N
     assert "data/train.parquet" in online["datasets/org/mine"].files()
 
 
-def test_records_that_cannot_be_pushed_are_named(hub: LoopbackHub, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_that_cannot_be_pushed_are_named(
+    hub: LoopbackHub, records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refused(message: str, *options: str) -> None:
         assert main(["push", str(records), ID, *options]) == 2
         assert message in capsys.readouterr().err

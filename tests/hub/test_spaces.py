@@ -61,7 +61,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.mark.parametrize("folder", SPACES, ids=lambda folder: folder.name)
 def test_settings_are_those_that_ci_tests(folder: Path) -> None:
     settings = read_settings(folder)
-    pinned = dict(line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(
+        line.split("==") for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines() if "==" in line
+    )
     assert settings.sdk_version == pinned["gradio"]
     assert (folder / str(settings.app_file)).is_file()
     assert settings.license == "apache-2.0"
@@ -84,11 +86,22 @@ def test_both_are_there() -> None:
 
 def test_the_metric_brings_its_formulas_and_its_page(tmp_path: Path) -> None:
     target = assemble(METRIC, tmp_path / "edit_quality")
-    assert files(target) == {"app.py", "README.md", "requirements.txt", "edit_quality.py", "scores.py", "metric_page.py"}
+    assert files(target) == {
+        "app.py",
+        "README.md",
+        "requirements.txt",
+        "edit_quality.py",
+        "scores.py",
+        "metric_page.py",
+    }
     for name, module in (("scores.py", scores), ("metric_page.py", metric_page)):
         assert (target / name).read_bytes() == Path(str(module.__file__)).read_bytes()
-    assert not [file for file in target.glob("*.py") if re.search(r"^\s*(from|import) ibke_hf", file.read_text(), re.M)]
-    assert assemble(target, tmp_path / "again") and files(target) == files(tmp_path / "again")  # what is assembled can be again
+    assert not [
+        file for file in target.glob("*.py") if re.search(r"^\s*(from|import) ibke_hf", file.read_text(), re.M)
+    ]
+    assert assemble(target, tmp_path / "again") and files(target) == files(
+        tmp_path / "again"
+    )  # what is assembled can be again
 
 
 @pytest.mark.slow
@@ -105,11 +118,16 @@ def test_a_page_of_this_package_runs_on_the_copy_beside_it(mine: Path, tmp_path:
     assert "ibke_hf/old.py" not in files(assemble(target, tmp_path / "again"))
 
 
-def test_build_says_how_to_run_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]) -> None:
+def test_build_says_how_to_run_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
     out = tmp_path / "out"
     assert main(["spaces", "build", str(METRIC), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: run it by `python app.py` there, with what requirements.txt lists\n"
-    assert refused("build", METRIC, "--out", out) == f"ibke spaces build: {out}: exists and is not empty; give a new folder or remove it"
+    assert (
+        refused("build", METRIC, "--out", out)
+        == f"ibke spaces build: {out}: exists and is not empty; give a new folder or remove it"
+    )
     assert "exists and is not empty" in refused("build", METRIC, "--out", out / "app.py")
     assert f"lies in {out}, which is copied there" in refused("build", out, "--out", out / "deeper")
 
@@ -117,14 +135,18 @@ def test_build_says_how_to_run_it(tmp_path: Path, capsys: pytest.CaptureFixture[
 # --- publishing -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_pushes_in_one_commit(hub: LoopbackHub, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_pushes_in_one_commit(
+    hub: LoopbackHub, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["spaces", "push", str(METRIC), ID, "--private"]) == 0
     space = hub[f"spaces/{ID}"]
     assert capsys.readouterr().out == f"space: {hub.url}/spaces/{ID}/commit/{space.refs['main']}\n"
     assert (space.private, space.sdk, space.titles) == (True, "gradio", ["initial commit", "Add the Space"])
     target = assemble(METRIC, tmp_path / "space")
     assert space.files() == {".gitattributes": b"", **{name: (target / name).read_bytes() for name in files(target)}}
-    assert main(["spaces", "push", str(target), ID, "--create-pr", "--message", "Again"]) == 0  # what was assembled can be pushed
+    assert (
+        main(["spaces", "push", str(target), ID, "--create-pr", "--message", "Again"]) == 0
+    )  # what was assembled can be pushed
     assert capsys.readouterr().out == f"space: {hub.url}/spaces/{ID}/discussions/1\n"
     assert space.files("refs/pr/1") == space.files()
 
@@ -137,7 +159,13 @@ def test_code_of_an_earlier_push_goes_and_other_files_stay(hub: LoopbackHub, min
     push_space(mine, "org/mine")
     found = hub["spaces/org/mine"].files()
     assert not {"helper.py", "ibke_hf/removed.py", ".env", "__pycache__/app.pyc"} & set(found)
-    assert {"picture.png", "app.py", "logo.svg", "ibke_hf/__init__.py", "ibke_hf/atlas/assets/backbone/model.safetensors"} <= set(found)
+    assert {
+        "picture.png",
+        "app.py",
+        "logo.svg",
+        "ibke_hf/__init__.py",
+        "ibke_hf/atlas/assets/backbone/model.safetensors",
+    } <= set(found)
     assert CODE == ("*.py", "ibke_hf/*")
 
 
@@ -167,28 +195,39 @@ def test_a_cut_upload_leaves_the_old_revision_and_a_retry_finishes(
 
 def test_a_folder_that_is_not_there_is_named_with_the_place(hub: LoopbackHub, refused: Callable[..., str]) -> None:
     line = refused("push", "edit_quality_", ID)
-    assert line == (f"ibke spaces push: edit_quality_: no such folder in {Path.cwd()}; give the folder of a Space, "
-                    "such as spaces/edit_quality of a clone of this project")  # fmt: skip
+    assert line == (
+        f"ibke spaces push: edit_quality_: no such folder in {Path.cwd()}; give the folder of a Space, "
+        "such as spaces/edit_quality of a clone of this project"
+    )
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("README.md", None, "README.md: no such file; it states the Space's settings"),
-    ("app.py", None, "app.py: no such file; a Space holds app.py, README.md and requirements.txt"),
-    ("requirements.txt", None, "requirements.txt: no such file; a Space holds"),
-    ("README.md", "# Mine\n", "with `sdk: gradio`; found sdk None"),
-    ("README.md", "# Mine\n\n" + SETTINGS, "README.md: must begin with the Space's settings"),
-    ("README.md", SETTINGS.replace("gradio", "streamlit"), "found sdk 'streamlit'"),
-    ("README.md", "---\na: [\n---\n", "README.md: the Space's settings between the first two --- are not settings by name"),
-    ("README.md", "---\n- 1\n---\n", "are not settings by name"), ("README.md", "---\n1: 2\n---\n", "are not settings by name"),
-    ("README.md", SETTINGS.replace("6.31.0", "6.31"), "the settings need `sdk_version`, a text; found 6.31"),
-    ("README.md", SETTINGS.replace("app_file: app.py\n", ""), "the settings need `app_file`, a text; found None"),
-    ("README.md", SETTINGS.replace("app.py", "main.py"), "main.py: no such file; a Space holds main.py"),
-    ("app.py", "import os\n", "app.py: imports neither ibke_hf nor metric_page"),
-    ("app.py", "from .ibke_hf import x\n", "app.py: imports neither ibke_hf nor metric_page"),
-    ("app.py", "import (", "app.py: not Python ("), ("app.py", "\0", "app.py: not Python ("),
-    ("optimizer.pt", "x", "optimizer.pt: may hold a pickle"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("README.md", None, "README.md: no such file; it states the Space's settings"),
+        ("app.py", None, "app.py: no such file; a Space holds app.py, README.md and requirements.txt"),
+        ("requirements.txt", None, "requirements.txt: no such file; a Space holds"),
+        ("README.md", "# Mine\n", "with `sdk: gradio`; found sdk None"),
+        ("README.md", "# Mine\n\n" + SETTINGS, "README.md: must begin with the Space's settings"),
+        ("README.md", SETTINGS.replace("gradio", "streamlit"), "found sdk 'streamlit'"),
+        (
+            "README.md",
+            "---\na: [\n---\n",
+            "README.md: the Space's settings between the first two --- are not settings by name",
+        ),
+        ("README.md", "---\n- 1\n---\n", "are not settings by name"),
+        ("README.md", "---\n1: 2\n---\n", "are not settings by name"),
+        ("README.md", SETTINGS.replace("6.31.0", "6.31"), "the settings need `sdk_version`, a text; found 6.31"),
+        ("README.md", SETTINGS.replace("app_file: app.py\n", ""), "the settings need `app_file`, a text; found None"),
+        ("README.md", SETTINGS.replace("app.py", "main.py"), "main.py: no such file; a Space holds main.py"),
+        ("app.py", "import os\n", "app.py: imports neither ibke_hf nor metric_page"),
+        ("app.py", "from .ibke_hf import x\n", "app.py: imports neither ibke_hf nor metric_page"),
+        ("app.py", "import (", "app.py: not Python ("),
+        ("app.py", "\0", "app.py: not Python ("),
+        ("optimizer.pt", "x", "optimizer.pt: may hold a pickle"),
+    ],
+)
 def test_what_is_no_space_is_refused_and_nothing_is_sent(
     name: str, text: str | None, message: str, mine: Path, hub: LoopbackHub, refused: Callable[..., str]
 ) -> None:
@@ -202,7 +241,9 @@ def test_what_is_no_space_is_refused_and_nothing_is_sent(
 
 def test_the_metric_is_pushed_under_its_name_alone(hub: LoopbackHub, refused: Callable[..., str]) -> None:
     line = refused("push", METRIC, "org/quality")
-    assert line.endswith("org/quality: evaluate.load finds a metric in a Space of its own name alone; push to org/edit_quality")
+    assert line.endswith(
+        "org/quality: evaluate.load finds a metric in a Space of its own name alone; push to org/edit_quality"
+    )
     assert "push to org/edit_quality" in refused("push", METRIC, "quality")
     assert hub.repositories == {}
     assert "write access" in refused("push", METRIC, ID, "--token", "hf_reader")

@@ -1,7 +1,7 @@
 """A real browser for the tests of the Spaces: the system's Chromium, `app.py` in a process of its own, isolated sessions.
 
-Nothing outside this machine is reached: requests elsewhere are refused, and :func:`session` keeps their addresses. With the environment
-variable SCREENSHOTS set to a folder, :func:`keep` leaves pictures there to look at.
+Nothing outside this machine is reached: requests elsewhere are refused, and :func:`session` keeps their addresses.
+With the environment variable SCREENSHOTS set to a folder, :func:`keep` leaves pictures there to look at.
 """
 
 from __future__ import annotations
@@ -28,15 +28,24 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking")
 DESKTOP, PHONE = (1280, 900), (390, 844)
 PATIENCE = 300.0  # seconds; only a page that is broken waits for so long
-QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_NAME": "127.0.0.1", "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1",
-         "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_SERVER_NAME": "127.0.0.1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_EVALUATE_OFFLINE": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+    "PYTHONUNBUFFERED": "1",
+}
 RUN = "import runpy, sys; {before}\nrunpy.run_path('app.py', run_name='__main__')"
 
 
 def find_chromium() -> str:
     """Return the path of the system's Chromium; skip the test, or fail in CI, where it, Playwright or Gradio is not installed."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
-    absent = [name for name in ("gradio", "playwright") if find_spec(name) is None] + ([] if found else [f"a browser ({', '.join(NAMES)})"])
+    absent = [name for name in ("gradio", "playwright") if find_spec(name) is None] + (
+        [] if found else [f"a browser ({', '.join(NAMES)})"]
+    )
     if found and not absent:
         return found
     reason = f"not installed: {', '.join(absent)}"
@@ -100,7 +109,8 @@ def session(browser: Any, url: str, size: tuple[int, int] = DESKTOP, **options: 
     """Open a page in a context of its own, with cookies and storage of its own.
 
     Returns:
-        The page; its list `outside` has the addresses beyond this machine that it asked for, all refused, `errors` what its scripts threw.
+        The page; its list `outside` has the addresses beyond this machine that it asked for, all refused, `errors`
+        what its scripts threw.
     """
     page = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options).new_page()
     page.outside, page.errors = [], []

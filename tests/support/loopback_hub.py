@@ -21,7 +21,9 @@ import yaml
 
 TOKEN, READ_TOKEN = "hf_writer", "hf_reader"
 LARGE = (".safetensors", ".parquet")  # what goes the way of large files
-API = re.compile(r"/api/(?P<kind>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)(/(?P<what>[^/]+)/(?P<revision>[^/]+)(/(?P<path>.*))?)?")
+API = re.compile(
+    r"/api/(?P<kind>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)(/(?P<what>[^/]+)/(?P<revision>[^/]+)(/(?P<path>.*))?)?"
+)
 BATCH = re.compile(r"/((?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 RESOLVE = re.compile(r"/((?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.*)")
 
@@ -77,7 +79,12 @@ class LoopbackHub:
 
     def every_file(self) -> list[str]:
         """Return the path of every file of every commit."""
-        return [path for repository in self.repositories.values() for files in repository.commits.values() for path in files]
+        return [
+            path
+            for repository in self.repositories.values()
+            for files in repository.commits.values()
+            for path in files
+        ]
 
 
 class _Refusal(Exception):
@@ -112,8 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.requests.append(f"{self.command} {self.path}")
                 self._route()
         except _Refusal as refusal:
-            self._send(json.dumps({"error": str(refusal)}).encode(), refusal.status,
-                       {"X-Error-Code": refusal.code, "X-Error-Message": str(refusal)})  # fmt: skip
+            self._send(
+                json.dumps({"error": str(refusal)}).encode(),
+                refusal.status,
+                {"X-Error-Code": refusal.code, "X-Error-Message": str(refusal)},
+            )
         except _Cut:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -149,7 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: bytes = b"", status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -217,8 +231,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _revision(self, where: dict[str, str]) -> None:
         digest, files = self._files(where)
-        self._json({"id": where["id"], "sha": digest, "private": self._repository(where).private, "tags": [], "downloads": 0, "likes": 0,
-                    "siblings": [{"rfilename": path} for path in sorted(files)], "lastModified": "2026-01-01T00:00:00.000Z"})  # fmt: skip
+        self._json(
+            {
+                "id": where["id"],
+                "sha": digest,
+                "private": self._repository(where).private,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [{"rfilename": path} for path in sorted(files)],
+                "lastModified": "2026-01-01T00:00:00.000Z",
+            }
+        )
 
     def _tree(self, where: dict[str, str]) -> None:
         _, files = self._files(where)
@@ -253,7 +277,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._repository(where, write=True)
         files = json.loads(self._body())["files"]
         for file in files:
-            file |= {"uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular", "shouldIgnore": False, "oid": None}
+            file |= {
+                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                "shouldIgnore": False,
+                "oid": None,
+            }
         self._json({"files": files})
 
     def _batch(self, where: dict[str, str]) -> None:
@@ -302,10 +330,19 @@ class _Handler(BaseHTTPRequestHandler):
         if where["path"] == self.hub.cut:
             raise _Cut
         if where["path"] not in files:
-            return self._send(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": digest})
+            return self._send(
+                b"",
+                404,
+                {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": digest},
+            )
         content = files[where["path"]]
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        headers = {"X-Repo-Commit": digest, "ETag": etag, "Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
+        headers = {
+            "X-Repo-Commit": digest,
+            "ETag": etag,
+            "Content-Type": "application/octet-stream",
+            "Accept-Ranges": "bytes",
+        }
         if where["path"].endswith(LARGE):
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
@@ -317,7 +354,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:
     oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    large = {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}} if path.endswith(LARGE) else {}
+    large = (
+        {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}}
+        if path.endswith(LARGE)
+        else {}
+    )
     return {"type": "file", "path": path, "size": len(content), "oid": oid, **large}
 
 

@@ -53,7 +53,9 @@ def require_answers_and_no_trace(made: SimpleNamespace, tokenizer: Any) -> None:
 
 def require_generation(model: Any, tokenizer: Any, edit: Any) -> Any:
     """Independent edits of `REQUESTS` answer in generation with a cache, and in beam search; returns the tokenised prompts."""
-    prompts = tokenizer([request.prompt for request in REQUESTS], return_tensors="pt", padding=True, padding_side="left")
+    prompts = tokenizer(
+        [request.prompt for request in REQUESTS], return_tensors="pt", padding=True, padding_side="left"
+    )
     prompts.pop("token_type_ids", None)
     targets = [tokenizer(f" {request.target}")["input_ids"] for request in REQUESTS]
     with edit.attached(model):

@@ -14,9 +14,44 @@ from ibke_hf import EditCase, EditRecord, EditRequest, IBKEEditor
 from ibke_hf.core.records import Hop
 from ibke_hf.core.tokens import encode_requests
 
-PLACES = ["Paris", "Rome", "Oslo", "Berlin", "Madrid", "Vienna", "Lisbon", "London", "Warsaw", "England", "Poland", "France"]
-THINGS = ["a bird", "a tree", "a metal", "the author", "physics", "chemistry", "the book", "a city", "the river", "a language"]
-SHORT = ["is", "of", "and", "the", "a", "in", "c", "P", "E", "is the"]  # one token of the tiny tokenizer, all but the last
+PLACES = [
+    "Paris",
+    "Rome",
+    "Oslo",
+    "Berlin",
+    "Madrid",
+    "Vienna",
+    "Lisbon",
+    "London",
+    "Warsaw",
+    "England",
+    "Poland",
+    "France",
+]
+THINGS = [
+    "a bird",
+    "a tree",
+    "a metal",
+    "the author",
+    "physics",
+    "chemistry",
+    "the book",
+    "a city",
+    "the river",
+    "a language",
+]
+SHORT = [
+    "is",
+    "of",
+    "and",
+    "the",
+    "a",
+    "in",
+    "c",
+    "P",
+    "E",
+    "is the",
+]  # one token of the tiny tokenizer, all but the last
 RELATIONS = ["lies in", "was born in", "worked in", "is written by", "is the capital of", "is a kind of"]
 YES_NO = " The answer is (Yes/No):"
 
@@ -39,24 +74,53 @@ def make_records(number: int, most_requests: int, seed: int = 0) -> list[EditRec
         edits = [make_hop(rng, names) for _ in range(rng.randint(1, most_requests))]
         generality, locality = [], []
         for _ in range(rng.randint(1, 3)):
-            supporting = tuple(rng.choice([make_hop(rng, names), edits[0]]) for _ in range(rng.choice([0, 0, 1, 2, 3])))
+            supporting = tuple(
+                rng.choice([make_hop(rng, names), edits[0]]) for _ in range(rng.choice([0, 0, 1, 2, 3]))
+            )
             double = rng.random() < 0.3
-            generality.append(EditCase(
-                prompt=rng.choice(["", "It is said that "]) + rng.choice([edits[-1], make_hop(rng, names)]).prompt + YES_NO * double,
-                target="Yes" if double else edits[-1].target, criteria=("Multi-Hop",) if supporting else ("Rephrase",),
-                hops=1 + len(supporting), top_k=1 if double else 5, aliases=(rng.choice(PLACES),), supporting=supporting,
-                name=rng.choice(["gen_a", "gen_b"]),
-            ))  # fmt: skip
+            generality.append(
+                EditCase(
+                    prompt=rng.choice(["", "It is said that "])
+                    + rng.choice([edits[-1], make_hop(rng, names)]).prompt
+                    + YES_NO * double,
+                    target="Yes" if double else edits[-1].target,
+                    criteria=("Multi-Hop",) if supporting else ("Rephrase",),
+                    hops=1 + len(supporting),
+                    top_k=1 if double else 5,
+                    aliases=(rng.choice(PLACES),),
+                    supporting=supporting,
+                    name=rng.choice(["gen_a", "gen_b"]),
+                )
+            )
         for _ in range(rng.randint(0, 3)):
             own = rng.choice(edits)
-            same = rng.choice([own, replace(own, property="P9"), replace(own, head=own.tail, tail=own.head)])  # collides for items
+            same = rng.choice(
+                [own, replace(own, property="P9"), replace(own, head=own.tail, tail=own.head)]
+            )  # collides for items
             facts = tuple(make_hop(rng, names) if rng.random() < 0.8 else same for _ in range(rng.randint(1, 2)))
-            locality.append(EditCase(facts[-1].prompt, facts[-1].target, ("1-N Forgotten",), len(facts), rng.choice([1, 5]),
-                                     facts=facts, name="loc"))  # fmt: skip
-        records.append(EditRecord(
-            f"r{index}", "made", rng.choice(["art", "biology"]), tuple(hop.request() for hop in edits), tuple(generality),
-            tuple(locality), tuple(edits), kind="unknown",
-        ))  # fmt: skip
+            locality.append(
+                EditCase(
+                    facts[-1].prompt,
+                    facts[-1].target,
+                    ("1-N Forgotten",),
+                    len(facts),
+                    rng.choice([1, 5]),
+                    facts=facts,
+                    name="loc",
+                )
+            )
+        records.append(
+            EditRecord(
+                f"r{index}",
+                "made",
+                rng.choice(["art", "biology"]),
+                tuple(hop.request() for hop in edits),
+                tuple(generality),
+                tuple(locality),
+                tuple(edits),
+                kind="unknown",
+            )
+        )
     return records
 
 
@@ -142,8 +206,17 @@ class Naive:
         for record in group:
             for request in record.requests:
                 logits, targets = self.logits_and_targets(model, request.prompt, request.target)
-                row = self.row(record, "reliability", request, self.within(model, request.prompt, request.target, 1), logits, targets)
-                rows.append(row | {"exact_match": self.answers(model, request.prompt, [request.target], len(targets) + 3)})
+                row = self.row(
+                    record,
+                    "reliability",
+                    request,
+                    self.within(model, request.prompt, request.target, 1),
+                    logits,
+                    targets,
+                )
+                rows.append(
+                    row | {"exact_match": self.answers(model, request.prompt, [request.target], len(targets) + 3)}
+                )
             rows += [self.generality(model, record, case) for case in record.generality]
             rows += [self.locality(model, record, case) for case in record.locality if not self.dropped(case, scope)]
         return rows
@@ -154,7 +227,9 @@ class Naive:
             if not all(self.within(model, hop.prompt, hop.target, 5)):
                 model, edited_hops = self.edited(model, EditRequest(hop.prompt, hop.target)), edited_hops + 1
         logits, targets = self.logits_and_targets(model, case.prompt, case.target)
-        row = self.row(record, "generality", case, self.within(model, case.prompt, case.target, case.top_k), logits, targets)
+        row = self.row(
+            record, "generality", case, self.within(model, case.prompt, case.target, case.top_k), logits, targets
+        )
         matched = self.answers(model, case.prompt, [case.target, *case.aliases], len(targets) + 3)
         return row | {"exact_match": matched, "edited_hops": edited_hops}
 
@@ -169,7 +244,10 @@ class Naive:
         logits, _ = self.logits_and_targets(model, case.prompt, case.target)
         before, best = [row[0] for row in self.best(original, 1)], self.best(logits, case.top_k)
         if self.match == "string":
-            hits = [self.tokenizer.decode([b]) in [self.tokenizer.decode([i]) for i in k] for b, k in zip(before, best, strict=True)]
+            hits = [
+                self.tokenizer.decode([b]) in [self.tokenizer.decode([i]) for i in k]
+                for b, k in zip(before, best, strict=True)
+            ]
         else:
             hits = [b in k for b, k in zip(before, best, strict=True)]
         row = self.row(record, "locality", case, hits, logits, before)
@@ -181,10 +259,21 @@ class Naive:
         top = [row[0] for row in self.best(logits, 1)]
         first = [a == b for a, b in zip(top, wanted, strict=True)]
         if self.match == "string" and role == "locality":
-            first = [self.tokenizer.decode([a]) == self.tokenizer.decode([b]) for a, b in zip(top, wanted, strict=True)]
-        return {"record": record.id, "role": role, "prompt": case.prompt, "score": sum(hits) / len(hits), "top1": sum(first) / len(first),
-                "first_token": float(first[0]), "after": self.tokenizer.decode(top), "exact_match": None, "js_similarity": None,
-                "edited_hops": 0}  # fmt: skip
+            first = [
+                self.tokenizer.decode([a]) == self.tokenizer.decode([b]) for a, b in zip(top, wanted, strict=True)
+            ]
+        return {
+            "record": record.id,
+            "role": role,
+            "prompt": case.prompt,
+            "score": sum(hits) / len(hits),
+            "top1": sum(first) / len(first),
+            "first_token": float(first[0]),
+            "after": self.tokenizer.decode(top),
+            "exact_match": None,
+            "js_similarity": None,
+            "edited_hops": 0,
+        }
 
 
 def assert_same(rows, expected):
@@ -192,4 +281,6 @@ def assert_same(rows, expected):
     for mine, theirs in zip(rows, expected, strict=True):
         exact = {key: value for key, value in theirs.items() if key != "js_similarity"}
         assert {key: mine[key] for key in exact} == exact
-        assert mine["js_similarity"] == (None if theirs["js_similarity"] is None else pytest.approx(theirs["js_similarity"], abs=5e-5))
+        assert mine["js_similarity"] == (
+            None if theirs["js_similarity"] is None else pytest.approx(theirs["js_similarity"], abs=5e-5)
+        )

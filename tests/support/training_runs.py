@@ -28,9 +28,17 @@ def record(index: int, generality: int = 1, locality: int = 1, hops: int = 0) ->
     edit = fact(f"{city} tower", f"{other} {index}")
     cases = [EditCase(f"Where is the {city} tower{'?' * i} It is in", f"{other} {index}") for i in range(generality)]
     second = Hop(f"{other} {index} lies in", "Poland" if index % 2 else "England", f"{other} {index}", "P2", "E")
-    cases += [EditCase(f"The country of the {city} tower is", second.target, hops=2, supporting=(second,)) for _ in range(hops)]
+    cases += [
+        EditCase(f"The country of the {city} tower is", second.target, hops=2, supporting=(second,))
+        for _ in range(hops)
+    ]
     local = [
-        EditCase(f"The capital of France {'and England ' * i}is", CITIES[i], top_k=1 if i else 5, facts=(fact("France", CITIES[i]),))
+        EditCase(
+            f"The capital of France {'and England ' * i}is",
+            CITIES[i],
+            top_k=1 if i else 5,
+            facts=(fact("France", CITIES[i]),),
+        )
         for i in range(locality)
     ]
     request = EditRequest(edit.prompt, edit.target)
@@ -38,8 +46,18 @@ def record(index: int, generality: int = 1, locality: int = 1, hops: int = 0) ->
 
 
 def arguments(folder: Path | str, **options: Any) -> IBKETrainingArguments:
-    defaults = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "max_steps": 4, "logging_steps": 1, "report_to": [],
-                "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2, "calibration_requests": 6}  # fmt: skip
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        "calibration_requests": 6,
+    }
     return IBKETrainingArguments(str(folder), **{**defaults, **options})
 
 
@@ -53,13 +71,27 @@ def new_editor(backbone: Any, seed: int = 1, kind: Any = IBKEEditor, **config: A
 def trainer_for(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., IBKETrainer]:
     """Build a trainer: ``trainer_for(records, folder=..., family=..., editor={...}, kind=..., eval=..., callbacks=..., **arguments)``."""
 
-    def build(records: Sequence[EditRecord], *, folder: str = "run", family: str = "qwen3", editor: dict[str, Any] | None = None,
-              kind: Any = IBKEEditor, validation: Sequence[EditRecord] | None = None, callbacks: Any = None, **options: Any) -> IBKETrainer:
+    def build(
+        records: Sequence[EditRecord],
+        *,
+        folder: str = "run",
+        family: str = "qwen3",
+        editor: dict[str, Any] | None = None,
+        kind: Any = IBKEEditor,
+        validation: Sequence[EditRecord] | None = None,
+        callbacks: Any = None,
+        **options: Any,
+    ) -> IBKETrainer:
         backbone = tiny_model(family)
         return IBKETrainer(
-            new_editor(backbone, kind=kind, **(editor or {})), backbone, arguments(tmp_path / folder, **options), tiny_tokenizer,
-            train_dataset=RecordDataset(records), eval_dataset=RecordDataset(validation) if validation else None, callbacks=callbacks,
-        )  # fmt: skip
+            new_editor(backbone, kind=kind, **(editor or {})),
+            backbone,
+            arguments(tmp_path / folder, **options),
+            tiny_tokenizer,
+            train_dataset=RecordDataset(records),
+            eval_dataset=RecordDataset(validation) if validation else None,
+            callbacks=callbacks,
+        )
 
     return build
 

@@ -44,7 +44,9 @@ def test_information_transfer_divides_once_by_requests_layers_and_latent_size() 
 
 def test_generality_is_a_mean_of_case_means(cases: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, _, labels = cases
-    expected = torch.stack([torch.nn.functional.cross_entropy(logits[row], labels[row], ignore_index=IGNORED) for row in range(3)]).mean()
+    expected = torch.stack(
+        [torch.nn.functional.cross_entropy(logits[row], labels[row], ignore_index=IGNORED) for row in range(3)]
+    ).mean()
     torch.testing.assert_close(sufficiency_for_generality(logits[labels != IGNORED], labels), expected, **near)
 
 
@@ -73,7 +75,10 @@ def test_16_bit_logits_are_judged_in_fp32(cases: tuple[Tensor, Tensor, Tensor]) 
     edited, original = (logits[labels != IGNORED].to(torch.bfloat16) for logits in cases[:2])
     for got, expected in (
         (sufficiency_for_generality(edited, labels), sufficiency_for_generality(edited.float(), labels)),
-        (independence_for_locality(edited, original, labels), independence_for_locality(edited.float(), original.float(), labels)),
+        (
+            independence_for_locality(edited, original, labels),
+            independence_for_locality(edited.float(), original.float(), labels),
+        ),
     ):
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)

@@ -29,7 +29,9 @@ def naive_logits(model: Any, tokenizer: Any, case: Any) -> tuple[Tensor, Tensor]
     return logits.float(), torch.tensor(ids[start:])
 
 
-def naive_update(editor: Any, backbone: Any, tokenizer: Any, requests: Sequence[Any]) -> tuple[dict[str, Tensor], list[Any]]:
+def naive_update(
+    editor: Any, backbone: Any, tokenizer: Any, requests: Sequence[Any]
+) -> tuple[dict[str, Tensor], list[Any]]:
     """ΔW of each layer, request by request with full backward passes; and the adapted factors."""
     names = editor.config.module_names()
     updates, latents = {}, []
@@ -49,7 +51,10 @@ def naive_update(editor: Any, backbone: Any, tokenizer: Any, requests: Sequence[
         logits, targets = naive_logits(model, tokenizer, request)
         nn.functional.cross_entropy(logits, targets).backward()
         factors = [
-            GradientFactors(seen[n][0], seen[n][1].grad, torch.ones(seen[n][0].shape[:2], dtype=torch.bool), torch.ones(1)) for n in names
+            GradientFactors(
+                seen[n][0], seen[n][1].grad, torch.ones(seen[n][0].shape[:2], dtype=torch.bool), torch.ones(1)
+            )
+            for n in names
         ]
         for name, adapted, eta in zip(names, editor(factors), editor.step_sizes, strict=True):
             update = -eta * adapted.layer_inputs[0].T @ adapted.output_gradients[0]
@@ -66,7 +71,9 @@ def naive_edited(backbone: Any, updates: dict[str, Tensor]) -> Any:
     return model
 
 
-def naive_loss(editor: Any, backbone: Any, tokenizer: Any, groups: Sequence[Sequence[EditRecord]], edit_too: bool, hops: bool) -> Any:
+def naive_loss(
+    editor: Any, backbone: Any, tokenizer: Any, groups: Sequence[Sequence[EditRecord]], edit_too: bool, hops: bool
+) -> Any:
     """Eq. 36 with dense updates and one forward per case; and the scores of each role."""
     generality, locality, latents = [], [], []
     scores: dict[str, list[float]] = {"reliability": [], "generality": [], "locality": []}
@@ -91,7 +98,9 @@ def naive_loss(editor: Any, backbone: Any, tokenizer: Any, groups: Sequence[Sequ
                 judged = isinstance(case, EditCase)
                 if judged or edit_too:
                     generality.append(nn.functional.cross_entropy(logits, targets))
-                scores["generality" if judged else "reliability"].append(hits(logits, targets, case.top_k if judged else 1))
+                scores["generality" if judged else "reliability"].append(
+                    hits(logits, targets, case.top_k if judged else 1)
+                )
             for case in item.locality:
                 logits, targets = naive_logits(model, tokenizer, case)
                 original, _ = naive_logits(backbone, tokenizer, case)
@@ -108,7 +117,11 @@ def naive_loss(editor: Any, backbone: Any, tokenizer: Any, groups: Sequence[Sequ
 
 @pytest.mark.parametrize(
     ("family", "kind", "per_group", "edit_too", "hops"),
-    [("qwen3", IBKEEditor, 1, False, "none"), ("gpt2", IBKEEditor, 2, True, "all"), ("qwen3", MENDEditor, 0, False, "all")],
+    [
+        ("qwen3", IBKEEditor, 1, False, "none"),
+        ("gpt2", IBKEEditor, 2, True, "all"),
+        ("qwen3", MENDEditor, 0, False, "all"),
+    ],
 )
 def test_loss_terms_and_scores_equal_a_dense_reference(
     family: str, kind: Any, per_group: int, edit_too: bool, hops: str, trainer_for: Any, tiny_tokenizer: Any
@@ -131,8 +144,13 @@ def test_loss_terms_and_scores_equal_a_dense_reference(
     torch.testing.assert_close(trainer.compute_loss(editor, inputs).detach(), total.detach(), rtol=2e-4, atol=1e-5)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(float(total.detach()), rel=2e-4)
-    assert {name: metrics[f"eval_{name}"] for name in scores} == pytest.approx({name: 100 * score for name, score in scores.items()})
-    assert all(metrics[f"eval_{name}"] == pytest.approx(float(value.detach()), rel=2e-4, abs=1e-5) for name, value in terms.items())
+    assert {name: metrics[f"eval_{name}"] for name in scores} == pytest.approx(
+        {name: 100 * score for name, score in scores.items()}
+    )
+    assert all(
+        metrics[f"eval_{name}"] == pytest.approx(float(value.detach()), rel=2e-4, abs=1e-5)
+        for name, value in terms.items()
+    )
 
 
 def test_scores_count_every_case_of_an_incomplete_last_batch(trainer_for: Any) -> None:
@@ -178,7 +196,9 @@ def test_noise_is_drawn_per_request_and_only_in_training(trainer_for: Any) -> No
     noisy = run_batch(trainer.model.train(), trainer.model, trainer.backbone, inputs).adapted[0]
     torch.testing.assert_close(noisy.mean[0], noisy.mean[1])
     assert not torch.isclose(noisy.latent[0], noisy.latent[1]).all()
-    still = [run_batch(trainer.model.eval(), trainer.model, trainer.backbone, inputs).adapted[0].latent for _ in range(2)]
+    still = [
+        run_batch(trainer.model.eval(), trainer.model, trainer.backbone, inputs).adapted[0].latent for _ in range(2)
+    ]
     assert torch.equal(*still)
     torch.testing.assert_close(still[0][0], still[0][1])
 
@@ -247,5 +267,8 @@ def test_a_case_with_hops_has_its_own_edit() -> None:
     groups = torch.tensor([0, 0, 1, 0, 1, 1])  # three requests, then three cases
     members, edits, rows = edits_with_hops(groups, 3, torch.tensor([4, 3, 4]))
     assert rows.tolist() == [0, 0, 1, 2, 3, 1]
-    held = {edit: sorted(m for m, e in zip(members.tolist(), edits.tolist(), strict=True) if e == edit) for edit in range(4)}
+    held = {
+        edit: sorted(m for m, e in zip(members.tolist(), edits.tolist(), strict=True) if e == edit)
+        for edit in range(4)
+    }
     assert held == {0: [0, 1], 1: [2], 2: [0, 1, 4], 3: [2, 3, 5]}

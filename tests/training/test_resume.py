@@ -35,8 +35,17 @@ class StopAt(TrainerCallback):
 
 def test_resume_equals_an_uninterrupted_run_bitwise(trainer_for: Any) -> None:
     records = [record(i, hops=i % 2) for i in range(7)]
-    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "validation": records,
-               "load_best_model_at_end": True, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}  # fmt: skip
+    options = {
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "validation": records,
+        "load_best_model_at_end": True,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "cosine",
+    }
     whole = trainer_for(records, folder="whole", callbacks=[EarlyStoppingCallback(100)], **options)
     whole.train()
     cut = trainer_for(records, folder="cut", callbacks=[EarlyStoppingCallback(100), StopAt(5)], **options)
@@ -49,11 +58,18 @@ def test_resume_equals_an_uninterrupted_run_bitwise(trainer_for: Any) -> None:
     resumed = trainer_for(records, folder="cut", editor={}, callbacks=[EarlyStoppingCallback(100)], **options)
     resumed.train(resume_from_checkpoint=True)
     assert_equal_weights(weights(whole.model), weights(resumed.model))
-    assert_equal_weights(*(weights(IBKEEditor.from_pretrained(f"{t.args.output_dir}/checkpoint-9")) for t in (whole, resumed)))
+    assert_equal_weights(
+        *(weights(IBKEEditor.from_pretrained(f"{t.args.output_dir}/checkpoint-9")) for t in (whole, resumed))
+    )
     for name in ("best_metric", "best_global_step"):
         assert getattr(whole.state, name) == getattr(resumed.state, name)
-    states = [json.loads(Path(t.args.output_dir, "checkpoint-9/trainer_state.json").read_text()) for t in (whole, resumed)]
-    assert states[0]["stateful_callbacks"]["EarlyStoppingCallback"] == states[1]["stateful_callbacks"]["EarlyStoppingCallback"]
+    states = [
+        json.loads(Path(t.args.output_dir, "checkpoint-9/trainer_state.json").read_text()) for t in (whole, resumed)
+    ]
+    assert (
+        states[0]["stateful_callbacks"]["EarlyStoppingCallback"]
+        == states[1]["stateful_callbacks"]["EarlyStoppingCallback"]
+    )
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e][-3:] for t in (whole, resumed)]
     assert losses[0] == losses[1]
 
@@ -66,9 +82,18 @@ def test_resume_without_a_checkpoint_says_so(trainer_for: Any) -> None:
 def test_early_stopping_keeps_the_best_checkpoint(trainer_for: Any) -> None:
     records = [record(i) for i in range(4)]
     trainer = trainer_for(
-        records, validation=[record(5), record(6)], max_steps=60, learning_rate=0.3, callbacks=[EarlyStoppingCallback(2)], save_steps=1,
-        save_strategy="steps", eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-    )  # fmt: skip
+        records,
+        validation=[record(5), record(6)],
+        max_steps=60,
+        learning_rate=0.3,
+        callbacks=[EarlyStoppingCallback(2)],
+        save_steps=1,
+        save_strategy="steps",
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) < 60
@@ -117,9 +142,13 @@ def environment() -> dict[str, str]:
 def test_a_killed_run_resumes_to_the_same_weights(worker: Any, tmp_path: Path) -> None:
     options = {"max_steps": 60, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3}
     command = worker(options, {}, 9, 'trainer.save_model(sys.argv[1] + "/final")')
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment(), timeout=900, capture_output=True)
+    subprocess.run(
+        [*command, str(tmp_path / "whole")], check=True, env=environment(), timeout=900, capture_output=True
+    )
     cut = tmp_path / "cut"
-    process = subprocess.Popen([*command, str(cut)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, str(cut)], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 600
     while last_complete_checkpoint(cut) is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -127,7 +156,9 @@ def test_a_killed_run_resumes_to_the_same_weights(worker: Any, tmp_path: Path) -
     assert process.wait() == -signal.SIGKILL
     assert not (cut / "final").exists()
     subprocess.run([*command, str(cut), "resume"], check=True, env=environment(), timeout=900, capture_output=True)
-    assert_equal_weights(*(weights(IBKEEditor.from_pretrained(tmp_path / name / "final")) for name in ("whole", "cut")))
+    assert_equal_weights(
+        *(weights(IBKEEditor.from_pretrained(tmp_path / name / "final")) for name in ("whole", "cut"))
+    )
 
 
 @pytest.mark.slow
@@ -144,12 +175,21 @@ trainer.save_model(sys.argv[1] + "/final")
 if expected == 2:
     torch.distributed.destroy_process_group()
 """
-    options = {"max_steps": 4, "edits_per_group": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
-               "optim": "sgd", "learning_rate": 0.1, "step_size_learning_rate": 0.1}  # fmt: skip
+    options = {
+        "max_steps": 4,
+        "edits_per_group": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "step_size_learning_rate": 0.1,
+    }
     editor = {"use_information_bottleneck": False}
     command = worker(options, editor, 16, after.replace("expected", "2"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", command[1]]
-    done = subprocess.run([*launch, str(tmp_path / "two")], env=environment(), timeout=900, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*launch, str(tmp_path / "two")], env=environment(), timeout=900, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["hash"] == ranks[1]["hash"]

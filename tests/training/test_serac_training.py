@@ -27,16 +27,23 @@ def serac_trainer(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Any:
     def build(folder: str = "run", form: str = "embedding", validation: Any = None, **options: Any) -> SERACTrainer:
         backbone = tiny_model("qwen3", initializer_range=0.1)
         torch.manual_seed(1)
-        editor = SERACEditor.for_backbone(backbone, scope=backbone, counterfactual=backbone, scope_form=form, embedding_dim=16)
+        editor = SERACEditor.for_backbone(
+            backbone, scope=backbone, counterfactual=backbone, scope_form=form, embedding_dim=16
+        )
         settings = {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "max_grad_norm": 1.0, **options}
-        data = {"train_dataset": RecordDataset(RECORDS), "eval_dataset": RecordDataset(validation) if validation else None}
+        data = {
+            "train_dataset": RecordDataset(RECORDS),
+            "eval_dataset": RecordDataset(validation) if validation else None,
+        }
         return SERACTrainer(editor, backbone, arguments(tmp_path / folder, **settings), tiny_tokenizer, **data)
 
     return build
 
 
 @pytest.mark.parametrize("form", ["embedding", "cross"])
-def test_training_lowers_both_terms_and_leaves_the_backbone_alone(form: str, serac_trainer: Any, tmp_path: Path) -> None:
+def test_training_lowers_both_terms_and_leaves_the_backbone_alone(
+    form: str, serac_trainer: Any, tmp_path: Path
+) -> None:
     trainer = serac_trainer(form=form, max_steps=15, save_strategy="steps", save_steps=15, validation=RECORDS)
     before = weights(trainer.backbone)
     trainer.train()
@@ -48,7 +55,13 @@ def test_training_lowers_both_terms_and_leaves_the_backbone_alone(form: str, ser
     assert_equal_weights(before, weights(trainer.backbone))
     assert all(p.grad is None for p in trainer.backbone.parameters())
     report = trainer.evaluate()
-    assert {"eval_loss_scope", "eval_loss_counterfactual", "eval_reliability", "eval_generality", "eval_locality"} <= report.keys()
+    assert {
+        "eval_loss_scope",
+        "eval_loss_counterfactual",
+        "eval_reliability",
+        "eval_generality",
+        "eval_locality",
+    } <= report.keys()
     assert_equal_weights(weights(trainer.model), weights(SERACEditor.from_pretrained(tmp_path / "run/checkpoint-15")))
     assert not any(path.suffix == ".bin" for path in (tmp_path / "run").rglob("*"))
 
@@ -81,18 +94,27 @@ def test_terms_equal_a_naive_reference(serac_trainer: Any, tiny_tokenizer: Any) 
     batch = run_serac_batch(editor, editor, trainer.backbone, inputs)
     cases, (requests, generality, _) = inputs["cases"], inputs["counts"]
     entries = [ids for ids, _ in entries_of(cases[:requests])]
-    assert entries == [tiny_tokenizer(f"{r.requests[0].prompt} {r.requests[0].target}")["input_ids"] for r in RECORDS[:2]]
+    assert entries == [
+        tiny_tokenizer(f"{r.requests[0].prompt} {r.requests[0].target}")["input_ids"] for r in RECORDS[:2]
+    ]
     losses: dict[str, list[Any]] = {"positive": [], "own": [], "foreign": []}
     answered = []
     for row in range(len(cases)):
         for request in range(requests):
             own, inside = bool(inputs["owners"][row] == request), row < requests + generality
-            scores = editor.scopes(editor.embed_requests(entries[request : request + 1]), entries[request : request + 1],
-                                   cases[row : row + 1])[:, 0]  # fmt: skip
+            scores = editor.scopes(
+                editor.embed_requests(entries[request : request + 1]),
+                entries[request : request + 1],
+                cases[row : row + 1],
+            )[:, 0]
             kind = "foreign" if not own else "positive" if inside else "own"
             losses[kind] += list(functional.softplus(-scores if kind == "positive" else scores))
             if kind == "positive":
-                ids = [*entries[request], editor.config.separator, *cases.input_ids[row][cases.attention_mask[row].bool()].tolist()]
+                ids = [
+                    *entries[request],
+                    editor.config.separator,
+                    *cases.input_ids[row][cases.attention_mask[row].bool()].tolist(),
+                ]
                 targets = cases.labels[row][cases.labels[row] != IGNORED]
                 logits = editor.counterfactual(torch.tensor([ids])).logits[0, -len(targets) :]
                 answered.append(functional.cross_entropy(logits, targets))
@@ -105,7 +127,9 @@ def test_losses_of_few_cases() -> None:
     scopes = torch.tensor([[2.0], [-1.0]])
     own = torch.zeros(2, dtype=torch.long)
     loss = scope_loss(scopes, own, own[:1], torch.tensor([True, False]))
-    torch.testing.assert_close(loss, (functional.softplus(torch.tensor(-2.0)) + functional.softplus(torch.tensor(-1.0))) / 2)
+    torch.testing.assert_close(
+        loss, (functional.softplus(torch.tensor(-2.0)) + functional.softplus(torch.tensor(-1.0))) / 2
+    )
     labels = torch.tensor([[IGNORED, 1], [0, 1]])
     logits = torch.randn(3, 4)
     each = functional.cross_entropy(logits, torch.tensor([1, 0, 1]), reduction="none")

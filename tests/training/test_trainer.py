@@ -17,9 +17,13 @@ from ibke_hf.editors.mend import MENDEditor
 from ibke_hf.training.trainer import IBKETrainer
 
 
-def test_training_lowers_the_loss_logs_every_term_and_leaves_the_backbone_alone(trainer_for: Any, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_logs_every_term_and_leaves_the_backbone_alone(
+    trainer_for: Any, tmp_path: Path
+) -> None:
     records = [record(i, hops=i % 2) for i in range(4)]
-    trainer = trainer_for(records, max_steps=25, per_device_train_batch_size=4, save_strategy="steps", save_steps=25, edits_per_group=1)
+    trainer = trainer_for(
+        records, max_steps=25, per_device_train_batch_size=4, save_strategy="steps", save_steps=25, edits_per_group=1
+    )
     before = weights(trainer.backbone)
     trainer.backbone.train()
     trainer.train()
@@ -33,7 +37,14 @@ def test_training_lowers_the_loss_logs_every_term_and_leaves_the_backbone_alone(
     assert all(p.grad is None for p in trainer.backbone.parameters())
     assert trainer.backbone.training and all(module.training for module in trainer.backbone.modules())
     files = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
     size = sum(t.nbytes for t in weights(trainer.model).values())
     assert (tmp_path / "run/checkpoint-25/model.safetensors").stat().st_size < 1.1 * size + 10_000
     assert_equal_weights(weights(trainer.model), weights(IBKEEditor.from_pretrained(tmp_path / "run/checkpoint-25")))
@@ -82,8 +93,16 @@ def test_accumulation_equals_one_larger_batch(trainer_for: Any) -> None:
     records = [record(i, 1 + i % 3, (0, 2, 1, 1)[i % 4]) for i in range(8)]
     runs = []
     for batch, steps in ((4, 1), (2, 2), (1, 4)):
-        trainer = trainer_for(records, folder=f"b{batch}", editor={"use_information_bottleneck": False}, edits_per_group=1, max_steps=3,
-                              per_device_train_batch_size=batch, gradient_accumulation_steps=steps, optim="sgd")  # fmt: skip
+        trainer = trainer_for(
+            records,
+            folder=f"b{batch}",
+            editor={"use_information_bottleneck": False},
+            edits_per_group=1,
+            max_steps=3,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+        )
         trainer.calibrate(trainer.model)
         trainer.train()
         runs.append((weights(trainer.model), [entry for entry in trainer.state.log_history if "loss" in entry]))
@@ -98,8 +117,15 @@ def test_the_information_term_is_shared_out_too(trainer_for: Any) -> None:
     records = [record(i) for i in range(4)]
     losses = []
     for batch, steps in ((4, 1), (1, 4)):
-        trainer = trainer_for(records, folder=f"i{batch}", edits_per_group=1, max_steps=1, per_device_train_batch_size=batch,
-                              gradient_accumulation_steps=steps, beta=2.0)  # fmt: skip
+        trainer = trainer_for(
+            records,
+            folder=f"i{batch}",
+            edits_per_group=1,
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            beta=2.0,
+        )
         trainer.calibrate(trainer.model)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss_itm"])
@@ -126,7 +152,10 @@ def test_a_non_finite_hypernetwork_stops_and_names_layer_and_record(trainer_for:
     trainer = trainer_for([record(3)], max_steps=1)
     trainer.calibrate(trainer.model)
     trainer.model.hypernetworks[1].residual.bias.data[0] = float("nan")
-    pattern = r"loss_sg is not finite at step 0: the adapted factors of model\.layers\.2\.mlp\.down_proj for request 0 of record r3"
+    pattern = (
+        r"loss_sg is not finite at step 0: the adapted factors of model\.layers\.2\.mlp\.down_proj for "
+        r"request 0 of record r3"
+    )
     with pytest.raises(NonFiniteError, match=pattern):
         trainer.train()
 
@@ -146,25 +175,32 @@ def test_a_non_finite_prediction_names_the_case(trainer_for: Any, tiny_tokenizer
     seen = {i for r in (record(0), odd) for c in (*r.requests, *r.generality) for i in naive_ids(tiny_tokenizer, c)[0]}
     own = next(i for i in naive_ids(tiny_tokenizer, odd.locality[0])[0] if i not in seen)
     trainer.backbone.get_input_embeddings().weight.data[own] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"loss_il is not finite.*locality case 0 of record r3 \(edited layers model\.layers\.1"):
+    with pytest.raises(
+        NonFiniteError, match=r"loss_il is not finite.*locality case 0 of record r3 \(edited layers model\.layers\.1"
+    ):
         trainer.compute_loss(trainer.model, trainer.data_collator([record(0), odd]))
 
 
 def test_a_non_finite_gradient_stops_and_names_layer_and_record(trainer_for: Any) -> None:
     trainer = trainer_for([record(3)], max_steps=1)
     trainer.model.hypernetworks[1].mean.key.weight.register_hook(lambda gradient: gradient * float("inf"))
-    pattern = r"gradient of hypernetworks\.1\.mean\.key\.weight is not finite at step 0: layer model\.layers\.2\.mlp\.down_proj, records r3"
+    pattern = (
+        r"gradient of hypernetworks\.1\.mean\.key\.weight is not finite at step 0: layer "
+        r"model\.layers\.2\.mlp\.down_proj, records r3"
+    )
     with pytest.raises(NonFiniteError, match=pattern):
         trainer.train()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"train_supporting_hops": "some"}, "train_supporting_hops must be one of none, unknown, all, found 'some'"),
-     ({"beta": -1.0}, "beta must be at least 0, found -1.0"),
-     ({"calibration_requests": 1}, "calibration_requests must be at least 2"),
-     ({"hub_strategy": "checkpoint"}, "hub_strategy=checkpoint would publish pickles")],
-)  # fmt: skip
+    [
+        ({"train_supporting_hops": "some"}, "train_supporting_hops must be one of none, unknown, all, found 'some'"),
+        ({"beta": -1.0}, "beta must be at least 0, found -1.0"),
+        ({"calibration_requests": 1}, "calibration_requests must be at least 2"),
+        ({"hub_strategy": "checkpoint"}, "hub_strategy=checkpoint would publish pickles"),
+    ],
+)
 def test_bad_arguments_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **options)

@@ -28,23 +28,45 @@ def fact(head: str, tail: str) -> Json:
     def entity(name: str) -> Json:
         return {"id": f"Q-{name}", "label": name, "description": "", "aliases": []}
 
-    return {"head_entity": entity(head), "property": {"id": "P1", "label": "place", "description": "", "aliases": []}, "subject": head,
-            "tail_entity": {"order_in_property": 0, "datatype": "wikibase-item", "value": entity(tail)}}  # fmt: skip
+    return {
+        "head_entity": entity(head),
+        "property": {"id": "P1", "label": "place", "description": "", "aliases": []},
+        "subject": head,
+        "tail_entity": {"order_in_property": 0, "datatype": "wikibase-item", "value": entity(tail)},
+    }
 
 
 def case(prompt: str, target: str, head: str) -> Json:
-    hop = {"path": ["h", "r", "t"], "reverse_in_multi_hop": False, "prompt": prompt, "target": target, **fact(head, target)}
-    return {"path_type": "single", "prompt": prompt, "target": target, "paths": [["h", "r", "t", "f", "s"]], "one_hops": [hop],
-            "loc_type": "none"}  # fmt: skip
+    hop = {
+        "path": ["h", "r", "t"],
+        "reverse_in_multi_hop": False,
+        "prompt": prompt,
+        "target": target,
+        **fact(head, target),
+    }
+    return {
+        "path_type": "single",
+        "prompt": prompt,
+        "target": target,
+        "paths": [["h", "r", "t", "f", "s"]],
+        "one_hops": [hop],
+        "loc_type": "none",
+    }
 
 
 def write_records(file: Path, cities: tuple[str, ...]) -> str:
     records = {
-        str(i): {"edit": {"prompt": f"The {city} tower is in", "target": f"{city} West", **fact(f"{city} tower", f"{city} West")},
-                 "generality": {"0": case(f"Where is the {city} tower? It is in", f"{city} West", f"{city} tower")},
-                 "locality": {"0": case(f"The river of {city} is", "Thames", city)}}
+        str(i): {
+            "edit": {
+                "prompt": f"The {city} tower is in",
+                "target": f"{city} West",
+                **fact(f"{city} tower", f"{city} West"),
+            },
+            "generality": {"0": case(f"Where is the {city} tower? It is in", f"{city} West", f"{city} tower")},
+            "locality": {"0": case(f"The river of {city} is", "Thames", city)},
+        }
         for i, city in enumerate(cities)
-    }  # fmt: skip
+    }
     records["empty"] = {**records["0"], "edit": {**records["0"]["edit"], "target": ""}}
     file.write_text(json.dumps(records))
     return str(file)
@@ -56,13 +78,23 @@ def settings(tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any
     tiny_model().save_pretrained(tmp_path / "backbone")
     tiny_tokenizer.save_pretrained(tmp_path / "backbone")
     return {
-        "backbone": str(tmp_path / "backbone"), "out": str(tmp_path / "editor"), "layers": [1, 2], "dtype": "float32",
+        "backbone": str(tmp_path / "backbone"),
+        "out": str(tmp_path / "editor"),
+        "layers": [1, 2],
+        "dtype": "float32",
         "records": [write_records(tmp_path / "train.json", CITIES[:4])],
         "validation": [write_records(tmp_path / "held.json", CITIES[4:])],
         "editor": {"latent_dim": 8, "latent_length": 2},
-        "training": {"max_steps": 4, "per_device_train_batch_size": 2, "eval_steps": 2, "logging_steps": 1, "use_cpu": True,
-                     "disable_tqdm": True, "learning_rate": 1e-3},
-    }  # fmt: skip
+        "training": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "eval_steps": 2,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "learning_rate": 1e-3,
+        },
+    }
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -83,34 +115,48 @@ training:
   max_steps: 10
   lr_scheduler_type: cosine
 """)
-    settings = training_settings(file, {"backbone": "from-flag", "layers": None}, {"latent_dim": 32}, {"max_steps": 20, "seed": None})
+    settings = training_settings(
+        file, {"backbone": "from-flag", "layers": None}, {"latent_dim": 32}, {"max_steps": 20, "seed": None}
+    )
     assert settings == {
-        "backbone": "from-flag", "records": ["data/train"], "out": "folder", "layers": [3, 4],
+        "backbone": "from-flag",
+        "records": ["data/train"],
+        "out": "folder",
+        "layers": [3, 4],
         "editor": {"latent_dim": 32, "initial_edit_ratio": 0.05},
         "training": {"learning_rate": 1e-4, "max_steps": 20, "lr_scheduler_type": "cosine"},
-    }  # fmt: skip
+    }
 
 
 def test_flags_alone_and_empty_groups_suffice(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("editor:\ntraining:\n")
-    assert training_settings(None, GIVEN, {}, {}) == training_settings(file, GIVEN, {}, {}) == {**GIVEN, "editor": {}, "training": {}}
+    assert (
+        training_settings(None, GIVEN, {}, {})
+        == training_settings(file, GIVEN, {}, {})
+        == {**GIVEN, "editor": {}, "training": {}}
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("backbones: x", r"settings\.yaml: unknown setting 'backbones'; settings are backbone, records"),
-     ("editor: {latent_dims: 3}", "unknown setting 'latent_dims' under editor:; settings are .*latent_dim"),
-     ("editor: {input_dims: [3]}", "unknown setting 'input_dims' under editor:"),
-     ("training: {steps: 3}", "unknown setting 'steps' under training:; settings are .*max_steps.*beta"),
-     ("training: {output_dir: x}", "unknown setting 'output_dir' under training:"),
-     ("training: 3", r"settings\.yaml: training: must hold settings by name, found 3"),
-     ("- backbone", r"settings\.yaml: expected settings by name, found \['backbone'\]"),
-     ("backbone: [", r"settings\.yaml: not a YAML file"),
-     ("kind: rome", "kind must be one of serac, mend, ibke, found 'rome'"),
-     ("kind: mend\neditor: {latent_dim: 3}", "unknown setting 'latent_dim' under editor:; settings are .*hidden_dim"),
-     ("dtype: int8", "dtype must be one of auto, float32, bfloat16, float16, found 'int8'")],
-)  # fmt: skip
+    [
+        ("backbones: x", r"settings\.yaml: unknown setting 'backbones'; settings are backbone, records"),
+        ("editor: {latent_dims: 3}", "unknown setting 'latent_dims' under editor:; settings are .*latent_dim"),
+        ("editor: {input_dims: [3]}", "unknown setting 'input_dims' under editor:"),
+        ("training: {steps: 3}", "unknown setting 'steps' under training:; settings are .*max_steps.*beta"),
+        ("training: {output_dir: x}", "unknown setting 'output_dir' under training:"),
+        ("training: 3", r"settings\.yaml: training: must hold settings by name, found 3"),
+        ("- backbone", r"settings\.yaml: expected settings by name, found \['backbone'\]"),
+        ("backbone: [", r"settings\.yaml: not a YAML file"),
+        ("kind: rome", "kind must be one of serac, mend, ibke, found 'rome'"),
+        (
+            "kind: mend\neditor: {latent_dim: 3}",
+            "unknown setting 'latent_dim' under editor:; settings are .*hidden_dim",
+        ),
+        ("dtype: int8", "dtype must be one of auto, float32, bfloat16, float16, found 'int8'"),
+    ],
+)
 def test_a_bad_setting_is_named(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
@@ -129,13 +175,20 @@ def test_the_papers_precision_covers_every_preset() -> None:
 
 @pytest.mark.parametrize(("every", "evaluations"), [(3000, 17), (50_000, 1), (100_000, 1), (0.01, 5)])
 def test_patience_is_fifty_thousand_steps(every: float, evaluations: int, tmp_path: Path) -> None:
-    assert _patience(IBKETrainingArguments(str(tmp_path), eval_steps=every, max_steps=1_000_000, use_cpu=True, report_to=[])) == evaluations
+    assert (
+        _patience(
+            IBKETrainingArguments(str(tmp_path), eval_steps=every, max_steps=1_000_000, use_cpu=True, report_to=[])
+        )
+        == evaluations
+    )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_editor_is_trained_saved_and_usable(settings: Json, tiny_model: Any, tiny_tokenizer: Any, caplog: Any) -> None:
+def test_an_editor_is_trained_saved_and_usable(
+    settings: Json, tiny_model: Any, tiny_tokenizer: Any, caplog: Any
+) -> None:
     logging.getLogger("ibke_hf").addHandler(caplog.handler)
     result = train_editor(settings)
     assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= result.keys()
@@ -153,9 +206,15 @@ def test_an_editor_is_trained_saved_and_usable(settings: Json, tiny_model: Any, 
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("mend", {"hidden_dim": 4}), ("serac", {"embedding_dim": 8, "counterfactual": "backbone"}), ("serac", {"scope_form": "cross"})],
-)  # fmt: skip
-def test_other_kinds_of_editors_are_trained_alike(kind: str, fields: Json, settings: Json, tiny_model: Any, tiny_tokenizer: Any) -> None:
+    [
+        ("mend", {"hidden_dim": 4}),
+        ("serac", {"embedding_dim": 8, "counterfactual": "backbone"}),
+        ("serac", {"scope_form": "cross"}),
+    ],
+)
+def test_other_kinds_of_editors_are_trained_alike(
+    kind: str, fields: Json, settings: Json, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
     settings |= {"kind": kind, "editor": fields, "layers": None if kind == "serac" else [1, 2]}
     assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= train_editor(settings).keys()
     editor, backbone = load_saved_editor(settings["out"]), tiny_model()
@@ -165,7 +224,11 @@ def test_other_kinds_of_editors_are_trained_alike(kind: str, fields: Json, setti
 
 
 def test_the_counterfactual_model_starts_as_what_is_named(settings: Json, tiny_model: Any) -> None:
-    settings |= {"kind": "serac", "layers": None, "editor": {"counterfactual": settings["backbone"], "scope": "backbone"}}
+    settings |= {
+        "kind": "serac",
+        "layers": None,
+        "editor": {"counterfactual": settings["backbone"], "scope": "backbone"},
+    }
     settings["training"] |= {"max_steps": 1, "learning_rate": 0.0}
     train_editor(settings)
     started = load_saved_editor(settings["out"]).counterfactual.state_dict()
@@ -214,9 +277,27 @@ def test_a_half_precision_backbone_gets_a_loss_scale(settings: Json) -> None:
 
 def test_the_command_line_trains(settings: Json, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text(json.dumps({"training": settings["training"], "validation": settings["validation"][0]}))  # JSON is YAML
-    command = ["train", "--config", str(file), "--backbone", settings["backbone"], "--records", *settings["records"], "--out",
-               settings["out"], "--latent-dim", "8", "--max-steps", "2", "--layers", "1", "2"]  # fmt: skip
+    file.write_text(
+        json.dumps({"training": settings["training"], "validation": settings["validation"][0]})
+    )  # JSON is YAML
+    command = [
+        "train",
+        "--config",
+        str(file),
+        "--backbone",
+        settings["backbone"],
+        "--records",
+        *settings["records"],
+        "--out",
+        settings["out"],
+        "--latent-dim",
+        "8",
+        "--max-steps",
+        "2",
+        "--layers",
+        "1",
+        "2",
+    ]
     assert build_parser().parse_args(command).max_steps == 2
     assert main(command) == 0
     assert '"eval_loss"' in capsys.readouterr().out
@@ -230,9 +311,20 @@ def test_the_command_line_trains(settings: Json, tmp_path: Path, capsys: Any) ->
 @pytest.fixture
 def other(tmp_path: Path) -> str:
     """Ten records in another format, one of them without a target."""
-    rows = [{"subject": city, "src": f"What is {city} known for?", "pred": "wine", "rephrase": f"For what is {city} known?",
-             "alt": "" if i == 9 else f"cheese {i}", "answers": ["wine"], "loc": "nq question: where is the river", "loc_ans": "Thames",
-             "cond": ""} for i, city in enumerate(CITIES + CITIES[:4])]  # fmt: skip
+    rows = [
+        {
+            "subject": city,
+            "src": f"What is {city} known for?",
+            "pred": "wine",
+            "rephrase": f"For what is {city} known?",
+            "alt": "" if i == 9 else f"cheese {i}",
+            "answers": ["wine"],
+            "loc": "nq question: where is the river",
+            "loc_ans": "Thames",
+            "cond": "",
+        }
+        for i, city in enumerate(CITIES + CITIES[:4])
+    ]
     (tmp_path / "other.json").write_text(json.dumps(rows))
     return str(tmp_path / "other.json")
 
@@ -241,7 +333,12 @@ def test_few_shot_records_are_drawn_with_a_seed_and_logged(other: str) -> None:
     records, (log,) = draw_records([other], 4, seed=1)
     assert [record.id for record in records] == log["ids"]
     assert {name: log[name] for name in ("source", "wanted", "drawn", "seed", "skipped")} == {
-        "source": other, "wanted": 4, "drawn": 4, "seed": 1, "skipped": log["skipped"]}  # fmt: skip
+        "source": other,
+        "wanted": 4,
+        "drawn": 4,
+        "seed": 1,
+        "skipped": log["skipped"],
+    }
     assert sum(log["skipped"].values()) == 1
     assert draw_records([other], 4, seed=1)[0] == records
     assert any(draw_records([other], 4, seed=seed)[0] != records for seed in range(2, 6))
@@ -251,7 +348,10 @@ def test_few_shot_records_are_drawn_with_a_seed_and_logged(other: str) -> None:
 
 def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr("ibke_hf.training.trainer.IBKETrainer.train", lambda self, **_: seen.append([r.dataset for r in self.train_dataset]))
+    monkeypatch.setattr(
+        "ibke_hf.training.trainer.IBKETrainer.train",
+        lambda self, **_: seen.append([r.dataset for r in self.train_dataset]),
+    )
     monkeypatch.setattr("ibke_hf.training.trainer.IBKETrainer.save_model", lambda *_: None)
     monkeypatch.setattr("ibke_hf.training.trainer.IBKETrainer.evaluate", lambda *_: {})
     train_editor({**settings, "augment": [other], "augment_records": 3})
@@ -262,9 +362,11 @@ def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatc
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"augment_records": 0}, "augment_records must be a whole number of at least 1, found 0"),
-     ({"augment_records": "many"}, "augment_records must be a whole number of at least 1, found 'many'")],
-)  # fmt: skip
+    [
+        ({"augment_records": 0}, "augment_records must be a whole number of at least 1, found 0"),
+        ({"augment_records": "many"}, "augment_records must be a whole number of at least 1, found 'many'"),
+    ],
+)
 def test_a_bad_augmentation_is_named(given: Json, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         training_settings(None, {**GIVEN, **given}, {}, {})

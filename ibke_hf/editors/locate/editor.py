@@ -37,29 +37,44 @@ class LocatingEditor(ABC):
 
     @classmethod
     def for_backbone(
-        cls, model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None, *, statistics: KeyStatistics,
+        cls,
+        model: Any,
+        layers: Sequence[int] | None = None,
+        edited_modules: str | None = None,
+        *,
+        statistics: KeyStatistics,
         **config: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Build an editor that fits a model.
 
         Args:
             model: Any decoder of the transformers library.
-            layers: Edited layers; by default `layers_by_default` that end at the relative depth of the paper's, 17 of 48.
+            layers: Edited layers; by default `layers_by_default` that end at the relative depth of the paper's, 17 of
+                48.
             edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
             statistics: Those of the model's keys, see :meth:`KeyStatistics.of`.
             config: Further fields of the config.
 
         Raises:
-            BackboneError: If the layers don't exist, the projection is ambiguous, or the statistics are another backbone's.
+            BackboneError: If the layers don't exist, the projection is ambiguous, or the statistics are another
+                backbone's.
             ValueError: If a field is out of range, or the statistics lack a layer.
         """
-        template, chosen = layers_to_edit(model, default_layers(model, cls.layers_by_default) if layers is None else layers, edited_modules)
+        template, chosen = layers_to_edit(
+            model, default_layers(model, cls.layers_by_default) if layers is None else layers, edited_modules
+        )
         editor = cls(cls.config_class(template, tuple(chosen), **config), statistics)
         statistics.require(modules_to_edit(model, editor.config.module_names()))
         return editor
 
     def edit(
-        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], *, mode: Mode = "joint", previous: Edit | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: Edit | None = None,
     ) -> LowRankEdit:
         """Return the edit that makes the model answer the requests, of one rank for each; the model is not changed.
 
@@ -67,9 +82,9 @@ class LocatingEditor(ABC):
             model: The backbone.
             tokenizer: Its tokenizer.
             requests: One or more edit requests, each with its subject.
-            mode: ``"joint"``: one update of all requests, whose keys and values are found on the model as it is; ``"sequential"``:
-                request after request, each on the model that carries the edits before it; ``"independent"``: request k is row k
-                of the result.
+            mode: ``"joint"``: one update of all requests, whose keys and values are found on the model as it is;
+                ``"sequential"``: request after request, each on the model that carries the edits before it;
+                ``"independent"``: request k is row k of the result.
             previous: A low-rank edit that the model carries already. The result contains it.
 
         Raises:
@@ -86,7 +101,9 @@ class LocatingEditor(ABC):
             questions = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
             names = [f"request {k}" for k in range(len(requests))]
             if mode != "sequential":
-                return replace(self._edit(model, modules, questions, previous, names, joint=mode == "joint"), info=info)
+                return replace(
+                    self._edit(model, modules, questions, previous, names, joint=mode == "joint"), info=info
+                )
             edit: Any = previous
             for k, name in enumerate(names):
                 edit = self._edit(model, modules, questions.only(k), edit, [name], joint=True)
@@ -94,8 +111,15 @@ class LocatingEditor(ABC):
 
     @abstractmethod
     def _edit(
-        self, model: Any, modules: Mapping[str, nn.Module], questions: Questions, previous: Any, names: Sequence[str], *, joint: bool
-    ) -> LowRankEdit:  # fmt: skip
+        self,
+        model: Any,
+        modules: Mapping[str, nn.Module],
+        questions: Questions,
+        previous: Any,
+        names: Sequence[str],
+        *,
+        joint: bool,
+    ) -> LowRankEdit:
         """Edit all requests on the model that carries `previous`, which is part of the result: into one update, or one each."""
 
 
@@ -109,15 +133,19 @@ def check_call(mode: Mode, number: int, previous: Edit | None) -> None:
     if previous is None:
         return
     if not isinstance(previous, LowRankEdit):
-        raise ValueError(f"previous must be a LowRankEdit, which the result can contain, found {type(previous).__name__}")
+        raise ValueError(
+            f"previous must be a LowRankEdit, which the result can contain, found {type(previous).__name__}"
+        )
     if len(previous) != 1 and (mode != "independent" or len(previous) != number):
-        raise ValueError(f'previous holds {len(previous)} independent edits, which needs mode="independent" and as many requests, '
-                         f"found mode={mode!r} and {number} requests")  # fmt: skip
+        raise ValueError(
+            f'previous holds {len(previous)} independent edits, which needs mode="independent" and as many requests, '
+            f"found mode={mode!r} and {number} requests"
+        )
 
 
 def question_requests(
     model: Any, tokenizer: Any, requests: Sequence[EditRequest], config: LocateConfig, openings: Sequence[str]
-) -> Questions:  # fmt: skip
+) -> Questions:
     """Tokenise requests behind random prefixes; first without, so that an unusable request costs nothing."""
     limit = context_length(model)
     ask(tokenizer, requests, (), config.essence, limit)

@@ -1,8 +1,8 @@
 """Second moments of a layer's keys over a corpus: what ROME weighs a key by, and what AlphaEdit finds a null space in.
 
-The key of a token is what enters the FFN output projection there. Moments are summed batch by batch in fp32 on the device
-that the layer is on, so that memory does not grow with the corpus, and cached under what they depend on: corpus, weights,
-layers and sizes.
+The key of a token is what enters the FFN output projection there. Moments are summed batch by batch in fp32 on the
+device that the layer is on, so that memory does not grow with the corpus, and cached under what they depend on:
+corpus, weights, layers and sizes.
 """
 
 from __future__ import annotations
@@ -58,10 +58,18 @@ class KeyStatistics:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, texts: Iterable[str], layers: Sequence[int] | None = None, *,
-        edited_modules: str | None = None, cache: str | Path | None = None, batch_tokens: int = 8192, max_length: int = 1024,
+        cls,
+        model: Any,
+        tokenizer: Any,
+        texts: Iterable[str],
+        layers: Sequence[int] | None = None,
+        *,
+        edited_modules: str | None = None,
+        cache: str | Path | None = None,
+        batch_tokens: int = 8192,
+        max_length: int = 1024,
         progress: bool = True,
-    ) -> KeyStatistics:  # fmt: skip
+    ) -> KeyStatistics:
         """Measure the keys of a model on a corpus, or read them from the cache.
 
         Args:
@@ -85,7 +93,9 @@ class KeyStatistics:
         modules = modules_to_edit(model, [template.format(i=i) for i in sorted(chosen)])
         max_length = min(max_length, batch_tokens, context_length(model) or max_length)
         corpus, number, openings = _survey(texts)
-        file = None if cache is None else Path(cache) / f"keys-{_digest(model, modules, corpus, max_length)}.safetensors"
+        file = (
+            None if cache is None else Path(cache) / f"keys-{_digest(model, modules, corpus, max_length)}.safetensors"
+        )
         if file is not None and file.exists() and (cached := cls._cached(file)) is not None:
             return cached
         moments, tokens = _measure(model, tokenizer, texts, modules, number, batch_tokens, max_length, progress)
@@ -96,8 +106,13 @@ class KeyStatistics:
 
     def save(self, file: str | Path) -> None:
         """Write the statistics as one safetensors file, to a temporary name that is then renamed."""
-        content = {"format_version": FORMAT_VERSION, "tokens": self.tokens, "corpus": self.corpus, "openings": self.openings,
-                   "fingerprint": dict(self.fingerprint or {})}  # fmt: skip
+        content = {
+            "format_version": FORMAT_VERSION,
+            "tokens": self.tokens,
+            "corpus": self.corpus,
+            "openings": self.openings,
+            "fingerprint": dict(self.fingerprint or {}),
+        }
         target = Path(file)
         with written_whole(target.parent) as scratch:
             tensors = {name: moment.cpu().contiguous() for name, moment in self.moments.items()}
@@ -114,9 +129,13 @@ class KeyStatistics:
             with safe_open(file, "pt") as opened:
                 content = json.loads((opened.metadata() or {})["keys"])
                 moments = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-            return cls(moments, content["tokens"], content["corpus"], tuple(content["openings"]), content["fingerprint"])
+            return cls(
+                moments, content["tokens"], content["corpus"], tuple(content["openings"]), content["fingerprint"]
+            )
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{file}: not a file of key statistics ({error}); delete it and measure the keys again") from error
+            raise ValueError(
+                f"{file}: not a file of key statistics ({error}); delete it and measure the keys again"
+            ) from error
 
     @classmethod
     def _cached(cls, file: Path) -> KeyStatistics | None:
@@ -139,12 +158,16 @@ class KeyStatistics:
         """
         missing = [name for name in modules if name not in self.moments]
         if missing:
-            raise ValueError(f"the key statistics lack {', '.join(missing)} (they have {', '.join(self.moments)}); "
-                             "measure those layers: KeyStatistics.of(model, tokenizer, texts, layers)")  # fmt: skip
+            raise ValueError(
+                f"the key statistics lack {', '.join(missing)} (they have {', '.join(self.moments)}); "
+                "measure those layers: KeyStatistics.of(model, tokenizer, texts, layers)"
+            )
         wrong = [name for name, module in modules.items() if len(self.moments[name]) != dimensions(module)[0]]
         if wrong or not same_backbone(self.fingerprint or {}, fingerprint(modules)):
-            raise BackboneError("the key statistics were measured on another backbone; measure them on this one: "
-                                "KeyStatistics.of(model, tokenizer, texts, layers)")  # fmt: skip
+            raise BackboneError(
+                "the key statistics were measured on another backbone; measure them on this one: "
+                "KeyStatistics.of(model, tokenizer, texts, layers)"
+            )
 
 
 def default_layers(model: Any, number: int = 5) -> list[int]:
@@ -184,7 +207,10 @@ class _AllRead(Exception):  # noqa: N818  no error: ends a forward pass that has
 def _survey(texts: Iterable[str]) -> tuple[str, int, tuple[str, ...]]:
     """Return the fingerprint, number and a uniform draw of beginnings of the texts."""
     if isinstance(texts, (str, Iterator)):
-        raise ValueError(f"texts must be a list or a data set's column, which can be gone through twice, found {type(texts).__name__}")
+        raise ValueError(
+            f"texts must be a list or a data set's column, which can be gone through twice, found "
+            f"{type(texts).__name__}"
+        )
     digest, rng, number = hashlib.sha256(), random.Random(0), 0
     openings: list[str] = []
     for text in texts:
@@ -213,16 +239,27 @@ def _digest(model: Any, modules: Mapping[str, nn.Module], corpus: str, max_lengt
 
 
 def _measure(
-    model: Any, tokenizer: Any, texts: Iterable[str], modules: Mapping[str, nn.Module], number: int, batch_tokens: int,
-    max_length: int, progress: bool,
-) -> tuple[dict[str, Tensor], int]:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    modules: Mapping[str, nn.Module],
+    number: int,
+    batch_tokens: int,
+    max_length: int,
+    progress: bool,
+) -> tuple[dict[str, Tensor], int]:
     """Return E[k kᵀ] of each layer and the number of tokens that it is over."""
     sums, tokens = {name: torch.zeros(2 * dimensions(m)[:1], device=device_of(m)) for name, m in modules.items()}, 0
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model), tqdm(
-        total=number, desc="measuring keys", unit="text", disable=not progress
-    ) as bar:  # fmt: skip
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        evaluating(model),
+        tqdm(total=number, desc="measuring keys", unit="text", disable=not progress) as bar,
+    ):
         for rows in _batches(tokenizer, texts, batch_tokens, max_length):
-            batch = pad_and_label([([*ids, 0], len(ids)) for ids in rows])  # the last token of a padded text is not fed
+            batch = pad_and_label(
+                [([*ids, 0], len(ids)) for ids in rows]
+            )  # the last token of a padded text is not fed
             real = batch.attention_mask.bool()
             for name, (keys, _) in read_layers(model, modules, batch).items():
                 found = keys[real.to(keys.device)].float()
@@ -234,7 +271,9 @@ def _measure(
     moments = {name: total / tokens for name, total in sums.items()}
     bad = [name for name, moment in moments.items() if not torch.isfinite(moment).all()]
     if bad:
-        raise BackboneError(f"the keys of {bad[0]} are not finite; check the backbone's weights for NaN, or load it in bf16 or fp32")
+        raise BackboneError(
+            f"the keys of {bad[0]} are not finite; check the backbone's weights for NaN, or load it in bf16 or fp32"
+        )
     return moments, tokens
 
 

@@ -31,7 +31,10 @@ def draw_prefixes(model: Any, tokenizer: Any, config: LocateConfig, openings: Se
         rows = [tokenizer(openings[i], add_special_tokens=False)["input_ids"] for i in chosen]
     else:
         raise ValueError('the key statistics hold no texts to draw prefixes from; use prefix_source="model"')
-    texts = [tokenizer.decode(ids[:length], skip_special_tokens=True).strip() for ids, length in zip(rows, lengths, strict=True)]
+    texts = [
+        tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+        for ids, length in zip(rows, lengths, strict=True)
+    ]
     return [f"{text}. " for text in dict.fromkeys(texts) if text]
 
 

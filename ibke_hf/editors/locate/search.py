@@ -28,8 +28,9 @@ HIDDEN = "hidden states"  # names the last edited block among modules that are r
 class LocateConfig:
     """Hyper-parameters of the search for a value.
 
-    What depends on a model's scale is relative to ‖h‖, the hidden states after the edited layer's block at the subject: the
-    change δ has to be seen beside them. Adam's step of 0.2 of their root mean square is the papers' 0.5 where that is 2.5.
+    What depends on a model's scale is relative to ‖h‖, the hidden states after the edited layer's block at the
+    subject: the change δ has to be seen beside them. Adam's step of 0.2 of their root mean square is the papers' 0.5
+    where that is 2.5.
 
     Args:
         edited_modules: Name template of the edited projections, ``{i}`` standing for the layer.
@@ -43,7 +44,8 @@ class LocateConfig:
         stop_below: A request whose objective is below this is done.
         prefixes: Number of random texts that are put in front of the prompt, beside the bare prompt; 0 for none.
         prefix_tokens: Least and largest number of tokens of a prefix.
-        prefix_source: ``"model"``: sampled from the model; ``"corpus"``: beginnings of texts of the key statistics' corpus.
+        prefix_source: ``"model"``: sampled from the model; ``"corpus"``: beginnings of texts of the key statistics'
+            corpus.
         seed: Seeds the prefixes.
         texts_at_once: Texts of a forward pass: what bounds memory.
         loss_scale: Multiplies the loss before backward and divides the gradient in fp32 after it, for fp16 backbones.
@@ -67,17 +69,34 @@ class LocateConfig:
 
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
-        if not self.edited_layers or "{i}" not in self.edited_modules or len(set(self.edited_layers)) < len(self.edited_layers):
+        if (
+            not self.edited_layers
+            or "{i}" not in self.edited_modules
+            or len(set(self.edited_layers)) < len(self.edited_layers)
+        ):
             found = f"{self.edited_layers} and {self.edited_modules!r}"
-            raise ValueError(f"edited_layers must be different layers, edited_modules must have {{i}} for their index, found {found}")
+            raise ValueError(
+                f"edited_layers must be different layers, edited_modules must have {{i}} for their index, found "
+                f"{found}"
+            )
         for name, low, high in (
-            ("steps", 1, 100_000), ("learning_rate", 0.0, 100.0), ("weight_decay", 0.0, 1e6), ("clamp", 0.0, 1e6), ("kl_factor", 0.0, 1e6),
-            ("stop_below", 0.0, 100.0), ("prefixes", 0, 10_000), ("texts_at_once", 1, 1_000_000), ("loss_scale", 1e-8, 1e8),
-        ):  # fmt: skip
+            ("steps", 1, 100_000),
+            ("learning_rate", 0.0, 100.0),
+            ("weight_decay", 0.0, 1e6),
+            ("clamp", 0.0, 1e6),
+            ("kl_factor", 0.0, 1e6),
+            ("stop_below", 0.0, 100.0),
+            ("prefixes", 0, 10_000),
+            ("texts_at_once", 1, 1_000_000),
+            ("loss_scale", 1e-8, 1e8),
+        ):
             require_range(self, name, low, high)
         low, high = self.prefix_tokens
         if not 1 <= low <= high <= 1000:
-            raise ValueError(f"prefix_tokens must be (least, largest) with 1 <= least <= largest <= 1000, found {self.prefix_tokens}")
+            raise ValueError(
+                f"prefix_tokens must be (least, largest) with 1 <= least <= largest <= 1000, found "
+                f"{self.prefix_tokens}"
+            )
         if self.prefix_source not in ("model", "corpus"):
             raise ValueError(f"prefix_source must be model or corpus, found {self.prefix_source!r}")
         if "{}" not in self.essence:
@@ -115,7 +134,9 @@ class Asked:
     def where(self, wanted: Tensor) -> Asked:
         """Return the texts of the requests that `wanted` (n,) is True for; the requests keep their numbers."""
         rows = wanted[self.owners]
-        return self if bool(rows.all()) else Asked(self.batch[rows], self.subjects[rows], self.owners[rows], self.number)
+        return (
+            self if bool(rows.all()) else Asked(self.batch[rows], self.subjects[rows], self.owners[rows], self.number)
+        )
 
     def parts(self, size: int) -> Iterator[Asked]:
         """Cut into lots of at most `size` texts, in order."""
@@ -131,7 +152,9 @@ class Asked:
     def mean(self, values: Tensor) -> Tensor:
         """Average values (t, …) over the texts of each request -> (n, …)."""
         owners = self.owners.to(values.device)
-        total = torch.zeros(self.number, *values.shape[1:], dtype=values.dtype, device=values.device).index_add(0, owners, values)
+        total = torch.zeros(self.number, *values.shape[1:], dtype=values.dtype, device=values.device).index_add(
+            0, owners, values
+        )
         counts = torch.bincount(owners, minlength=self.number).clamp(min=1)
         return total / counts.reshape(-1, *[1] * (values.ndim - 1))
 
@@ -148,7 +171,9 @@ class Questions:
         return Questions(self.requests.only(request), self.essences.only(request))
 
 
-def ask(tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str], essence: str, max_length: int | None) -> Questions:
+def ask(
+    tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str], essence: str, max_length: int | None
+) -> Questions:
     """Tokenise requests, bare and behind each prefix that leaves room for them, and their essence prompts.
 
     Raises:
@@ -163,7 +188,13 @@ def ask(tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str]
         name = f"request {k}"
         end = subject_end(request, name)
         for prefix in ("", *prefixes):
-            ids, start = encode(tokenizer, prefix + request.prompt, request.target, name=name, max_length=None if prefix else max_length)
+            ids, start = encode(
+                tokenizer,
+                prefix + request.prompt,
+                request.target,
+                name=name,
+                max_length=None if prefix else max_length,
+            )
             if prefix and max_length is not None and len(ids) - 1 > max_length:
                 continue
             text = prefix + request.prompt + with_leading_space(request.target)
@@ -190,13 +221,18 @@ def subject_end(request: EditRequest, name: str) -> int:
     """
     subject = (request.subject or "").strip()
     if not subject:
-        raise RequestError(f"{name}: it has no subject; pass EditRequest(prompt, target, subject) with the entity that the prompt is about")
+        raise RequestError(
+            f"{name}: it has no subject; pass EditRequest(prompt, target, subject) with the entity that the "
+            f"prompt is about"
+        )
     plain = re.escape(subject)
     for pattern, flags in ((rf"(?<!\w){plain}(?!\w)", 0), (plain, 0), (plain, re.IGNORECASE)):
         found = list(re.finditer(pattern, request.prompt, flags))
         if found:
             return found[-1].end()
-    raise RequestError(f"{name}: the subject {subject!r} is not in the prompt {request.prompt!r}; give it as the prompt spells it")
+    raise RequestError(
+        f"{name}: the subject {subject!r} is not in the prompt {request.prompt!r}; give it as the prompt spells it"
+    )
 
 
 def _token_at(tokenizer: Any, text: str, end: int) -> int:
@@ -236,7 +272,7 @@ class State:
 
 def read_states(
     model: Any, modules: Mapping[str, nn.Module], asked: Asked, edits: Sequence[Edit], texts_at_once: int
-) -> dict[str, State]:  # fmt: skip
+) -> dict[str, State]:
     """Read modules at the subjects' last tokens, on the model that carries the edits."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
     for part in asked.parts(texts_at_once):
@@ -256,16 +292,31 @@ def read_states(
 class ValueSearch:
     """Optimises a change δ (n, d) of a module's output at the subjects' last tokens, one for each request.
 
-    It minimises, over the texts x_j + p of a request, the mean of -log P[target | x_j + p], plus the divergence of the next
-    token after the essence prompt from the unedited model's (Meng et al. 2022, Eq. 4), plus weight decay. Requests do not
-    influence each other.
+    It minimises, over the texts x_j + p of a request, the mean of -log P[target | x_j + p], plus the divergence of the
+    next token after the essence prompt from the unedited model's (Meng et al. 2022, Eq. 4), plus weight decay.
+    Requests do not influence each other.
     """
 
     def __init__(
-        self, model: Any, module: nn.Module, questions: Questions, config: LocateConfig, edits: Sequence[Edit], names: Sequence[str]
-    ) -> None:  # fmt: skip
-        self.model, self.module, self.questions, self.config, self.edits, self.names = model, module, questions, config, edits, names
-        self.essence_logs: dict[int, Tensor] = {}  # log-probabilities after the essence prompt of each request, before the edit
+        self,
+        model: Any,
+        module: nn.Module,
+        questions: Questions,
+        config: LocateConfig,
+        edits: Sequence[Edit],
+        names: Sequence[str],
+    ) -> None:
+        self.model, self.module, self.questions, self.config, self.edits, self.names = (
+            model,
+            module,
+            questions,
+            config,
+            edits,
+            names,
+        )
+        self.essence_logs: dict[
+            int, Tensor
+        ] = {}  # log-probabilities after the essence prompt of each request, before the edit
 
     def run(self, norms: Tensor, width: int) -> Tensor:
         """Return δ (n, d) in fp32.
@@ -309,26 +360,39 @@ class ValueSearch:
         shares = 1 / torch.bincount(asked.owners, minlength=len(change))
         for part in asked.parts(self.config.texts_at_once):
             weights = shares[part.owners].to(change.device)
-            self._add(change, part, lambda logits, labels, w=weights: case_losses(logits, labels) * w.to(logits.device), losses, gradient)
+            self._add(
+                change,
+                part,
+                lambda logits, labels, w=weights: case_losses(logits, labels) * w.to(logits.device),
+                losses,
+                gradient,
+            )
         if self.config.kl_factor:
             for part in essences.parts(self.config.texts_at_once):
                 owners = part.owners.tolist()
-                self._add(change, part, lambda logits, _, own=owners: self._divergence(own, logits[:, -1]), losses, gradient)
+                self._add(
+                    change, part, lambda logits, _, own=owners: self._divergence(own, logits[:, -1]), losses, gradient
+                )
         return losses, gradient
 
     def _divergence(self, owners: Sequence[int], logits: Tensor) -> Tensor:
         """KL of the next token with the edit from that without it, (b, vocabulary) -> (b,), times its factor."""
         logs = logits.float().log_softmax(-1)
-        before = torch.stack([self.essence_logs.setdefault(k, row) for k, row in zip(owners, logs.detach(), strict=True)])  # at δ = 0
+        before = torch.stack(
+            [self.essence_logs.setdefault(k, row) for k, row in zip(owners, logs.detach(), strict=True)]
+        )  # at δ = 0
         return self.config.kl_factor * (logs.exp() * (logs - before)).sum(-1)
 
     def _add(self, change: Tensor, part: Asked, loss: Any, losses: Tensor, gradient: Tensor) -> None:
         """Add the losses of some texts to those of their requests, and the gradient likewise; the graph starts at the module."""
         leaf = change[part.owners.to(change.device)].requires_grad_(True)
         modules = {"value": self.module}
-        with torch.no_grad(), carrying(self.model, self.edits, part.owners), graph_starting_at(modules), hooked(
-            modules, {"value": _adding(leaf, part.columns())}
-        ):  # fmt: skip
+        with (
+            torch.no_grad(),
+            carrying(self.model, self.edits, part.owners),
+            graph_starting_at(modules),
+            hooked(modules, {"value": _adding(leaf, part.columns())}),
+        ):
             found = loss(*target_logits(self.model, part.batch))
             (slope,) = torch.autograd.grad(found.sum() * self.config.loss_scale, [leaf])
         owners = part.owners.to(change.device)

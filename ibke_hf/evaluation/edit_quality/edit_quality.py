@@ -38,8 +38,13 @@ class EditQuality(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         ids = datasets.List(datasets.Value("int64"))
-        features = {"predictions": datasets.List(ids), "references": ids, "role": datasets.Value("string"),
-                    "criterion": datasets.Value("string"), "top_k": datasets.Value("int64")}  # fmt: skip
+        features = {
+            "predictions": datasets.List(ids),
+            "references": ids,
+            "role": datasets.Value("string"),
+            "criterion": datasets.Value("string"),
+            "top_k": datasets.Value("int64"),
+        }
         return evaluate.MetricInfo(
             description=DESCRIPTION, citation="", inputs_description=INPUTS, features=datasets.Features(features)
         )
@@ -48,7 +53,8 @@ class EditQuality(evaluate.Metric):
         """Add cases, see the class's ``inputs_description``.
 
         Raises:
-            ValueError: If there is no case, a column is longer than another, or a case cannot be scored; names the case.
+            ValueError: If there is no case, a column is longer than another, or a case cannot be scored; names the
+                case.
         """
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
@@ -57,7 +63,9 @@ class EditQuality(evaluate.Metric):
 
     def add(self, *, prediction: Any = None, reference: Any = None, **columns: Any) -> None:
         """Add one case, see :meth:`add_batch`."""
-        self.add_batch(predictions=[prediction], references=[reference], **{name: [value] for name, value in columns.items()})
+        self.add_batch(
+            predictions=[prediction], references=[reference], **{name: [value] for name, value in columns.items()}
+        )
 
     def compute(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> dict[str, Any] | None:
         """Score the cases that are given here and those added before.
@@ -77,7 +85,9 @@ class EditQuality(evaluate.Metric):
         cases = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         summary = summarise([_row(str(i), case) for i, case in enumerate(cases)])
         cells = {role: summary["by_criterion"][role].items() for role in CASES}
-        by_criterion = {role: {name: {key: cell[key] for key in CELLS} for name, cell in named} for role, named in cells.items()}
+        by_criterion = {
+            role: {name: {key: cell[key] for key in CELLS} for name, cell in named} for role, named in cells.items()
+        }
         return {**{name: summary[name] for name in RETURNED}, "by_criterion": by_criterion}
 
 
@@ -86,9 +96,17 @@ def _row(name: str, case: Mapping[str, Any]) -> dict[str, Any]:
     ranks = ranks_among(case["predictions"], case["references"])
     criteria = [part.strip() for part in case["criterion"].split(",") if part.strip()]
     return {
-        "record": name, "dataset": "", "domain": "", "role": case["role"], "list": case["role"], "criteria": criteria, "hops": 1,
-        **case_scores(ranks < case["top_k"], ranks < 1), "exact_match": None, "js_similarity": None,
-    }  # fmt: skip
+        "record": name,
+        "dataset": "",
+        "domain": "",
+        "role": case["role"],
+        "list": case["role"],
+        "criteria": criteria,
+        "hops": 1,
+        **case_scores(ranks < case["top_k"], ranks < 1),
+        "exact_match": None,
+        "js_similarity": None,
+    }
 
 
 def _checked(columns: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -104,7 +122,10 @@ def _checked(columns: Mapping[str, Any]) -> dict[str, list[Any]]:
         if not hasattr(values, "__len__"):
             raise ValueError(f"edit_quality: the column {name} has one value a case, found {values!r}")
         if len(values) != number:
-            raise ValueError(f"edit_quality: {number} predictions but {len(values)} values of {name}; every column has one value a case")
+            raise ValueError(
+                f"edit_quality: {number} predictions but {len(values)} values of {name}; every column has one "
+                f"value a case"
+            )
     cases = [_case(i, *values) for i, values in enumerate(zip(*filled.values(), strict=True))]
     return {name: [case[name] for case in cases] for name in COLUMNS}
 
@@ -119,7 +140,9 @@ def _case(index: int, predictions: Any, references: Any, role: Any, criterion: A
     if not wanted:
         raise ValueError(f"case {index}: no reference id; a case has at least one target token")
     if len(best) != len(wanted):
-        raise ValueError(f"case {index}: predictions for {len(best)} target tokens but {len(wanted)} reference ids; give as many")
+        raise ValueError(
+            f"case {index}: predictions for {len(best)} target tokens but {len(wanted)} reference ids; give as many"
+        )
     for token, ids in enumerate(best):
         if len(ids) < top_k:
             few = f"{len(ids)} predicted ids make no top {top_k}; give at least {top_k}, or a smaller top_k"
@@ -130,6 +153,10 @@ def _case(index: int, predictions: Any, references: Any, role: Any, criterion: A
 
 def _ids(index: int, values: Any) -> list[int]:
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, Sequence) or isinstance(values, str) or not all(isinstance(value, int) for value in values):
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, str)
+        or not all(isinstance(value, int) for value in values)
+    ):
         raise ValueError(f"case {index}: a list of token ids is wanted, found {values!r:.80}")
     return list(values)

@@ -12,8 +12,25 @@ from typing import Any
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "__DATA__"
-COLUMNS = ("record", "domain", "kind", "role", "list", "criteria", "hops", "prompt", "target", "before", "after", "generated", "score",
-           "top1", "exact_match", "js_similarity", "edited_hops")  # fmt: skip
+COLUMNS = (
+    "record",
+    "domain",
+    "kind",
+    "role",
+    "list",
+    "criteria",
+    "hops",
+    "prompt",
+    "target",
+    "before",
+    "after",
+    "generated",
+    "score",
+    "top1",
+    "exact_match",
+    "js_similarity",
+    "edited_hops",
+)
 
 
 def write_page(rows: Iterable[Mapping[str, Any]], results: Mapping[str, Any], file: str | Path) -> None:
@@ -32,8 +49,14 @@ def render_page(rows: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -
 
     Rows are embedded as JSON, columns named once; the page writes every text as text, never as HTML.
     """
-    data = {"results": results, "columns": COLUMNS, "rows": [[_short(row.get(name)) for name in COLUMNS] for row in rows]}
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # or a prompt could end the script
+    data = {
+        "results": results,
+        "columns": COLUMNS,
+        "rows": [[_short(row.get(name)) for name in COLUMNS] for row in rows],
+    }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )  # or a prompt could end the script
     text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates make browsers fail
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text)
 

@@ -1,7 +1,7 @@
 """Scores of many editors -> the paper's Table II: rows by editor, column groups by what was edited, the best values marked.
 
-A cell is what one run found: one editor, one seed, one column group. Nothing here runs a model or reads a file. `table_text` writes a
-table for terminals, Markdown and programs, `table_page` for browsers.
+A cell is what one run found: one editor, one seed, one column group. Nothing here runs a model or reads a file.
+`table_text` writes a table for terminals, Markdown and programs, `table_page` for browsers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ Cell = Mapping[str, Any]
 EDITORS = {name: ("ET" if kind.trained else "DE", kind.title) for name, kind in KINDS.items()}  # in the paper's order
 UNEDITED = "none"
 METRICS = {
-    "reliability": "Rel.", "generality": "Gen.", "locality": "Loc.", "avg": "Average",
-    "f1": "F1", "generality_top1": "Gen. top-1", "locality_top1": "Loc. top-1", "exact_match": "Exact",
-}  # fmt: skip
-PAPER, STRICTER = ("reliability", "generality", "locality", "avg"), ("f1", "generality_top1", "locality_top1", "exact_match")
+    "reliability": "Rel.",
+    "generality": "Gen.",
+    "locality": "Loc.",
+    "avg": "Average",
+    "f1": "F1",
+    "generality_top1": "Gen. top-1",
+    "locality_top1": "Loc. top-1",
+    "exact_match": "Exact",
+}
+PAPER, STRICTER = (
+    ("reliability", "generality", "locality", "avg"),
+    ("f1", "generality_top1", "locality_top1", "exact_match"),
+)
 BEST, NEAR = "best", "near"
 NEAR_BEST = 0.97  # of the best value: the paper's 3 %
 ABSENT, MISSING = "–", "…"
@@ -123,7 +132,9 @@ class Table:
     def metrics(self, number: int, wanted: Sequence[str]) -> tuple[str, ...]:
         """Return those of the wanted metrics that any editor has in column group `number`: MQuAKE, say, has no locality."""
         entries = [entry for row in self.rows if (entry := row.entries[number])]
-        return tuple(name for name in wanted if not entries or any(entry.values[name].mean is not None for entry in entries))
+        return tuple(
+            name for name in wanted if not entries or any(entry.values[name].mean is not None for entry in entries)
+        )
 
 
 # --- cells -> table -----------------------------------------------------------------------------------------------
@@ -143,7 +154,9 @@ def column_of(cell: Cell) -> Column:
     """
     for field in ("split", "edits"):
         if field not in cell:
-            raise CellError(f"a cell of {cell.get('editor', 'an unnamed editor')} has no {field!r}; it names what was edited")
+            raise CellError(
+                f"a cell of {cell.get('editor', 'an unnamed editor')} has no {field!r}; it names what was edited"
+            )
     return Column(cell["split"], cell["edits"], cell.get("sequential", 1))
 
 
@@ -151,8 +164,8 @@ def table_of(cells: Iterable[Cell], *, editors: Iterable[str] = (), columns: Ite
     """Arrange cells as the paper's Table II: mean and sample std over seeds, marks for the best and what is near it.
 
     Args:
-        cells: One for each finished run: ``editor``, ``split``, ``edits``, ``sequential`` (1 if missing), ``seed``, ``records``, the
-            metrics of `METRICS` in percent or None, ``edit_seconds`` and ``edit_bytes``.
+        cells: One for each finished run: ``editor``, ``split``, ``edits``, ``sequential`` (1 if missing), ``seed``,
+            ``records``, the metrics of `METRICS` in percent or None, ``edit_seconds`` and ``edit_bytes``.
         editors: Those that have a row in any case, finished or not.
         columns: Those that are there in any case, before the others.
 
@@ -202,12 +215,16 @@ def _entry(runs: Sequence[Cell]) -> Entry:
     for seed, count in Counter(seeds).items():
         if count > 1:
             run = runs[0]
-            raise CellError(f"{count} cells of {run['editor']} ({column_of(run).title}) have the seed {seed}; keep one of them")
+            raise CellError(
+                f"{count} cells of {run['editor']} ({column_of(run).title}) have the seed {seed}; keep one of them"
+            )
     return Entry(
-        {name: _value([run[name] for run in runs if run[name] is not None]) for name in METRICS}, seeds,
+        {name: _value([run[name] for run in runs if run[name] is not None]) for name in METRICS},
+        seeds,
         tuple(sorted({run["records"] for run in runs if run.get("records") is not None})),
-        _median(run.get("edit_seconds") for run in runs), _median(run.get("edit_bytes") for run in runs),
-    )  # fmt: skip
+        _median(run.get("edit_seconds") for run in runs),
+        _median(run.get("edit_bytes") for run in runs),
+    )
 
 
 def _value(numbers: Sequence[float]) -> Value:
@@ -220,7 +237,9 @@ def _median(values: Iterable[float | None]) -> float | None:
     return statistics.median(present) if present else None
 
 
-def _marked(column: Column, editors: Iterable[str], entries: Mapping[tuple[str, Column], Entry]) -> dict[tuple[str, Column], Entry]:
+def _marked(
+    column: Column, editors: Iterable[str], entries: Mapping[tuple[str, Column], Entry]
+) -> dict[tuple[str, Column], Entry]:
     """Mark the entries of one column group, metric by metric; the unedited model's stay without marks."""
     found = {editor: entries[editor, column] for editor in editors if (editor, column) in entries}
     values: dict[str, dict[str, Value]] = {editor: {} for editor in found}
@@ -229,7 +248,9 @@ def _marked(column: Column, editors: Iterable[str], entries: Mapping[tuple[str, 
         best = max((mean for mean in means if mean is not None), default=None)
         for editor, entry in found.items():
             value = entry.values[name]
-            values[editor][name] = Value(value.mean, value.std, "" if editor == UNEDITED else mark_of(value.mean, best))
+            values[editor][name] = Value(
+                value.mean, value.std, "" if editor == UNEDITED else mark_of(value.mean, best)
+            )
     return {
         (editor, column): Entry(values[editor], entry.seeds, entry.records, entry.edit_seconds, entry.edit_bytes)
         for editor, entry in found.items()
@@ -249,7 +270,12 @@ def _row(editor: str, entries: tuple[Entry | None, ...], columns: Sequence[Colum
     """Make a row; what an edit takes is told of single edits, if there are any: with more at once it may take more each time."""
     least = min((column.sequential for column, entry in zip(columns, entries, strict=True) if entry), default=1)
     of_edits = [entry for column, entry in zip(columns, entries, strict=True) if entry and column.sequential == least]
-    return Row(editor, entries, _median(entry.edit_seconds for entry in of_edits), _median(entry.edit_bytes for entry in of_edits))
+    return Row(
+        editor,
+        entries,
+        _median(entry.edit_seconds for entry in of_edits),
+        _median(entry.edit_bytes for entry in of_edits),
+    )
 
 
 # --- notes --------------------------------------------------------------------------------------------------------
@@ -259,11 +285,15 @@ def notes_of(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[str, ...]:
     """Return what a reader has to know: meanings, seeds, records and what is missing."""
     notes = [MEANINGS]
     if any(row.editor == UNEDITED for row in rows):
-        notes.append("W/O is the unedited model. It takes no part in the marks, since its locality is 100 by definition.")
+        notes.append(
+            "W/O is the unedited model. It takes no part in the marks, since its locality is 100 by definition."
+        )
     missing = sum(entry is None for row in rows for entry in row.entries)
     if missing:
         verb = "is" if missing == 1 else "are"
-        notes.append(f"{missing} of {len(rows) * len(columns)} cells {verb} missing ({MISSING}): no run there is finished.")
+        notes.append(
+            f"{missing} of {len(rows) * len(columns)} cells {verb} missing ({MISSING}): no run there is finished."
+        )
     return (*notes, *_seeds_note(rows, columns), *_records_notes(rows, columns))
 
 
@@ -295,6 +325,8 @@ def _records_notes(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
             equal.setdefault(numbers.pop(), []).append(f'"{column.title}"')
         elif found:
             each = ", ".join(f"{name} {' and '.join(map(str, records))}" for name, records in found.items())
-            unequal.append(f'"{column.title}": not all values are of the same number of records ({each}), so compare them with care.')
+            unequal.append(
+                f'"{column.title}": not all values are of the same number of records ({each}), so compare them with care.'
+            )
     each = "; ".join(f"{number:,} in {', '.join(titles)}" for number, titles in equal.items())
     return ([f"Records: {each}."] if equal else []) + unequal

@@ -16,7 +16,12 @@ JSON, MARKDOWN, CSV, PAGE, PLOT = "table.json", "table.md", "table.csv", "table.
 
 
 def write_tables(
-    cells: Sequence[Mapping[str, Any]], folder: str | Path, *, editors: Iterable[str] = (), columns: Iterable[Column] = (), width: int = 100
+    cells: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    editors: Iterable[str] = (),
+    columns: Iterable[Column] = (),
+    width: int = 100,
 ) -> str:
     """Write the files of a table, each to a temporary name that is then renamed; return the table as text.
 

@@ -13,7 +13,9 @@ STRICT = (
     '<p class="notes">F1: harmonic mean of generality and locality. Top-1: each token of the answer has to be the most probable one. '
     "Exact: what the edited model writes by itself on generality cases is the answer or another name of it.</p>"
 )
-MARKS = '<p><span class="key best">best</span> of its column, <span class="key near">within 3 %</span> of the best.</p>'
+MARKS = (
+    '<p><span class="key best">best</span> of its column, <span class="key near">within 3 %</span> of the best.</p>'
+)
 STYLE = """
 :root { --ink: #1a1c1f; --paper: #ffffff; --line: #d9dce1; --rule: #8b929c; --faint: #5b616b;
   --best: #1f4e9e; --on-best: #ffffff; --near: #d3e3f8; --on-near: #12325f; }
@@ -87,7 +89,9 @@ def _figure(plot: str) -> str:
     """Put an SVG into the page, without the lines that only a file of its own needs."""
     found = re.search(r"<svg\b.*</svg>", plot, re.DOTALL)
     if not found:
-        raise ValueError(f"the plot has to be the text of an SVG, and begins with {plot[:40]!r}; pass what trade_off_figure returns")
+        raise ValueError(
+            f"the plot has to be the text of an SVG, and begins with {plot[:40]!r}; pass what trade_off_figure returns"
+        )
     return (
         '<h2>Generality and locality</h2><figure><div class="scroll" tabindex="0" role="region" aria-label="plot">'
         f'{found.group()}</div><figcaption class="faint">Means over single edits; the lines join equal F1, the harmonic mean of both. '
@@ -103,7 +107,9 @@ def _scores(table: Table, metrics: Sequence[str]) -> str:
         for column, names in zip(table.columns, shown, strict=True)
         if names
     )
-    heads = "".join(f'<th{_start(i)} scope="col">{METRICS[name]}</th>' for names in shown for i, name in enumerate(names))
+    heads = "".join(
+        f'<th{_start(i)} scope="col">{METRICS[name]}</th>' for names in shown for i, name in enumerate(names)
+    )
     bodies = []
     for kind in dict.fromkeys(row.group for row in table.rows):
         rows = [row for row in table.rows if row.group == kind]
@@ -113,7 +119,9 @@ def _scores(table: Table, metrics: Sequence[str]) -> str:
             cells = "".join(_entry_cells(entry, names) for entry, names in zip(row.entries, shown, strict=True))
             takes = f'<td class="start">{seconds_text(row.edit_seconds)}</td><td>{bytes_text(row.edit_bytes)}</td>'
             plain = ' class="none"' if row.editor == UNEDITED else ""
-            lines.append(f'<tr{plain}>{type_}<th class="editor" scope="row">{escape(row.name)}</th>{cells}{takes}</tr>')
+            lines.append(
+                f'<tr{plain}>{type_}<th class="editor" scope="row">{escape(row.name)}</th>{cells}{takes}</tr>'
+            )
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="scores"><table><thead><tr>'
@@ -130,7 +138,10 @@ def _start(number: int) -> str:
 def _entry_cells(entry: Entry | None, names: Sequence[str]) -> str:
     if entry is None:
         room = {"avg": '<span class="spread"></span>'}
-        return "".join(f'<td class="open{"" if i else " start"}">{MISSING}{room.get(name, "")}</td>' for i, name in enumerate(names))
+        return "".join(
+            f'<td class="open{"" if i else " start"}">{MISSING}{room.get(name, "")}</td>'
+            for i, name in enumerate(names)
+        )
     return "".join(_value_cell(entry.values[name], i == 0, name == "avg") for i, name in enumerate(names))
 
 

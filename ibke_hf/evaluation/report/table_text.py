@@ -50,7 +50,10 @@ def as_text(table: Table, metrics: Sequence[str] = PAPER, *, width: int = 100) -
     kinds = ["", *(row.group if i == 0 or rows[i - 1].group != row.group else "" for i, row in enumerate(rows))]
     side = _block("", [["Type", *kinds[1:]], ["Editor", *names[1:]]], left=True)
     blocks = [_group_block(table, number, metrics) for number in range(len(table.columns))]
-    takes = [["Time", *(seconds_text(row.edit_seconds) for row in rows)], ["Size", *(bytes_text(row.edit_bytes) for row in rows)]]
+    takes = [
+        ["Time", *(seconds_text(row.edit_seconds) for row in rows)],
+        ["Size", *(bytes_text(row.edit_bytes) for row in rows)],
+    ]
     bands: list[list[list[str]]] = [[side]]
     for block in [*blocks, _block("Edit", takes)]:
         if len(bands[-1]) > 1 and sum(len(part[0]) + 3 for part in bands[-1]) + len(block[0]) > width:
@@ -108,7 +111,9 @@ def as_markdown(table: Table, metrics: Sequence[str] = PAPER) -> str:
         for i, row in enumerate(table.rows):
             entry = row.entries[number]
             kind = row.group if i == 0 or table.rows[i - 1].group != row.group else ""
-            values = [_markdown_value(entry.values[name], spread=name == "avg") if entry else MISSING for name in shown]
+            values = [
+                _markdown_value(entry.values[name], spread=name == "avg") if entry else MISSING for name in shown
+            ]
             takes = [seconds_text(entry.edit_seconds), bytes_text(entry.edit_bytes)] if entry else [MISSING, MISSING]
             lines.append(_markdown_line([kind, row.name, *values, *takes]))
         parts.append("\n".join([f"**{markdown_escape(column.title)}**", "", *lines]))
@@ -136,7 +141,9 @@ def as_csv(table: Table) -> str:
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
     spread = [f"{name}_{part}" for name in METRICS for part in ("mean", "std")]
-    lines.writerow(["type", "editor", "split", "edits", "sequential", "seeds", "records", *spread, "edit_seconds", "edit_bytes"])
+    lines.writerow(
+        ["type", "editor", "split", "edits", "sequential", "seeds", "records", *spread, "edit_seconds", "edit_bytes"]
+    )
     for row in table.rows:
         for column, entry in zip(table.columns, row.entries, strict=True):
             head = [row.group, row.editor, column.split, column.edits, column.sequential]

@@ -18,7 +18,9 @@ from .table import UNEDITED, Cell, CellError, Column, Row, table_of
 SIZE = (7.2, 5.2)  # inches; 72 units of the SVG each
 TEXT, SMALL = 11.0, 9.5  # points
 PAPER_COLOUR, INK, FAINT, LINES = "#ffffff", "#1a1c1f", "#5b616b", "#b9bfc9"
-STYLES: dict[str, dict[str, Any]] = {  # Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell the same
+STYLES: dict[
+    str, dict[str, Any]
+] = {  # Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell the same
     "W/O": {"marker": "D", "color": "#6b7280", "s": 50},
     "DE": {"marker": "o", "color": "#0072b2", "s": 68},
     "ET": {"marker": "^", "color": "#d55e00", "s": 88},
@@ -132,7 +134,10 @@ def trade_off_figure(cells: Iterable[Cell]) -> str:
     """
     points = points_of(cells)
     if not points:
-        raise CellError("no cell of single edits has both generality and locality, so there is no point to draw; evaluate an editor first")
+        raise CellError(
+            "no cell of single edits has both generality and locality, so there is no point to draw; evaluate an "
+            "editor first"
+        )
     require_plots()
     import matplotlib
     from matplotlib.figure import Figure
@@ -177,13 +182,31 @@ def _contours(axes: Any) -> list[Box]:
         axes.plot(*zip(*line, strict=True), color=LINES, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         text = f"F1 {level:g}"
         if (end := partner(level, x_high)) >= y_low:
-            axes.annotate(text, (x_high, end), (4, 0), textcoords="offset points", va="center", fontsize=SMALL, color=FAINT,
-                          annotation_clip=False)  # fmt: skip
+            axes.annotate(
+                text,
+                (x_high, end),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=SMALL,
+                color=FAINT,
+                annotation_clip=False,
+            )
             continue
         x, y = axes.transData.transform((partner(level, y_low), y_low)) * 72 / axes.figure.dpi
         boxes.append(_box(text, x, y + 8, SMALL, "center"))
-        axes.annotate(text, (partner(level, y_low), y_low), (0, 8), textcoords="offset points", ha="center", va="center",
-                      fontsize=SMALL, color=FAINT, bbox={"facecolor": PAPER_COLOUR, "edgecolor": "none", "pad": 1.5}, zorder=2)  # fmt: skip
+        axes.annotate(
+            text,
+            (partner(level, y_low), y_low),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color=FAINT,
+            bbox={"facecolor": PAPER_COLOUR, "edgecolor": "none", "pad": 1.5},
+            zorder=2,
+        )
     return boxes
 
 
@@ -191,21 +214,50 @@ def _draw(axes: Any, points: Sequence[Point], taken: list[Box]) -> None:
     for style, look in STYLES.items():
         members = [point for point in points if point.style == style]
         if members:
-            axes.scatter([point.generality for point in members], [point.locality for point in members], zorder=3, clip_on=False,
-                         edgecolor=PAPER_COLOUR, linewidth=0.8, label=MEANINGS[style], **look)  # fmt: skip
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=SMALL, labelcolor=INK, borderaxespad=0.2,
-                handletextpad=0.2, columnspacing=1.4)  # fmt: skip
+            axes.scatter(
+                [point.generality for point in members],
+                [point.locality for point in members],
+                zorder=3,
+                clip_on=False,
+                edgecolor=PAPER_COLOUR,
+                linewidth=0.8,
+                label=MEANINGS[style],
+                **look,
+            )
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=3,
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=INK,
+        borderaxespad=0.2,
+        handletextpad=0.2,
+        columnspacing=1.4,
+    )
     scale = 72 / axes.figure.dpi
     places = [tuple(axes.transData.transform((point.generality, point.locality)) * scale) for point in points]
     bounds = tuple(value * scale for value in axes.bbox.extents)
-    for point, (dx, dy, side) in zip(points, label_offsets([point.label for point in points], places, bounds, taken), strict=True):
+    for point, (dx, dy, side) in zip(
+        points, label_offsets([point.label for point in points], places, bounds, taken), strict=True
+    ):
         far = math.hypot(dx, dy) > FAR
         axes.annotate(
-            point.label, (point.generality, point.locality), (dx, dy), textcoords="offset points", ha=side, va="center", color=INK,
-            fontsize=TEXT, zorder=2.5, annotation_clip=False,
+            point.label,
+            (point.generality, point.locality),
+            (dx, dy),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            color=INK,
+            fontsize=TEXT,
+            zorder=2.5,
+            annotation_clip=False,
             bbox={"facecolor": PAPER_COLOUR, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4} if far else None,
-        )  # fmt: skip
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+            if far
+            else None,
+        )
 
 
 # --- labels -------------------------------------------------------------------------------------------------------
@@ -216,7 +268,7 @@ OFFSETS = [  # (right, up) of the point, and which side of the text is there; th
     *((side * 8.0, up, "left" if side > 0 else "right") for up in (0.0, 7.0, -7.0) for side in (1, -1)),
     *((0.0, up, "center") for up in (13.0, -13.0)),
     *((side * right, up, "left" if side > 0 else "right") for right, ups in FARTHER for up in ups for side in (1, -1)),
-]  # fmt: skip
+]
 
 
 def label_offsets(
@@ -234,7 +286,9 @@ def label_offsets(
         For each label the way from its point, right and up, and which side of the text lies there.
     """
     covered = [*taken, *((x - 5, y - 5, x + 5, y + 5) for x, y in places)]
-    crowded = sorted(range(len(places)), key=lambda i: (min(_apart(places, i)), i))  # those have the fewest places to go
+    crowded = sorted(
+        range(len(places)), key=lambda i: (min(_apart(places, i)), i)
+    )  # those have the fewest places to go
     found: dict[int, tuple[float, float, str]] = {}
     for i in crowded:
         x, y = places[i]

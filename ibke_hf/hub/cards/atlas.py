@@ -42,14 +42,24 @@ setting, the losses and the trials are in `ibke_hf/atlas/assets/ibke/log.json`."
 RECIPE = {  # of the training records, by the options of `datasets.TRAINING_OPTIONS`
     "unknown_share": "{} of the edits state facts that the backbone was not taught",
     "novel_rate": "{} of the others give a subject an object with a made-up name",
-    "near_rate": "{} of the locality cases about the edited relation ask about a subject as near to the edited one as there is",
+    "near_rate": "{} of the locality cases about the edited relation ask about a subject as near to the edited "
+    "one as there is",
     "shares": "kinds of cases are drawn by weight, 1 unless said: {}",
 }
 KINDS = {  # of cases, see `ibke_hf.data.build`
-    "rephrase": "rephrasings", "two_hop": "two relations", "three_hop": "three relations", "multi_hop": "several relations",
-    "reverse": "the relation backwards", "same_entity": "Yes or No", "alias": "another name", "one_to_many": "the subject's other objects",
-    "head": "another relation of the subject", "property": "the edited relation of another subject", "tail": "the object", "none": "others",
-}  # fmt: skip
+    "rephrase": "rephrasings",
+    "two_hop": "two relations",
+    "three_hop": "three relations",
+    "multi_hop": "several relations",
+    "reverse": "the relation backwards",
+    "same_entity": "Yes or No",
+    "alias": "another name",
+    "one_to_many": "the subject's other objects",
+    "head": "another relation of the subject",
+    "property": "the edited relation of another subject",
+    "tail": "the object",
+    "none": "others",
+}
 STEP_SIZE = """\
 After training the step size was multiplied by {factor:g}: {choice} (it is {locality:.1f} % there)."""
 KEPT = "the largest of {factors} that leaves locality at {floor:g} % on the validation records"
@@ -76,7 +86,9 @@ In percent, by the procedure of the UniEdit evaluator, one edit at a time, on {r
 locality count tokens among the five likeliest (Yes and No: the likeliest), exact_match whole generated answers. FT's learning rate
 was chosen on validation records. {mend}"""
 MEND_ALIKE = "MEND was trained by the same recipe and has {parameters:,} parameters."
-MEND_APART = "MEND's weights are from another run ({steps:,} steps, layers {layers}), so its row is not a fair comparison yet."
+MEND_APART = (
+    "MEND's weights are from another run ({steps:,} steps, layers {layers}), so its row is not a fair comparison yet."
+)
 FILES = """\
 Scores by criterion and hop count are in `ibke_hf/atlas/assets/results.json`. `.eval_results/atlas.yaml` has this editor's scores in the
 Hub's form, under the name `{dataset}`: the records ship inside the package and are not on the Hub yet."""
@@ -89,7 +101,9 @@ The bottleneck, the losses and the form of the edit are those of *An Information
 Editing*. {stage} The backbone, its facts and every number on this card are ours."""
 PAPERS_STAGE = "So is the second stage."
 OUR_STAGE = "The second stage is not the paper's alone: {extensions} are ours, and off in the paper's presets."
-EXTENSIONS: dict[str, tuple[Any, str]] = {  # of the second stage: the field, its value in the paper's presets, what it adds
+EXTENSIONS: dict[
+    str, tuple[Any, str]
+] = {  # of the second stage: the field, its value in the paper's presets, what it adds
     "second_stage_skip": (False, "a token-wise skip from the standardised factors"),
     "second_stage_mlp": (0, "an MLP block of width {}"),
     "second_stage_heads": (1, "{} attention heads"),
@@ -105,7 +119,10 @@ def atlas_card() -> dict[str, str]:
     test = results["editors"]["ibke"]["test"]["by_criterion"]
     sections = {
         "Use": [fenced(USE), "Watch it, score it, train it again:", fenced(COMMANDS, "bash")],
-        "Training": [_training(log, config), prose(f"{_recipe(TRAINING_OPTIONS)} {_step_size(log['step_size_trials'])}")],
+        "Training": [
+            _training(log, config),
+            prose(f"{_recipe(TRAINING_OPTIONS)} {_step_size(log['step_size_trials'])}"),
+        ],
         "Where it fails": [_weak_points(test, results["near"]), CRITERIA, _criteria(test)],
         "Results": [_about_results(results, log, config), markdown_table(results), prose(FILES, dataset=DATASET)],
         "Data": [_data()],
@@ -134,11 +151,17 @@ def _training(log: Json, config: Json) -> str:
     settings, batch = log["training"], log["training"]["per_device_train_batch_size"]
     size = settings["edits_per_group"] or batch
     return prose(
-        TRAINING, layers=listed(config["edited_layers"]), depth=_read("backbone/config.json")["num_hidden_layers"], records=log["records"],
-        parameters=log["report"]["parameters"], steps=settings["max_steps"], batch=batch, minutes=log["report"]["minutes"],
+        TRAINING,
+        layers=listed(config["edited_layers"]),
+        depth=_read("backbone/config.json")["num_hidden_layers"],
+        records=log["records"],
+        parameters=log["report"]["parameters"],
+        steps=settings["max_steps"],
+        batch=batch,
+        minutes=log["report"]["minutes"],
         groups="each edit made on its own" if size == 1 else f"{size} records edited jointly",
         request=" and the request itself as one more generality case" if settings["sg_includes_edit"] else "",
-    )  # fmt: skip
+    )
 
 
 def _recipe(options: Mapping[str, Any]) -> str:
@@ -147,9 +170,15 @@ def _recipe(options: Mapping[str, Any]) -> str:
     Raises:
         KeyError: For an option that no words are written for.
     """
-    shares = [f"{KINDS[kind]} {share:g} for {group}" for group, given in options.get("shares", {}).items() for kind, share in given.items()]
+    shares = [
+        f"{KINDS[kind]} {share:g} for {group}"
+        for group, given in options.get("shares", {}).items()
+        for kind, share in given.items()
+    ]
     weights = ", ".join(shares)
-    said = [RECIPE[name].format(weights if name == "shares" else f"{100 * value:g} %") for name, value in options.items()]
+    said = [
+        RECIPE[name].format(weights if name == "shares" else f"{100 * value:g} %") for name, value in options.items()
+    ]
     return f"In the training records, {'; '.join(said)}." if said else ""
 
 
@@ -192,5 +221,9 @@ def _data() -> str:
 
 def _paper(config: Json) -> str:
     values = {name: config.get(name, usual) for name, (usual, _) in EXTENSIONS.items()}
-    on = [f"{said.format(values[name])} (`{name}`)" for name, (usual, said) in EXTENSIONS.items() if values[name] != usual]
+    on = [
+        f"{said.format(values[name])} (`{name}`)"
+        for name, (usual, said) in EXTENSIONS.items()
+        if values[name] != usual
+    ]
     return prose(PAPER, stage=OUR_STAGE.format(extensions=listed(on)) if on else PAPERS_STAGE)

@@ -17,13 +17,33 @@ from ...training.recipe import PAPER_DTYPES
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # as their configs on the Hub state them
     "openai-community/gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25, "vocab_size": 50257}),
     "EleutherAI/gpt-j-6b": ("gptj", {"n_embd": 4096, "n_layer": 28, "n_head": 16, "vocab_size": 50400}),
-    "Qwen/Qwen3-1.7B": ("qwen3", {
-        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}),
-    "Qwen/Qwen3-8B": ("qwen3", {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False}),
-}  # fmt: skip
+    "Qwen/Qwen3-1.7B": (
+        "qwen3",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Qwen/Qwen3-8B": (
+        "qwen3",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
 BYTES = {"float32": 4, "float16": 2}
 CASES = 2  # of a record: a generality and a locality case, as UniEdit has them
 ROW_TOKENS, TARGET_TOKENS = 64, 8  # of a case with its padding, and of its target; assumed
@@ -57,21 +77,44 @@ class TrainingNeeds:
     @property
     def widths(self) -> list[int]:
         """d_in + d_out of each edited layer."""
-        return [d_in + d_out for d_in, d_out in zip(self.config.input_dims or [], self.config.output_dims or [], strict=True)]
+        return [
+            d_in + d_out
+            for d_in, d_out in zip(self.config.input_dims or [], self.config.output_dims or [], strict=True)
+        ]
 
     def memory(self) -> dict[str, tuple[str, int]]:
         """Return what the device holds at once: by name, the formula with its numbers, and bytes."""
         cases, requests, size, width = self.batch * CASES, self.batch, BYTES[self.dtype], self.widths[0]
         factors: dict[str, list[tuple[str, int]]] = {
             "backbone": [("parameters", self.backbone_parameters), (f"bytes of {self.dtype}", size)],
-            "editor": [("parameters", self.editor_parameters), ("bytes", 4), ("for weight, gradient and two moments of Adam", 4)],
-            "activations": [("cases", cases), ("tokens", ROW_TOKENS), ("blocks from the lowest edited one up", self.layers),
-                            ("for what a block keeps", ACTIVATIONS), ("(d_in + d_out)", width), ("bytes", size)],
-            "logits": [("cases", cases), ("target tokens", TARGET_TOKENS), ("ids", self.vocabulary), ("bytes", 4),
-                       ("copies", LOGIT_COPIES)],
-            "factors": [("requests", requests), ("tokens", ROW_TOKENS), ("(d_in + d_out, of all edited layers)", sum(self.widths)),
-                        ("bytes", 4), ("copies", FACTOR_COPIES)],
-        }  # fmt: skip
+            "editor": [
+                ("parameters", self.editor_parameters),
+                ("bytes", 4),
+                ("for weight, gradient and two moments of Adam", 4),
+            ],
+            "activations": [
+                ("cases", cases),
+                ("tokens", ROW_TOKENS),
+                ("blocks from the lowest edited one up", self.layers),
+                ("for what a block keeps", ACTIVATIONS),
+                ("(d_in + d_out)", width),
+                ("bytes", size),
+            ],
+            "logits": [
+                ("cases", cases),
+                ("target tokens", TARGET_TOKENS),
+                ("ids", self.vocabulary),
+                ("bytes", 4),
+                ("copies", LOGIT_COPIES),
+            ],
+            "factors": [
+                ("requests", requests),
+                ("tokens", ROW_TOKENS),
+                ("(d_in + d_out, of all edited layers)", sum(self.widths)),
+                ("bytes", 4),
+                ("copies", FACTOR_COPIES),
+            ],
+        }
         return {name: (_product(parts), math.prod(number for _, number in parts)) for name, parts in factors.items()}
 
     @property
@@ -82,14 +125,16 @@ class TrainingNeeds:
     def step(self) -> tuple[str, int]:
         """Return the floating-point operations of a step, as the formula with its numbers and their number.
 
-        Two per backbone parameter and token, forward over requests, cases and the locality cases once more unedited, backward over
-        requests and cases; six per editor parameter and token of a request.
+        Two per backbone parameter and token, forward over requests, cases and the locality cases once more unedited,
+        backward over requests and cases; six per editor parameter and token of a request.
         """
         requests = self.batch * ROW_TOKENS
         backward = requests * (1 + CASES)
         forward = backward + requests
-        formula = (f"2 × {self.backbone_parameters:,} × ({forward:,} tokens forward + {backward:,} backward) "
-                   f"+ 6 × {self.editor_parameters:,} × {requests:,} tokens of requests")  # fmt: skip
+        formula = (
+            f"2 × {self.backbone_parameters:,} × ({forward:,} tokens forward + {backward:,} backward) "
+            f"+ 6 × {self.editor_parameters:,} × {requests:,} tokens of requests"
+        )
         return formula, 2 * self.backbone_parameters * (forward + backward) + 6 * self.editor_parameters * requests
 
 
@@ -117,20 +162,41 @@ def training_needs(backbone: str) -> TrainingNeeds:
     of_model, of_editor = (sum(p.numel() for p in model.parameters()) for model in models)
     lowest = min(PRESETS[backbone]["edited_layers"])
     return TrainingNeeds(
-        config, PAPER_DTYPES[backbone], of_model, of_editor, vocabulary=of_backbone.vocab_size,
-        layers=of_backbone.num_hidden_layers - lowest, batch=IBKETrainingArguments.per_device_train_batch_size,
-    )  # fmt: skip
+        config,
+        PAPER_DTYPES[backbone],
+        of_model,
+        of_editor,
+        vocabulary=of_backbone.vocab_size,
+        layers=of_backbone.num_hidden_layers - lowest,
+        batch=IBKETrainingArguments.per_device_train_batch_size,
+    )
 
 
 def needs_table(needs: TrainingNeeds) -> str:
     """Return the estimates as a Markdown table, each with its formula; 1 GB is 10⁹ bytes."""
     rows = [(name, formula, f"{size / 1e9:.1f} GB") for name, (formula, size) in needs.memory().items()]
-    editor, widths, (work, operations) = f"{needs.editor_parameters:,} parameters × 4 bytes", sum(needs.widths), needs.step()
+    editor, widths, (work, operations) = (
+        f"{needs.editor_parameters:,} parameters × 4 bytes",
+        sum(needs.widths),
+        needs.step(),
+    )
     rows += [
-        ("**device memory**", "the sum of these; kernels and fragments take some more", f"**{needs.total / 1e9:.1f} GB**"),
-        ("a checkpoint", f"{editor} × 3 for weight and moments; two are kept", f"{12 * needs.editor_parameters / 1e9:.1f} GB"),
+        (
+            "**device memory**",
+            "the sum of these; kernels and fragments take some more",
+            f"**{needs.total / 1e9:.1f} GB**",
+        ),
+        (
+            "a checkpoint",
+            f"{editor} × 3 for weight and moments; two are kept",
+            f"{12 * needs.editor_parameters / 1e9:.1f} GB",
+        ),
         ("the trained editor", editor, f"{4 * needs.editor_parameters / 1e9:.1f} GB"),
-        ("an edit", f"rank {RANK} × {widths:,} (d_in + d_out, of all edited layers) × 4 bytes", f"{4 * RANK * widths / 1e6:.1f} MB"),
+        (
+            "an edit",
+            f"rank {RANK} × {widths:,} (d_in + d_out, of all edited layers) × 4 bytes",
+            f"{4 * RANK * widths / 1e6:.1f} MB",
+        ),
         ("work of a step", work, f"{operations / 1e12:.0f} TFLOP"),
     ]
     return "\n".join(["| what | formula | estimate |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])

@@ -13,7 +13,10 @@ from .text import IBKE_TAGS, listed, prose
 PAPERS_LAYERS = ("openai-community/gpt2-xl",)  # whose edited layers the paper states; the others' are ours (SPEC §6)
 DATASET = "qizhou/UniEdit"
 
-STATUS = "**Not published yet: weights do not exist.** The commands below make them. Numbers here are settings and estimates, not results."
+STATUS = (
+    "**Not published yet: weights do not exist.** The commands below make them. Numbers here are settings "
+    "and estimates, not results."
+)
 SUMMARY = """\
 An Information Bottleneck Knowledge Editor for [{backbone}](https://huggingface.co/{backbone}). It would turn an edit request into a
 low-rank edit of {modules}."""
@@ -76,20 +79,33 @@ def preset_card(name: str, backbone: str) -> dict[str, str]:
     needs, editor = training_needs(backbone), f"ibke-{name}"
     words = {"backbone": backbone, "name": editor, "dataset": DATASET, "dtype": needs.dtype}
     sections = {
-        "Train it": [prose(SPLIT), fenced(SPLIT_CODE.format(**words)), fenced(TRAIN.format(**words), "bash"), _preset(needs)],
+        "Train it": [
+            prose(SPLIT),
+            fenced(SPLIT_CODE.format(**words)),
+            fenced(TRAIN.format(**words), "bash"),
+            _preset(needs),
+        ],
         "Evaluate and publish": [fenced(PUBLISH.format(**words), "bash"), prose(PUBLISHED)],
         "Needs": needs_section(name, backbone),
         "What is the paper's and what is ours": [_paper(needs)],
     }
     own: dict[str, Any] = {"license": "apache-2.0", "language": "en", "datasets": [DATASET], "tags": IBKE_TAGS}
-    summary = prose(SUMMARY, backbone=backbone, modules=listed([f"`{module}`" for module in needs.config.module_names()]))
-    return {CARD: editor_page(editor_metadata(backbone, editor, **own), f"IBKE for {backbone}", [summary], sections, status=STATUS)}
+    summary = prose(
+        SUMMARY, backbone=backbone, modules=listed([f"`{module}`" for module in needs.config.module_names()])
+    )
+    return {
+        CARD: editor_page(
+            editor_metadata(backbone, editor, **own), f"IBKE for {backbone}", [summary], sections, status=STATUS
+        )
+    }
 
 
 def needs_section(name: str, backbone: str) -> list[str]:
     """Return what training takes as paragraphs: the assumptions, the table, and time."""
     needs = training_needs(backbone)
-    about = prose(ESTIMATES, command=f"ibke card {name} --needs", cases=CASES, tokens=ROW_TOKENS, targets=TARGET_TOKENS)
+    about = prose(
+        ESTIMATES, command=f"ibke card {name} --needs", cases=CASES, tokens=ROW_TOKENS, targets=TARGET_TOKENS
+    )
     time = prose(TIME, operations=needs.step()[1] / 1e12)
     return [about, needs_table(needs), time, fenced(TRIAL.format(backbone=backbone), "bash")]
 
@@ -98,8 +114,14 @@ def _preset(needs: TrainingNeeds) -> str:
     from ...data.augmentation import RECORDS_OF_EACH
     from ...training.trainer import IBKETrainingArguments
 
-    return prose(PRESET, layers=listed(needs.config.edited_layers or []), dtype=needs.dtype, patience=PATIENCE,
-                 steps=IBKETrainingArguments.max_steps, augmented=RECORDS_OF_EACH)  # fmt: skip
+    return prose(
+        PRESET,
+        layers=listed(needs.config.edited_layers or []),
+        dtype=needs.dtype,
+        patience=PATIENCE,
+        steps=IBKETrainingArguments.max_steps,
+        augmented=RECORDS_OF_EACH,
+    )
 
 
 def _paper(needs: TrainingNeeds) -> str:
@@ -108,7 +130,14 @@ def _paper(needs: TrainingNeeds) -> str:
     layers = f"layers {listed(PRESETS[needs.config.backbone]['edited_layers'])}, "
     papers = needs.config.backbone in PAPERS_LAYERS
     return prose(
-        PAPER, length=needs.config.latent_length, dim=needs.config.latent_dim, beta=Arguments.beta, rate=Arguments.learning_rate,
-        batch=needs.batch, clip=Arguments.max_grad_norm, every=Arguments.eval_steps,
-        papers_layers=layers if papers else "", our_layers="" if papers else layers,
-    )  # fmt: skip
+        PAPER,
+        length=needs.config.latent_length,
+        dim=needs.config.latent_dim,
+        beta=Arguments.beta,
+        rate=Arguments.learning_rate,
+        batch=needs.batch,
+        clip=Arguments.max_grad_norm,
+        every=Arguments.eval_steps,
+        papers_layers=layers if papers else "",
+        our_layers="" if papers else layers,
+    )

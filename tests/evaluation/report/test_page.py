@@ -18,20 +18,53 @@ from ibke_hf.evaluation.results import results_of
 
 BROWSER = shutil.which("chromium")
 NASTY = '<script>alert(1)</script></SCRIPT><img src=x onerror="alert(2)"> & "quoted" \u2028 \ud800 日本 <!--'
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--dump-dom")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--dump-dom",
+)
 
 
 def a_row(index, role="generality", score=1.0, **other):
     match = None if role == "locality" else score == 1
-    return {"record": f"r{index}", "dataset": "made", "domain": "art", "kind": "unknown", "role": role, "list": "a", "case": index,
-            "criteria": ["Rephrase"], "hops": 1, "prompt": f"question {index}", "target": "yes", "score": score, "top1": score,
-            "first_token": score, "exact_match": match, "before": " no", "after": " yes", "generated": " yes",
-            "js_similarity": 0.87654321 if role == "locality" else None, "edited_hops": 0} | other  # fmt: skip
+    return {
+        "record": f"r{index}",
+        "dataset": "made",
+        "domain": "art",
+        "kind": "unknown",
+        "role": role,
+        "list": "a",
+        "case": index,
+        "criteria": ["Rephrase"],
+        "hops": 1,
+        "prompt": f"question {index}",
+        "target": "yes",
+        "score": score,
+        "top1": score,
+        "first_token": score,
+        "exact_match": match,
+        "before": " no",
+        "after": " yes",
+        "generated": " yes",
+        "js_similarity": 0.87654321 if role == "locality" else None,
+        "edited_hops": 0,
+    } | other
 
 
 ROWS = [
     a_row(0, "reliability"),
-    a_row(1, prompt=NASTY, target="<b>bold</b>", domain="<i>history</i>", criteria=["Multi-Hop", "Rephrase"], hops=2, edited_hops=1),
+    a_row(
+        1,
+        prompt=NASTY,
+        target="<b>bold</b>",
+        domain="<i>history</i>",
+        criteria=["Multi-Hop", "Rephrase"],
+        hops=2,
+        edited_hops=1,
+    ),
     a_row(2, score=0.5, after=" perhaps", generated="", exact_match=True),
     a_row(3, "locality", generated=None),
 ]
@@ -56,7 +89,9 @@ class Elements(HTMLParser):
 def test_page_is_self_contained_and_holds_every_row():
     text = render_page(ROWS, results())
     assert Elements(text).links == []
-    assert not re.findall(r"https?://|@import|url\(|fetch\(|XMLHttp|innerHTML|insertAdjacent|document\.write|eval\(", text)
+    assert not re.findall(
+        r"https?://|@import|url\(|fetch\(|XMLHttp|innerHTML|insertAdjacent|document\.write|eval\(", text
+    )
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1))
     assert data["columns"] == list(COLUMNS)
     prompts = [dict(zip(COLUMNS, row, strict=True))["prompt"] for row in data["rows"]]
@@ -84,9 +119,13 @@ def in_browser(folder: Path, rows, script: str = "") -> str:
     """Return the page's content after its scripts, and one more, have run; the data and the scripts themselves left out."""
     if BROWSER is None:
         pytest.skip("chromium is not installed")
-    (folder / "page.html").write_text(render_page(rows, results(rows)) + f"<script>{script}</script>", encoding="utf-8")
+    (folder / "page.html").write_text(
+        render_page(rows, results(rows)) + f"<script>{script}</script>", encoding="utf-8"
+    )
     profile = f"--user-data-dir={folder / 'profile'}"
-    done = subprocess.run([BROWSER, *FLAGS, profile, f"file://{folder / 'page.html'}"], check=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [BROWSER, *FLAGS, profile, f"file://{folder / 'page.html'}"], check=True, capture_output=True, timeout=120
+    )
     return re.sub(r"<script.*?</script>", "", done.stdout.decode(), flags=re.S)
 
 
@@ -107,17 +146,29 @@ def test_browser_shows_rows_scores_and_skips(tmp_path):
     assert "<th>generality</th><td>75.0</td><td>75.0</td><td>100.0</td><td>2</td>" in page
 
 
-@pytest.mark.parametrize(("field", "value", "expected"), [
-    ("role", "locality", ["r3"]), ("criterion", "Multi-Hop", ["r1"]), ("domain", "<i>history</i>", ["r1"]), ("verdict", "miss", ["r2"]),
-    ("verdict", "unsaid", []), ("verdict", "apart", ["r2"]), ("text", "PERHAPS", ["r2"]), ("text", "日本", ["r1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("role", "locality", ["r3"]),
+        ("criterion", "Multi-Hop", ["r1"]),
+        ("domain", "<i>history</i>", ["r1"]),
+        ("verdict", "miss", ["r2"]),
+        ("verdict", "unsaid", []),
+        ("verdict", "apart", ["r2"]),
+        ("text", "PERHAPS", ["r2"]),
+        ("text", "日本", ["r1"]),
+    ],
+)
 def test_browser_filters(tmp_path, field, value, expected):
     assert shown(in_browser(tmp_path, ROWS, f"form.{field}.value = {json.dumps(value)}; filter();")) == expected
 
 
 def test_browser_turns_pages_of_many_rows(tmp_path):
     rows = [a_row(i) for i in range(50_000)]
-    script = "const began = performance.now(); form.text.value = 'question'; filter(); document.querySelector('[data-step=\"1\"]').click();"
+    script = (
+        "const began = performance.now(); form.text.value = 'question'; filter(); "
+        "document.querySelector('[data-step=\"1\"]').click();"
+    )
     page = in_browser(tmp_path, rows, script + "document.title = `${performance.now() - began} ms`;")
     assert shown(page) == [f"r{i}" for i in range(50, 100)]
     assert "51–100 of 50,000 rows" in page

@@ -28,7 +28,12 @@ BESTS = {  # by hand
     "zsre": {"reliability": "rome", "generality": "ibke", "locality": "grace", "avg": "ft"},
 }
 NEARS = {  # by hand: from 0.97 times the best on, such as 96.6508 for UniEdit's reliability
-    "uniedit": {"reliability": {"ft", "rome", "ibke"}, "generality": set(), "locality": {"rome", "ibke"}, "avg": set()},
+    "uniedit": {
+        "reliability": {"ft", "rome", "ibke"},
+        "generality": set(),
+        "locality": {"rome", "ibke"},
+        "avg": set(),
+    },
     "mquake": {"reliability": {"ft", "ibke"}, "generality": set(), "avg": set()},
     "zsre": {"reliability": {"ft", "grace"}, "generality": {"ft"}, "locality": {"ft", "rome"}, "avg": {"ibke"}},
 }
@@ -72,8 +77,10 @@ def test_the_unedited_model_alone_has_no_marks():
 
 
 def test_means_and_sample_std_over_seeds():
-    cells = [a_cell(scores=(90.0 + seed, 50.0, None, average), seed=seed, edit_seconds=seconds, edit_bytes=size)
-             for seed, average, seconds, size in ((0, 10.0, 0.1, 100), (1, 12.0, 0.2, 300), (2, 14.0, 9.0, 200))]  # fmt: skip
+    cells = [
+        a_cell(scores=(90.0 + seed, 50.0, None, average), seed=seed, edit_seconds=seconds, edit_bytes=size)
+        for seed, average, seconds, size in ((0, 10.0, 0.1, 100), (1, 12.0, 0.2, 300), (2, 14.0, 9.0, 200))
+    ]
     ((entry,),) = [row.entries for row in table_of(cells).rows]
     assert (entry.values["avg"].mean, entry.values["avg"].std) == (12.0, 2.0)  # 1.63 were the population's
     assert entry.values["reliability"].mean == 91.0
@@ -85,10 +92,20 @@ def test_means_and_sample_std_over_seeds():
 
 
 def test_columns_come_in_order_of_appearance_with_readable_titles():
-    cells = [a_cell(edits="counterfactual"), a_cell(split="held_out", edits="unknown"), a_cell(split="a\n b", sequential=10), a_cell("ft"),
-             a_cell("ft", edits="counterfactual", sequential=1)]  # fmt: skip
+    cells = [
+        a_cell(edits="counterfactual"),
+        a_cell(split="held_out", edits="unknown"),
+        a_cell(split="a\n b", sequential=10),
+        a_cell("ft"),
+        a_cell("ft", edits="counterfactual", sequential=1),
+    ]
     columns = table_of(cells).columns
-    assert [column.title for column in columns] == ["test, counterfactual", "held out, unknown", "a b, 10 sequential edits", "test"]
+    assert [column.title for column in columns] == [
+        "test, counterfactual",
+        "held out, unknown",
+        "a b, 10 sequential edits",
+        "test",
+    ]
     assert columns[0] == Column("test", "counterfactual", 1)
     assert table_of(cells).columns == columns
     assert Column("/a/very/long/way/to/the/records.json").title == "…/records.json"
@@ -96,7 +113,9 @@ def test_columns_come_in_order_of_appearance_with_readable_titles():
 
 
 def test_sequential_edits_are_a_group_of_their_own_and_do_not_count_as_what_one_edit_takes():
-    table = table_of([a_cell(), a_cell(sequential=10, scores=(50.0, 40.0, 30.0, 40.0), edit_seconds=9.0, edit_bytes=10_000)])
+    table = table_of(
+        [a_cell(), a_cell(sequential=10, scores=(50.0, 40.0, 30.0, 40.0), edit_seconds=9.0, edit_bytes=10_000)]
+    )
     (row,) = table.rows
     assert [entry.values["avg"].mean for entry in row.entries] == [80.0, 40.0]
     assert (row.edit_seconds, row.edit_bytes) == (0.25, 2048)
@@ -135,15 +154,18 @@ def test_editors_and_columns_that_are_planned_show_before_they_are_finished():
     assert any("5 of 6 cells are missing" in note for note in table.notes)
 
 
-@pytest.mark.parametrize(("cells", "message"), [
-    ([a_cell("nobody")], r"no row for the editor 'nobody'; it knows none, ft"),
-    ([a_cell(), a_cell()], r"2 cells of ibke \(test\) have the seed 0"),
-    ([a_cell(avg=float("nan"))], r"ibke \(test, seed 0\) has avg = nan"),
-    ([a_cell(f1="12")], r"has f1 = '12'"),
-    ([{k: v for k, v in a_cell().items() if k != "locality"}], r"has no 'locality'; write None"),
-    ([{k: v for k, v in a_cell().items() if k != "seed"}], r"has no 'seed'"),
-    ([{"editor": "ft"}], r"a cell of ft has no 'split'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([a_cell("nobody")], r"no row for the editor 'nobody'; it knows none, ft"),
+        ([a_cell(), a_cell()], r"2 cells of ibke \(test\) have the seed 0"),
+        ([a_cell(avg=float("nan"))], r"ibke \(test, seed 0\) has avg = nan"),
+        ([a_cell(f1="12")], r"has f1 = '12'"),
+        ([{k: v for k, v in a_cell().items() if k != "locality"}], r"has no 'locality'; write None"),
+        ([{k: v for k, v in a_cell().items() if k != "seed"}], r"has no 'seed'"),
+        ([{"editor": "ft"}], r"a cell of ft has no 'split'"),
+    ],
+)
 def test_cells_that_make_no_table_are_named(cells, message):
     with pytest.raises(CellError, match=message):
         table_of(cells)
@@ -218,8 +240,21 @@ def test_csv_reads_back_in_full_precision():
 
 
 def test_times_and_sizes_have_fitting_units():
-    assert [seconds_text(s) for s in (None, 0.0042, 0.0123, 0.9999, 61.0)] == ["–", "4.2 ms", "12 ms", "1.0 s", "61.0 s"]
-    assert [bytes_text(b) for b in (None, 12, 98_304, 999_900, 4_100_000, 2e9)] == ["–", "12 B", "98 kB", "1.0 MB", "4.1 MB", "2.0 GB"]
+    assert [seconds_text(s) for s in (None, 0.0042, 0.0123, 0.9999, 61.0)] == [
+        "–",
+        "4.2 ms",
+        "12 ms",
+        "1.0 s",
+        "61.0 s",
+    ]
+    assert [bytes_text(b) for b in (None, 12, 98_304, 999_900, 4_100_000, 2e9)] == [
+        "–",
+        "12 B",
+        "98 kB",
+        "1.0 MB",
+        "4.1 MB",
+        "2.0 GB",
+    ]
 
 
 # --- HTML ---------------------------------------------------------------------------------------------------------
@@ -236,7 +271,11 @@ def test_html_reads_back():
     assert strict[1] == ["F1", "Gen. top-1", "Loc. top-1", "Exact"] * 5 + ["Time", "Size"]
     for names, lines in ((PAPER, scores[2:]), (STRICTER, strict[2:])):
         for row, line in zip(table.rows, lines, strict=True):
-            values = [value for entry in row.entries for value in ([entry.values[name] for name in names] if entry else [None] * 4)]
+            values = [
+                value
+                for entry in row.entries
+                for value in ([entry.values[name] for name in names] if entry else [None] * 4)
+            ]
             shown = line[line.index(row.name) + 1 :]
             for value, text in zip(values, shown[:-2], strict=True):
                 assert text.startswith("…" if value is None else f"{value.mean:.1f}")

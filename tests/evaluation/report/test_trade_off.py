@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from table_cells import Page, a_cell, many_cells, paper_cells
 
-from ibke_hf.evaluation import trade_off
+from ibke_hf.evaluation.report import trade_off
 from ibke_hf.evaluation.report.table import EDITORS, CellError, table_of
 from ibke_hf.evaluation.report.table_page import as_html
 from ibke_hf.evaluation.report.trade_off import (
@@ -26,7 +26,10 @@ from ibke_hf.evaluation.scores import f1
 
 
 def test_points_are_means_over_single_edits_that_have_both_scores():
-    points = {point.label: point for point in points_of([*paper_cells(), a_cell("ft", "uniedit", (0.0, 0.0, 0.0, 0.0), sequential=10)])}
+    points = {
+        point.label: point
+        for point in points_of([*paper_cells(), a_cell("ft", "uniedit", (0.0, 0.0, 0.0, 0.0), sequential=10)])
+    }
     assert set(points) == {"W/O", "FT", "ROME", "GRACE", "IBKE"}
     assert points["IBKE"].generality == pytest.approx(statistics.fmean([96.89, 97.69]))  # MQuAKE has no locality
     assert points["FT"].locality == pytest.approx(statistics.fmean([89.68, 97.89]))
@@ -61,8 +64,10 @@ def test_labels_do_not_cover_each_other():
     labels = ["T-Patcher", "AlphaEdit", "LEMoE", "GRACE", "SERAC", "IBKE"]
     bounds = (0.0, 0.0, 400.0, 300.0)
     found = label_offsets(labels, places, bounds)
-    boxes = [trade_off._box(label, x + dx, y + dy, trade_off.TEXT, side)
-             for label, (x, y), (dx, dy, side) in zip(labels, places, found, strict=True)]  # fmt: skip
+    boxes = [
+        trade_off._box(label, x + dx, y + dy, trade_off.TEXT, side)
+        for label, (x, y), (dx, dy, side) in zip(labels, places, found, strict=True)
+    ]
     for i, box in enumerate(boxes):
         assert trade_off._outside(box, bounds) < 25
         assert all(trade_off._overlap(box, other) == 0 for other in boxes[:i])
@@ -89,7 +94,9 @@ def test_figure_is_valid_svg_that_holds_each_label_and_comes_out_the_same():
     assert page.links == []
 
 
-@pytest.mark.parametrize("pairs", [[(0.0, 0.0)], [(100.0, 100.0)], [(0.0, 100.0)], [(0.0, 100.0), (100.0, 0.0)], [(97.0, 98.0)] * 10])
+@pytest.mark.parametrize(
+    "pairs", [[(0.0, 0.0)], [(100.0, 100.0)], [(0.0, 100.0)], [(0.0, 100.0), (100.0, 0.0)], [(97.0, 98.0)] * 10]
+)
 def test_figure_of_extreme_scores(pairs):
     pytest.importorskip("matplotlib")
     cells = [a_cell(editor, scores=(90.0, *pair, 80.0)) for editor, pair in zip(EDITORS, pairs, strict=False)]
