@@ -9,6 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # the file of :func:`locked`; it stays, since removing it would let two processes hold two locks
+
 
 class FileError(ValueError):
     """A file that does not hold what it should; the message names it, what was found and the cure."""
@@ -29,6 +33,39 @@ def written_file(file: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def locked(folder: str | Path, *, lock: str = LOCK) -> Iterator[Path]:
+    """Own a folder: until the block ends, another process (or thread) that asks for it gets an error at once.
+
+    The thread that owns a folder may ask for it again, so a command and what it calls can both do so. The lock goes
+    with the process, however that ends.
+
+    Args:
+        folder: Made if it is missing.
+        lock: Name of the lock's file in it; several owners of one folder, each of a file in it, use one each.
+
+    Yields:
+        The folder.
+
+    Raises:
+        FileError: If another process owns it; names it.
+        OSError: If it cannot be written to.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    owner = FileLock(path.resolve() / lock, timeout=0, is_singleton=True)  # one object a path, counted by each thread
+    try:
+        owner.acquire()
+    except Timeout as error:
+        raise FileError(
+            f"{path}: another process is writing there; wait until it ends, or give each a folder of its own"
+        ) from error
+    try:
+        yield path
+    finally:
+        owner.release()
 
 
 def write_text(file: str | Path, text: str, *, newline: str | None = None) -> None:

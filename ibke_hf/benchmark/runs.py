@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -23,7 +23,7 @@ from ..core.records import EditRecord
 from ..editors.catalogue import KINDS, TRAINED
 from ..evaluation.results import evaluate_to_folder, require_same
 from ..evaluation.scores import REPORTED
-from ..io import read_json, write_json
+from ..io import locked, read_json, write_json
 from .benches import Bench
 from .cells import BenchmarkError, Cell, Plan
 
@@ -56,13 +56,14 @@ def run_cells(
         progress: Show progress bars.
 
     Raises:
-        BenchmarkError: If another run is writing to the folder, or cells failed.
+        BenchmarkError: If cells failed.
+        FileError: If another process is writing to the folder.
         ResultsError: If the folder holds cells of other settings, or a cell that another editor made.
     """
     target = Path(out)
     open_folder(bench, plan, target)
     home = Path(trained) if trained is not None else target / EDITORS
-    with _only_run(target):
+    with locked(target):
         missing = [cell for cell in plan.cells(shard) if not _is_done(cell, target / CELLS / cell.name)]
         failed: dict[Cell, Exception] = {}
         for cell in missing:
@@ -155,8 +156,8 @@ def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str
     """Copy the cells of several folders, such as those of shards, into one; return all that it holds then.
 
     Raises:
-        BenchmarkError: If a folder holds no cells, another run is writing to `out`, or two folders hold different
-            results of one cell.
+        BenchmarkError: If a folder holds no cells, or two folders hold different results of one cell.
+        FileError: If another process is writing to `out`.
         ResultsError: If a folder holds cells of other settings, or an editor of another origin.
     """
     target = Path(out)
@@ -165,7 +166,7 @@ def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str
             raise BenchmarkError(f"{folder}: holds no {SETTINGS}, so it is no folder of `ibke table`")
         _require_settings(target, read_json(folder / SETTINGS))
         _add_to_plan(target, *planned(folder))
-        with _only_run(target):
+        with locked(target):
             for file in sorted((folder / CELLS).glob(f"*/{CELL}")):
                 _copy_cell(file, target / CELLS / file.parent.name)
     return found_cells(target)
@@ -230,22 +231,6 @@ def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         given = {**found["given"], **given}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, {**settings, "given": given})
-
-
-@contextmanager
-def _only_run(folder: Path) -> Iterator[None]:
-    """Keep a second run out of a folder."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BenchmarkError(
-            f"{folder}: another run is writing to it; give each its own --out, and join them by --merge"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from test_training import CITIES, write_records
 from training_runs import record
 
 from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, found_cells, merge_cells, run_cells
-from ibke_hf.benchmark.runs import CELL, CELLS, _only_run
+from ibke_hf.benchmark.runs import CELL, CELLS
 from ibke_hf.cli import main
 from ibke_hf.core.records import EditRecord
 from ibke_hf.data.texts import read_texts
@@ -24,6 +25,7 @@ from ibke_hf.editors.catalogue import KINDS, TRAINED, build_editor, editor_class
 from ibke_hf.editors.ft import FineTuningEditor
 from ibke_hf.evaluation.results import ResultsError
 from ibke_hf.evaluation.scores import REPORTED
+from ibke_hf.io import FileError, locked
 
 RECORDS = [replace(record(i), kind=("counterfactual", "unknown")[i % 2]) for i in range(8)]
 PLAN = Plan(("none", "ft"), ("places",), ("counterfactual", "unknown"), seeds=2, records=2)
@@ -221,8 +223,19 @@ def test_more_edits_at_once_than_requests_are_refused(bench: Any, tmp_path: Path
 
 def test_a_second_run_is_kept_out(bench: Any, tmp_path: Path) -> None:
     run(bench(), tmp_path, replace(PLAN, editors=("none",)))
-    with _only_run(tmp_path), pytest.raises(BenchmarkError, match="another run is writing to it"):
-        run(bench(), tmp_path)
+    refused: list[Exception] = []
+
+    def second() -> None:
+        try:
+            run(bench(), tmp_path)
+        except FileError as error:
+            refused.append(error)
+
+    with locked(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert [str(error).startswith(f"{tmp_path}: another process is writing there") for error in refused] == [True]
 
 
 @pytest.mark.parametrize(
