@@ -39,7 +39,7 @@ Reading = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Question:
+class PageQuestion:
     """One prompt that is asked before and after an edit.
 
     Attributes:
@@ -60,7 +60,7 @@ class Question:
 
 def questions_of(
     request: EditRequest, rephrasings: str = "", consequences: str = "", neighbours: str = ""
-) -> tuple[Question, ...]:
+) -> tuple[PageQuestion, ...]:
     """Read typed questions, one a line: ``prompt`` or ``prompt -> answer``, other spellings of the answer after a ``|``.
 
     A rephrasing without an answer is to be answered as the request is; a consequence without one is not judged.
@@ -68,7 +68,7 @@ def questions_of(
     Raises:
         RequestError: If a line is an arrow without a prompt, or there are too many.
     """
-    made = [Question("request", request.prompt, (request.target,))]
+    made = [PageQuestion("request", request.prompt, (request.target,))]
     typed: tuple[tuple[Role, str], ...] = (
         ("rephrase", rephrasings),
         ("consequence", consequences),
@@ -96,13 +96,13 @@ def _parts(line: str) -> tuple[str, str]:
     return (prompt.strip(), stated.strip()) if arrow else (line.strip(), "")
 
 
-def _question(role: Role, line: str, name: str, default: tuple[str, ...]) -> Question:
+def _question(role: Role, line: str, name: str, default: tuple[str, ...]) -> PageQuestion:
     prompt, stated = _parts(line)
     if not prompt:
         raise RequestError(
             f"{name}: nothing is asked before the arrow ({line.strip()!r}); write it as: prompt -> answer"
         )
-    return Question(role, prompt, tuple(name.strip() for name in stated.split("|") if name.strip()) or default)
+    return PageQuestion(role, prompt, tuple(name.strip() for name in stated.split("|") if name.strip()) or default)
 
 
 def lines_of(record: EditRecord) -> tuple[str, str, str]:
@@ -122,7 +122,7 @@ def is_rephrasing(case: EditCase) -> bool:
     return case.hops == 1 and "Rephrase" in case.criteria
 
 
-def require_askable(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Iterable[Question]) -> None:
+def require_askable(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Iterable[PageQuestion]) -> None:
     """Check that a model can be asked these questions.
 
     Raises:
@@ -154,12 +154,12 @@ def require_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *answers: str,
         )
 
 
-def _room(model: Any, tokenizer: PreTrainedTokenizerBase, question: Question) -> int | None:
+def _room(model: Any, tokenizer: PreTrainedTokenizerBase, question: PageQuestion) -> int | None:
     limit = context_length(model)
     return None if limit is None else limit - _answer_tokens(tokenizer, question) - MORE_TOKENS
 
 
-def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
+def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: PageQuestion) -> int:
     if not question.answers:
         return TOKENS_WITHOUT_ANSWER
     return max(
@@ -171,7 +171,7 @@ def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> in
 
 
 def compare_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], edit: Edit | None
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[PageQuestion], edit: Edit | None
 ) -> list[Row]:
     """Ask questions of a model without and with an edit, within this very call.
 
@@ -201,7 +201,7 @@ def compare_answers(
     ]
 
 
-def is_right(question: Question, before: str, after: str) -> bool | None:
+def is_right(question: PageQuestion, before: str, after: str) -> bool | None:
     """Judge an answer; None where nothing says what is right."""
     if question.role == "neighbour":
         return after == before
@@ -210,7 +210,7 @@ def is_right(question: Question, before: str, after: str) -> bool | None:
 
 @torch.no_grad()
 def read_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], edit: Edit | None = None
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[PageQuestion], edit: Edit | None = None
 ) -> list[Reading]:
     """Return for each question the greedy ``answer`` and the ``top`` five next tokens with their probabilities."""
 

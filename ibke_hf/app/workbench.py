@@ -24,7 +24,7 @@ from ..core.layers import input_device
 from ..core.records import EditRecord, EditRequest
 from ..core.tokens import RequestError, context_length, encode
 from .compare import (
-    Question,
+    PageQuestion,
     Row,
     compare_answers,
     lines_of,
@@ -44,7 +44,7 @@ class Fact:
     """A request with the questions that judge it."""
 
     request: EditRequest
-    questions: tuple[Question, ...] = ()
+    questions: tuple[PageQuestion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Workbench:
         """
         if not prompt.strip():
             raise RequestError("the question is empty; give it at least one word")
-        questions = [Question("question", prompt.strip())]
+        questions = [PageQuestion("question", prompt.strip())]
         require_askable(self.model, self.tokenizer, questions)
         return self._compare(questions, session.edit)
 
@@ -252,7 +252,7 @@ class Workbench:
             columns[name] = {"rows": self._compare(fact.questions, edit), "seconds": seconds, "nbytes": edit.nbytes}
         return columns
 
-    def _compare(self, questions: Sequence[Question], edit: Any) -> list[Row]:
+    def _compare(self, questions: Sequence[PageQuestion], edit: Any) -> list[Row]:
         here = None if edit is None else edit.to(input_device(self.model))
         return compare_answers(self.model, self.tokenizer, questions, here)
 

@@ -18,7 +18,7 @@ from ..core.edits import LowRankEdit
 from ..core.layers import device_of
 from .locate.editor import LocatingEditor
 from .locate.key_statistics import KeyStatistics
-from .locate.search import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
+from .locate.search import HIDDEN, LocateConfig, SearchTexts, ValueSearch, last_block, precise, read_states
 
 IN_NULL_SPACE = (
     1e-3  # relative distance from the null space below which a row of an earlier edit is one of AlphaEdit's keys
@@ -71,7 +71,7 @@ class AlphaEditEditor(LocatingEditor):
         self,
         model: Any,
         modules: Mapping[str, nn.Module],
-        questions: Questions,
+        texts: SearchTexts,
         previous: Any,
         names: Sequence[str],
         *,
@@ -79,16 +79,14 @@ class AlphaEditEditor(LocatingEditor):
     ) -> LowRankEdit:
         block = last_block(model, self.config)
         carried = [] if previous is None else [previous]
-        before = read_states(model, {HIDDEN: block}, questions.requests, carried, self.config.texts_at_once)[HIDDEN]
-        search = ValueSearch(model, block, questions, self.config, carried, names)
+        before = read_states(model, {HIDDEN: block}, texts.requests, carried, self.config.texts_at_once)[HIDDEN]
+        search = ValueSearch(model, block, texts, self.config, carried, names)
         wanted = before.outputs + search.run(before.norms, before.outputs.shape[1])
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
         for place, (name, module) in enumerate(modules.items()):
             now = [*carried, LowRankEdit(dict(inputs), dict(outputs))] if inputs else carried
-            states = read_states(
-                model, {name: module, HIDDEN: block}, questions.requests, now, self.config.texts_at_once
-            )
+            states = read_states(model, {name: module, HIDDEN: block}, texts.requests, now, self.config.texts_at_once)
             keys, residual = states[name].inputs, (wanted - states[HIDDEN].outputs) / (len(modules) - place)
             axis = 0 if joint else 1
             inputs[name], outputs[name] = self._update(

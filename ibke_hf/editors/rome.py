@@ -19,7 +19,7 @@ from ..core.edits import LowRankEdit
 from ..core.layers import device_of
 from .locate.editor import LocatingEditor
 from .locate.key_statistics import KeyStatistics
-from .locate.search import HIDDEN, LocateConfig, Questions, ValueSearch, last_block, precise, read_states
+from .locate.search import HIDDEN, LocateConfig, SearchTexts, ValueSearch, last_block, precise, read_states
 
 # relative size below which the Gram matrix of joint keys counts as singular: keys of one subject, for example
 SAME_KEY = 1e-4
@@ -66,7 +66,7 @@ class ROMEEditor(LocatingEditor):
         self,
         model: Any,
         modules: Mapping[str, nn.Module],
-        questions: Questions,
+        texts: SearchTexts,
         previous: Any,
         names: Sequence[str],
         *,
@@ -75,8 +75,8 @@ class ROMEEditor(LocatingEditor):
         ((name, module),) = modules.items()
         carried = [] if previous is None else [previous]
         read = {**modules, HIDDEN: last_block(model, self.config)}
-        states = read_states(model, read, questions.requests, carried, self.config.texts_at_once)
-        search = ValueSearch(model, module, questions, self.config, carried, names)
+        states = read_states(model, read, texts.requests, carried, self.config.texts_at_once)
+        search = ValueSearch(model, module, texts, self.config, carried, names)
         change = search.run(states[HIDDEN].norms.to(states[name].outputs.device), states[name].outputs.shape[1])
         place = 0 if joint else 1
         factor = self._factor_of(name, module)

@@ -17,7 +17,7 @@ from ..core.edit_values import Edit
 from ..core.records import EditRequest
 from ..core.tokens import RequestError
 from .judging import Carried, Judge
-from .questions import Group, Question, question_name
+from .questions import Group, RecordQuestion, question_name
 
 CARRIED_BYTES = 1 << 30  # edits that are copied at once to take one more request each
 GroupMode = Literal["sequential", "joint"]
@@ -84,7 +84,7 @@ class Editing:
             yield Carried(made, {member: row for row, member in enumerate(members)})
 
     def edit_in_hops(
-        self, judge: Judge, carried: Carried, questions: Sequence[Question], edited: Counter[int], first: int = 0
+        self, judge: Judge, carried: Carried, questions: Sequence[RecordQuestion], edited: Counter[int], first: int = 0
     ) -> Iterator[Carried]:
         """Edit in the supporting hops that the current model does not know, in order and cumulatively for each question.
 
@@ -144,6 +144,6 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _hop(question: Question, index: int) -> Named:
+def _hop(question: RecordQuestion, index: int) -> Named:
     name = question_name(question.record, question.role, question.index)
     return f"{name}, supporting hop {index}", question.supporting[index].request()

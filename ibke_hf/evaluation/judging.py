@@ -21,7 +21,7 @@ from ..core.records import EditCase
 from ..core.tokens import IGNORED, pad_and_label
 from . import scores
 from .generation import generate_texts
-from .questions import Question, Tokens
+from .questions import RecordQuestion, Tokens
 
 KNOWN_WITHIN = 5  # a supporting hop is known if every target token is within the top 5
 LocalityMatch = Literal["ids", "string"]
@@ -80,7 +80,7 @@ class Judge:
     locality_match: LocalityMatch = "ids"
     generate: bool = True
 
-    def predictions(self, questions: Sequence[Question]) -> list[Prediction]:
+    def predictions(self, questions: Sequence[RecordQuestion]) -> list[Prediction]:
         """Record what the unedited model predicts."""
         found: dict[int, Prediction] = {}
         unedited = Carried(None, dict.fromkeys(range(len(questions)), 0))
@@ -105,7 +105,7 @@ class Judge:
 
     def rows(
         self,
-        questions: Sequence[Question],
+        questions: Sequence[RecordQuestion],
         before: Sequence[Prediction],
         carried: Carried,
         edited_hops: Mapping[int, int],
@@ -154,7 +154,7 @@ class Judge:
             ends = list(accumulate(len(_target_ids(tokens[member])) for member in members))
             yield members, logits[labels != IGNORED], [slice(*part) for part in zip([0, *ends], ends, strict=False)]
 
-    def _answers(self, questions: Sequence[Question], carried: Carried) -> dict[int, str]:
+    def _answers(self, questions: Sequence[RecordQuestion], carried: Carried) -> dict[int, str]:
         """Generate an answer to each request and generality case greedily."""
         asked = {i: questions[i] for i in carried.rows if questions[i].role != "locality"}
         prompts = {i: (question.asked.prompt, len(question.target_ids)) for i, question in asked.items()}
@@ -174,7 +174,7 @@ class Judge:
         return str(self.tokenizer.decode(ids.tolist()))
 
 
-def described(question: Question) -> Row:
+def described(question: RecordQuestion) -> Row:
     """Return what a row says of its question."""
     record, asked = question.record, question.asked
     case = asked if isinstance(asked, EditCase) else EditCase(asked.prompt, asked.target, name="requests")
@@ -197,7 +197,7 @@ def _target_ids(tokens: Tokens) -> list[int]:
     return tokens[0][tokens[1] :]
 
 
-def _expected(question: Question, before: Prediction) -> Tensor:
+def _expected(question: RecordQuestion, before: Prediction) -> Tensor:
     """Ids that a question is to be answered with: the target's, or for locality what the unedited model predicts."""
     return before.ids if question.role == "locality" else torch.tensor(question.target_ids)
 

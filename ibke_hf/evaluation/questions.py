@@ -20,7 +20,7 @@ COLLISION = "locality case that collides with an edit"
 
 
 @dataclass(frozen=True)
-class Question:
+class RecordQuestion:
     """One request or case of a record that the model is asked.
 
     Attributes:
@@ -82,7 +82,7 @@ class Group:
     """
 
     records: tuple[EditRecord, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[RecordQuestion, ...]
     dropped: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -108,7 +108,7 @@ class Reader:
         Raises:
             RequestError: If a text is empty, too long, or has no target token; names record and case.
         """
-        questions: list[Question] = []
+        questions: list[RecordQuestion] = []
         dropped: list[dict[str, Any]] = []
         for record in records:
             questions += [
@@ -133,7 +133,7 @@ class Reader:
                     questions.append(self._question(record, "locality", i, case))
         return Group(tuple(records), tuple(questions), tuple(dropped))
 
-    def _question(self, record: EditRecord, role: Role, index: int, asked: EditRequest | EditCase) -> Question:
+    def _question(self, record: EditRecord, role: Role, index: int, asked: EditRequest | EditCase) -> RecordQuestion:
         name = question_name(record, role, index)
         supporting = (
             asked.supporting if self.supporting_hops and role == "generality" and isinstance(asked, EditCase) else ()
@@ -141,7 +141,7 @@ class Reader:
         hops = tuple(
             self._encode(hop.prompt, hop.target, f"{name}, supporting hop {i}") for i, hop in enumerate(supporting)
         )
-        return Question(record, role, index, asked, self._encode(asked.prompt, asked.target, name), hops)
+        return RecordQuestion(record, role, index, asked, self._encode(asked.prompt, asked.target, name), hops)
 
     def _encode(self, prompt: str, target: str, name: str) -> Tokens:
         return encode(

@@ -8,7 +8,7 @@ from small_workbench import FORM, small_workbench
 
 from ibke_hf.app import compare as comparison
 from ibke_hf.app.compare import (
-    Question,
+    PageQuestion,
     compare_answers,
     is_right,
     questions_of,
@@ -43,14 +43,14 @@ def test_questions_are_read_a_line_each():
         "stays\nstays too → 3",
     )
     assert made == (
-        Question("request", "The capital of France is", ("Rome",)),
-        Question("rephrase", "Which city?", ("Roma", "Rome")),
-        Question("rephrase", "Its capital is", ("Rome",)),
-        Question("consequence", "a -> b", ("c",)),
-        Question("consequence", "open"),
-        Question("consequence", "bare"),
-        Question("neighbour", "stays"),
-        Question("neighbour", "stays too", ("3",)),
+        PageQuestion("request", "The capital of France is", ("Rome",)),
+        PageQuestion("rephrase", "Which city?", ("Roma", "Rome")),
+        PageQuestion("rephrase", "Its capital is", ("Rome",)),
+        PageQuestion("consequence", "a -> b", ("c",)),
+        PageQuestion("consequence", "open"),
+        PageQuestion("consequence", "bare"),
+        PageQuestion("neighbour", "stays"),
+        PageQuestion("neighbour", "stays too", ("3",)),
     )
 
 
@@ -64,10 +64,10 @@ def test_unreadable_questions_are_named():
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (Question("request", "x" * 3000, ("y",)), "the fact: 3000 characters"),
-        (Question("rephrase", "half \ud83d of an emoji"), "rephrase 1: .*surrogate"),
-        (Question("neighbour", "word " * 150), r"neighbour 1: \d+ tokens leave no room .* \d+ would"),
-        (Question("neighbour", "short", ("long " * 200,)), "neighbour 1: "),
+        (PageQuestion("request", "x" * 3000, ("y",)), "the fact: 3000 characters"),
+        (PageQuestion("rephrase", "half \ud83d of an emoji"), "rephrase 1: .*surrogate"),
+        (PageQuestion("neighbour", "word " * 150), r"neighbour 1: \d+ tokens leave no room .* \d+ would"),
+        (PageQuestion("neighbour", "short", ("long " * 200,)), "neighbour 1: "),
     ],
 )
 def test_questions_that_cannot_be_asked_are_named(bench, question, message):
@@ -77,7 +77,7 @@ def test_questions_that_cannot_be_asked_are_named(bench, question, message):
 
 def test_any_script_can_be_asked(bench):
     texts = ("富士山は", "Où est Zürich ?", "Ответ: 🗼🏔️", "<script>alert(1)</script>", "مرحبا", "${1+1} {{x}} %s \\")
-    questions = [Question("neighbour", text, ("東京 🗼",)) for text in texts]
+    questions = [PageQuestion("neighbour", text, ("東京 🗼",)) for text in texts]
     require_askable(bench.model, bench.tokenizer, questions)
     edit = bench.editor.edit(bench.model, bench.tokenizer, [EditRequest("富士山 🏔️", "東京 🗼")])
     assert [row["prompt"] for row in compare_answers(bench.model, bench.tokenizer, questions, edit)] == list(texts)
@@ -150,7 +150,7 @@ def test_without_an_edit_nothing_differs(bench):
     ],
 )
 def test_marks(role, answers, before, after, right):
-    assert is_right(Question(role, "prompt", answers), before, after) is right
+    assert is_right(PageQuestion(role, "prompt", answers), before, after) is right
 
 
 # --- scale factors ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ibke_hf.core.tokens import RequestError, TokenBatch, encode_requests
 from ibke_hf.editors.dense import DenseEdit
 from ibke_hf.editors.locate.key_statistics import KeyStatistics
 from ibke_hf.editors.locate.prefixes import draw_prefixes
-from ibke_hf.editors.locate.search import Asked, ValueSearch, ask, read_states, subject_end
+from ibke_hf.editors.locate.search import SubjectTexts, ValueSearch, ask, read_states, subject_end
 from ibke_hf.editors.rome import ROMEConfig, ROMEEditor, rank_one_update
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
@@ -84,9 +84,9 @@ def test_the_layer_maps_the_key_to_the_value_by_a_rank_one_update_and_the_model_
     modules = modules_to_edit(model, editor.config.module_names())
     ((name, _),) = modules.items()
     prefixes = draw_prefixes(model, tiny_tokenizer, editor.config, editor.statistics.openings)
-    questions = ask(tiny_tokenizer, REQUESTS, prefixes, "{} is a", 128)
-    unedited = read_states(model, modules, questions.requests, [], 100)[name]
-    edited = read_states(model, modules, questions.requests, [edit], 100)[name]
+    texts = ask(tiny_tokenizer, REQUESTS, prefixes, "{} is a", 128)
+    unedited = read_states(model, modules, texts.requests, [], 100)[name]
+    edited = read_states(model, modules, texts.requests, [edit], 100)[name]
     torch.testing.assert_close(edited.inputs, unedited.inputs, **near)
     torch.testing.assert_close(edited.outputs, unedited.outputs + found[0], rtol=1e-3, atol=1e-3)  # v* = W k* + δ
     for row in range(3):
@@ -233,9 +233,9 @@ def test_the_objective_and_its_gradient_equal_a_naive_computation(
     model, editor = setting(tiny_model, tiny_tokenizer, family)
     config = replace(editor.config, kl_factor=0.5, texts_at_once=4)
     prefixes = ["Paris is. ", "of the river in. "]
-    questions = ask(tiny_tokenizer, REQUESTS, prefixes, config.essence, 128)
+    texts = ask(tiny_tokenizer, REQUESTS, prefixes, config.essence, 128)
     ((_, module),) = modules_to_edit(model, config.module_names()).items()
-    search = ValueSearch(model, module, questions, config, [], ["a", "b", "c"])
+    search = ValueSearch(model, module, texts, config, [], ["a", "b", "c"])
     change = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     search.objective(torch.zeros_like(change))
     losses, gradients = search.objective(change)
@@ -253,9 +253,9 @@ def test_the_objective_and_its_gradient_equal_a_naive_computation(
 def test_requests_that_are_done_are_asked_no_more(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer)
     modules = modules_to_edit(model, editor.config.module_names())
-    questions = ask(tiny_tokenizer, REQUESTS, [], "{} is a", 128)
-    state = read_states(model, modules, questions.requests, [], 9)[next(iter(modules))]
-    search = ValueSearch(model, *modules.values(), questions, editor.config, [], ["a", "b", "c"])
+    texts = ask(tiny_tokenizer, REQUESTS, [], "{} is a", 128)
+    state = read_states(model, modules, texts.requests, [], 9)[next(iter(modules))]
+    search = ValueSearch(model, *modules.values(), texts, editor.config, [], ["a", "b", "c"])
     losses, _ = search.objective(torch.zeros(3, 32))
     search.config = replace(
         editor.config, stop_below=float(losses.sort().values[1]) + 1e-3
@@ -274,13 +274,13 @@ def test_the_change_stays_within_its_limit_and_zero_steps_of_a_done_request(
 ) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer, clamp=0.5, steps=5)
     modules = modules_to_edit(model, editor.config.module_names())
-    questions = ask(tiny_tokenizer, REQUESTS, [], "{} is a", 128)
-    state = read_states(model, modules, questions.requests, [], 9)[next(iter(modules))]
+    texts = ask(tiny_tokenizer, REQUESTS, [], "{} is a", 128)
+    state = read_states(model, modules, texts.requests, [], 9)[next(iter(modules))]
     names = ["a", "b", "c"]
-    change = ValueSearch(model, *modules.values(), questions, editor.config, [], names).run(state.norms, 32)
+    change = ValueSearch(model, *modules.values(), texts, editor.config, [], names).run(state.norms, 32)
     assert (change.norm(dim=-1) <= 0.5 * state.norms * 1.0001).all()
     assert (change.norm(dim=-1) > 0.4 * state.norms).all()
-    done = ValueSearch(model, *modules.values(), questions, replace(editor.config, stop_below=100.0), [], names).run(
+    done = ValueSearch(model, *modules.values(), texts, replace(editor.config, stop_below=100.0), [], names).run(
         state.norms, 32
     )
     assert not done.any()
@@ -298,7 +298,7 @@ def test_padding_side_and_batch_change_nothing(tiny_model: Callable[..., Any], t
     )
     (name,) = modules
     expected = read_states(model, modules, asked, [], 100)[name]
-    for other, size in ((Asked(wider, asked.subjects, asked.owners, 3), 100), (asked, 1), (asked, 4)):
+    for other, size in ((SubjectTexts(wider, asked.subjects, asked.owners, 3), 100), (asked, 1), (asked, 4)):
         found = read_states(model, modules, other, [], size)[name]
         torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-5, atol=1e-5)
@@ -330,8 +330,8 @@ def test_the_subject_is_the_last_mention_as_whole_words(prompt: str, subject: st
 
 
 def test_subject_columns_hold_the_subjects_last_token(tiny_tokenizer: Any) -> None:
-    questions = ask(tiny_tokenizer, REQUESTS, ["Où? 🏔. ", "Paris. "], "It is said: {} is a", 128)
-    for asked in (questions.requests, questions.essences):
+    texts = ask(tiny_tokenizer, REQUESTS, ["Où? 🏔. ", "Paris. "], "It is said: {} is a", 128)
+    for asked in (texts.requests, texts.essences):
         columns = asked.columns()
         assert columns.sum(-1).tolist() == [1] * len(columns)
         for row, owner in enumerate(asked.owners.tolist()):

@@ -19,7 +19,7 @@ from ...core.records import EditRequest
 from ...core.tokens import context_length
 from .key_statistics import KeyStatistics, default_layers
 from .prefixes import draw_prefixes
-from .search import LocateConfig, Questions, ask
+from .search import LocateConfig, SearchTexts, ask
 
 
 class LocatingEditor(ABC):
@@ -98,15 +98,13 @@ class LocatingEditor(ABC):
         self.statistics.require(modules)
         info = describe(model, modules, requests, editor=type(self).__name__)
         with torch.inference_mode(False), evaluating(model):
-            questions = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
+            texts = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
             names = [f"request {k}" for k in range(len(requests))]
             if mode != "sequential":
-                return replace(
-                    self._edit(model, modules, questions, previous, names, joint=mode == "joint"), info=info
-                )
+                return replace(self._edit(model, modules, texts, previous, names, joint=mode == "joint"), info=info)
             edit: Any = previous
             for k, name in enumerate(names):
-                edit = self._edit(model, modules, questions.only(k), edit, [name], joint=True)
+                edit = self._edit(model, modules, texts.only(k), edit, [name], joint=True)
         return replace(edit, info=info)
 
     @abstractmethod
@@ -114,7 +112,7 @@ class LocatingEditor(ABC):
         self,
         model: Any,
         modules: Mapping[str, nn.Module],
-        questions: Questions,
+        texts: SearchTexts,
         previous: Any,
         names: Sequence[str],
         *,
@@ -145,7 +143,7 @@ def check_call(mode: Mode, number: int, previous: Edit | None) -> None:
 
 def question_requests(
     model: Any, tokenizer: Any, requests: Sequence[EditRequest], config: LocateConfig, openings: Sequence[str]
-) -> Questions:
+) -> SearchTexts:
     """Tokenise requests behind random prefixes; first without, so that an unusable request costs nothing."""
     limit = context_length(model)
     ask(tokenizer, requests, (), config.essence, limit)

@@ -111,7 +111,7 @@ class LocateConfig:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SubjectTexts:
     """Texts of some requests, each with the place of its subject.
 
     Attributes:
@@ -126,23 +126,25 @@ class Asked:
     owners: Tensor
     number: int
 
-    def only(self, request: int) -> Asked:
+    def only(self, request: int) -> SubjectTexts:
         """Return the texts of one request."""
         rows = self.owners == request
-        return Asked(self.batch[rows].trimmed(), self.subjects[rows], torch.zeros_like(self.owners[rows]), 1)
+        return SubjectTexts(self.batch[rows].trimmed(), self.subjects[rows], torch.zeros_like(self.owners[rows]), 1)
 
-    def where(self, wanted: Tensor) -> Asked:
+    def where(self, wanted: Tensor) -> SubjectTexts:
         """Return the texts of the requests that `wanted` (n,) is True for; the requests keep their numbers."""
         rows = wanted[self.owners]
         return (
-            self if bool(rows.all()) else Asked(self.batch[rows], self.subjects[rows], self.owners[rows], self.number)
+            self
+            if bool(rows.all())
+            else SubjectTexts(self.batch[rows], self.subjects[rows], self.owners[rows], self.number)
         )
 
-    def parts(self, size: int) -> Iterator[Asked]:
+    def parts(self, size: int) -> Iterator[SubjectTexts]:
         """Cut into lots of at most `size` texts, in order."""
         for start in range(0, len(self.owners), size):
             rows = slice(start, start + size)
-            yield Asked(self.batch[rows].trimmed(), self.subjects[rows], self.owners[rows], self.number)
+            yield SubjectTexts(self.batch[rows].trimmed(), self.subjects[rows], self.owners[rows], self.number)
 
     def columns(self) -> Tensor:
         """Mark each text's subject: (t, l) bool."""
@@ -160,20 +162,20 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Questions:
+class SearchTexts:
     """The requests behind every prefix, and the essence prompts of their subjects."""
 
-    requests: Asked
-    essences: Asked
+    requests: SubjectTexts
+    essences: SubjectTexts
 
-    def only(self, request: int) -> Questions:
+    def only(self, request: int) -> SearchTexts:
         """Return those of one request."""
-        return Questions(self.requests.only(request), self.essences.only(request))
+        return SearchTexts(self.requests.only(request), self.essences.only(request))
 
 
 def ask(
     tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str], essence: str, max_length: int | None
-) -> Questions:
+) -> SearchTexts:
     """Tokenise requests, bare and behind each prefix that leaves room for them, and their essence prompts.
 
     Raises:
@@ -205,12 +207,16 @@ def ask(
         ids = encode_prompt(tokenizer, text)
         essences.append(([*ids, 0], len(ids)))  # the last token of a padded text is not fed
         essence_places.append((k, _token_at(tokenizer, text, text.index(subject) + len(subject)) - len(ids)))
-    return Questions(_asked(texts, places, len(requests)), _asked(essences, essence_places, len(requests)))
+    return SearchTexts(
+        _subject_texts(texts, places, len(requests)), _subject_texts(essences, essence_places, len(requests))
+    )
 
 
-def _asked(texts: Sequence[tuple[list[int], int]], places: Sequence[tuple[int, int]], number: int) -> Asked:
+def _subject_texts(
+    texts: Sequence[tuple[list[int], int]], places: Sequence[tuple[int, int]], number: int
+) -> SubjectTexts:
     owners, subjects = torch.tensor(places).unbind(1)
-    return Asked(pad_and_label(texts), subjects, owners, number)
+    return SubjectTexts(pad_and_label(texts), subjects, owners, number)
 
 
 def subject_end(request: EditRequest, name: str) -> int:
@@ -271,7 +277,7 @@ class State:
 
 
 def read_states(
-    model: Any, modules: Mapping[str, nn.Module], asked: Asked, edits: Sequence[Edit], texts_at_once: int
+    model: Any, modules: Mapping[str, nn.Module], asked: SubjectTexts, edits: Sequence[Edit], texts_at_once: int
 ) -> dict[str, State]:
     """Read modules at the subjects' last tokens, on the model that carries the edits."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
@@ -301,15 +307,15 @@ class ValueSearch:
         self,
         model: Any,
         module: nn.Module,
-        questions: Questions,
+        texts: SearchTexts,
         config: LocateConfig,
         edits: Sequence[Edit],
         names: Sequence[str],
     ) -> None:
-        self.model, self.module, self.questions, self.config, self.edits, self.names = (
+        self.model, self.module, self.texts, self.config, self.edits, self.names = (
             model,
             module,
-            questions,
+            texts,
             config,
             edits,
             names,
@@ -355,7 +361,7 @@ class ValueSearch:
         Where `searched` (n,) is given, requests that it is False for cost nothing, and get zeros.
         """
         wanted = torch.ones(len(change), dtype=torch.bool) if searched is None else searched.cpu()
-        asked, essences = (texts.where(wanted) for texts in (self.questions.requests, self.questions.essences))
+        asked, essences = (texts.where(wanted) for texts in (self.texts.requests, self.texts.essences))
         losses, gradient = torch.zeros(len(change), device=change.device), torch.zeros_like(change)
         shares = 1 / torch.bincount(asked.owners, minlength=len(change))
         for part in asked.parts(self.config.texts_at_once):
@@ -383,7 +389,7 @@ class ValueSearch:
         )  # at δ = 0
         return self.config.kl_factor * (logs.exp() * (logs - before)).sum(-1)
 
-    def _add(self, change: Tensor, part: Asked, loss: Any, losses: Tensor, gradient: Tensor) -> None:
+    def _add(self, change: Tensor, part: SubjectTexts, loss: Any, losses: Tensor, gradient: Tensor) -> None:
         """Add the losses of some texts to those of their requests, and the gradient likewise; the graph starts at the module."""
         leaf = change[part.owners.to(change.device)].requires_grad_(True)
         modules = {"value": self.module}
