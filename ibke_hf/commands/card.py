@@ -86,8 +86,10 @@ def _print_needs(given: argparse.Namespace) -> None:
 
 def _show(given: argparse.Namespace) -> None:
     """Print the card that `ibke push` writes for a trained editor that has none of its own beside it."""
-    from ..hub.publishing import RESULTS, code_files, editor_card, read_results
+    from ..hub.cards.editor import editor_card
+    from ..hub.cards.results import RESULTS, read_results
     from ..hub.push import folder_kind
+    from ..hub.remote_code import code_files
 
     folder = Path(given.name)
     kind = folder_kind(folder)

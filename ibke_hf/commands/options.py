@@ -67,7 +67,7 @@ def upload_options(command: argparse.ArgumentParser) -> None:
 
 
 def upload_settings(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as keyword arguments of :func:`~ibke_hf.hub.publishing.upload`."""
+    """Return the options as keyword arguments of :func:`~ibke_hf.hub.upload.upload`."""
     settings = {
         "private": given.private or None,
         "revision": given.revision,

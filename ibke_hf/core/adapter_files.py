@@ -205,7 +205,7 @@ def publisher() -> Any:
         ImportError: Where `ibke_hf` is not installed.
     """
     try:
-        return import_module("ibke_hf.hub.publishing")
+        return import_module("ibke_hf.hub.push")
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == "ibke_hf":
             raise ImportError(

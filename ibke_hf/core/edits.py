@@ -257,7 +257,7 @@ class LowRankEdit(WeightEdit):
             raise AdapterError(f"{name_or_path}: {error}; save or download it again") from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish as a LoRA adapter with a card, of rank ``max_rank`` at most; see :func:`ibke_hf.hub.publishing.push_edit`."""
+        """Publish as a LoRA adapter with a card, of rank ``max_rank`` at most; see :func:`ibke_hf.hub.push.push_edit`."""
         return publisher().push_edit(self, repo_id, **kwargs)
 
 

@@ -358,7 +358,7 @@ class GradientEditor(PreTrainedModel):
         return dict(zip(self.config.module_names(), self.step_sizes.tolist(), strict=True))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
-        """Publish weights, config, card, results and code in one commit; options: :func:`ibke_hf.hub.publishing.push_editor`."""
+        """Publish weights, config, card, results and code in one commit; options: :func:`ibke_hf.hub.push.push_editor`."""
         return publisher().push_editor(self, repo_id, **options)
 
     @property

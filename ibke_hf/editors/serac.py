@@ -376,7 +376,7 @@ class SERACEditor(PreTrainedModel):
             return self.answers([ids for ids, _ in entries], cases)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
-        """Publish weights, config, card and results in one commit; options: :func:`ibke_hf.hub.publishing.push_editor`."""
+        """Publish weights, config, card and results in one commit; options: :func:`ibke_hf.hub.push.push_editor`."""
         return publisher().push_editor(self, repo_id, **options)
 
 

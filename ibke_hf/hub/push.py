@@ -1,4 +1,4 @@
-"""`ibke push`: publish a folder as what it is, an editor, an edit or records, in one commit with a card."""
+"""Publishes an editor, an edit or records, or a folder as what it is (`ibke push`), in one commit with a card."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
+from huggingface_hub import CommitInfo, ModelCard
 
 from ..core.adapter_files import CONFIG as ADAPTER_CONFIG
 from ..core.adapter_files import INFO as EDIT_INFO
+from ..core.adapter_files import save_edit, with_uniform_rank
 from ..core.edits import LowRankEdit
 from ..data.files import record_files
 from ..data.rows import records_dataset
 from ..data.sources import SPLITS
 from ..editors.catalogue import TRAINED, register_trained
-from .publishing import CARD, RESULTS, push_edit, push_editor, upload
+from .cards.dataset import ROWS, dataset_card
+from .cards.edit import edit_card
+from .cards.editor import editor_card
+from .cards.results import RESULTS, read_results, write_results
+from .cards.text import CARD, public_name
+from .remote_code import change_config, write_code
+from .upload import upload
 
-ROWS = "data"  # folder of the rows as Parquet, for `datasets`
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SPLIT = re.compile(r"\w+")
 
 
@@ -32,7 +40,7 @@ def push_folder(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
         folder: The folder of an editor, of an edit or of records.
         repo_id: Repository, made if it does not exist.
         options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of
-            :func:`~ibke_hf.hub.publishing.upload`, `metadata` of the card, `results` of an editor and `max_rank` of an
+            :func:`~ibke_hf.hub.upload.upload`, `metadata` of the card, `results` of an editor and `max_rank` of an
             edit.
 
     Returns:
@@ -102,7 +110,7 @@ def push_editor_folder(folder: str | Path, repo_id: str, **options: Any) -> Comm
     Args:
         folder: What `save_pretrained` has written.
         repo_id: Repository, made if it does not exist.
-        options: See :func:`~ibke_hf.hub.publishing.push_editor`.
+        options: See :func:`~ibke_hf.hub.push.push_editor`.
 
     Raises:
         OSError: If there are no weights.
@@ -121,13 +129,97 @@ def push_editor_folder(folder: str | Path, repo_id: str, **options: Any) -> Comm
 
 
 def push_edit_folder(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
-    """Publish a saved edit; see :func:`~ibke_hf.hub.publishing.push_edit`.
+    """Publish a saved edit; see :func:`~ibke_hf.hub.push.push_edit`.
 
     Raises:
         AdapterError: If it cannot be read as an edit.
         UploadError: If the upload is cut; another call finishes it.
     """
     return push_edit(LowRankEdit.from_pretrained(folder), repo_id, **options)
+
+
+# --- editors and edits ---------------------------------------------------------------------------------------------
+
+
+def push_editor(
+    editor: Any,
+    repo_id: str,
+    *,
+    results: Mapping[str, Any] | str | Path | None = None,
+    scores: Mapping[str, float] | None = None,
+    card: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    max_shard_size: str | int = "50GB",
+    **options: Any,
+) -> CommitInfo:
+    """Publish an editor's weights, config, card, results and code in one commit.
+
+    Args:
+        editor: A gradient editor, such as :class:`~ibke_hf.IBKEEditor`.
+        repo_id: Repository, made if it does not exist.
+        results: What `ibke eval` made: the folder, its ``results.json`` or what that holds.
+        scores: The last validation of a training run, by the Trainer's names.
+        card: Text of a card of your own, in place of :func:`editor_card`'s.
+        metadata: Metadata of the card, such as ``license`` or ``datasets``.
+        max_shard_size: Largest size of a file of weights.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of :func:`upload`.
+
+    Returns:
+        The commit's information.
+
+    Raises:
+        ValueError: If the results are not those of `ibke eval`.
+        UploadError: If the upload is cut; another call finishes it.
+    """
+    evaluation = read_results(results)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        editor.save_pretrained(folder, max_shard_size=max_shard_size)
+        change_config(folder, backbone=public_name(editor.config.backbone))
+        remote = write_code(editor, folder)
+        if evaluation is not None:
+            write_results(evaluation, folder)
+        text = card or editor_card(
+            editor, repo_id, results=evaluation, scores=scores, remote=remote, **(metadata or {})
+        )
+        ModelCard(str(text)).save(folder / CARD)
+        return upload(folder, repo_id, replaces=WEIGHTS, **{"commit_message": "Add the editor", **options})
+
+
+def push_edit(
+    edit: LowRankEdit,
+    repo_id: str,
+    *,
+    max_rank: int | None = None,
+    rank: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CommitInfo:
+    """Publish an edit as a LoRA adapter with a card, in one commit.
+
+    Args:
+        edit: A single edit; of several independent ones push ``edit[i]``.
+        repo_id: Repository, made if it does not exist.
+        max_rank: See :func:`~ibke_hf.core.adapter_files.save_edit`; the card states the relative error.
+        rank: See :func:`~ibke_hf.core.adapter_files.save_edit`.
+        metadata: Metadata of the card, such as ``license``.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of :func:`upload`.
+
+    Returns:
+        The commit's information.
+
+    Raises:
+        ValueError: As :func:`~ibke_hf.core.adapter_files.save_edit` does.
+        UploadError: If the upload is cut; another call finishes it.
+    """
+    edit = with_uniform_rank(edit, max_rank, rank)
+    edit = replace(
+        edit, info=replace(edit.info, editor=public_name(edit.info.editor), backbone=public_name(edit.info.backbone))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        save_edit(edit, folder)
+        edit_card(edit, repo_id, **(metadata or {})).save(Path(folder) / CARD)
+        return upload(folder, repo_id, **{"commit_message": "Add the edit", **options})
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -155,7 +247,7 @@ def push_records(
         repo_id: Repository, made if it does not exist.
         metadata: Metadata of the card, such as ``license``.
         options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of
-            :func:`~ibke_hf.hub.publishing.upload`.
+            :func:`~ibke_hf.hub.upload.upload`.
 
     Returns:
         The commit's information.
@@ -196,56 +288,3 @@ def _copy_split(name: str, source: Path, target: Path, cache: Path) -> dict[str,
         "records": len(rows),
         **{kind: sum(map(len, rows[kind])) for kind in ("requests", "generality", "locality")},
     }
-
-
-def dataset_card(repo_id: str, numbers: Mapping[str, Mapping[str, int]], **metadata: Any) -> DatasetCard:
-    """Write the card of a dataset of records: what is in each split, its columns, how to load it.
-
-    Args:
-        repo_id: Where it is published.
-        numbers: By split, the number of records, requests, generality and locality cases.
-        metadata: Metadata of the card.
-    """
-    files = [{"split": name, "path": f"{ROWS}/{name}.parquet"} for name in numbers]
-    data = DatasetCardData(
-        **{
-            "tags": ["knowledge-editing", "model-editing", "ibke-hf"],
-            "task_categories": ["text-generation"],
-            "configs": [{"config_name": "default", "data_files": files}],
-            **metadata,
-        }
-    )
-    columns = list(next(iter(numbers.values())))
-    table = ["| split | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    table += [
-        f"| {name} | " + " | ".join(f"{row[column]:,}" for column in columns) + " |" for name, row in numbers.items()
-    ]
-    first = next(iter(numbers))
-    text = f"""# {repo_id.rpartition("/")[2]}
-
-Records for editing facts in language models: each has one or more edit requests, generality cases, whose answer must follow from
-the edit, and locality cases, whose answer must not change.
-
-{chr(10).join(table)}
-
-Rows, with requests, cases and hops as lists:
-
-```python
-import datasets
-
-rows = datasets.load_dataset("{repo_id}", split="{first}")
-```
-
-Records, read from the files of each domain one after another:
-
-```python
-from ibke_hf.data.sources import read_records
-
-records = read_records("{repo_id}", split="{first}")
-```
-
-Columns: `id`, `dataset`, `domain`, `requests` (`prompt`, `target`, `subject`), `generality` and `locality` (`prompt`, `target`,
-`criteria`, `hops`, `top_k`, `aliases`, `supporting`, `facts`, `name`), `edits` (the requests as triples), `kind` (counterfactual, or
-unknown to the model), `relation`, `metadata`.
-"""
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

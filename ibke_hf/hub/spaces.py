@@ -13,7 +13,8 @@ import yaml
 from huggingface_hub import CommitInfo, SpaceCard, SpaceCardData
 
 from ..evaluation.space import METRIC, write_metric
-from .publishing import CARD, upload
+from .cards.text import CARD
+from .upload import upload
 
 REQUIREMENTS = "requirements.txt"
 PACKAGE, METRIC_PAGE = "ibke_hf", "metric_page"
@@ -30,7 +31,7 @@ def push_space(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
         repo_id: Space, made if it does not exist; that of a metric is named as the metric, or ``evaluate.load`` does
             not find it.
         options: `private`, `token`, `revision`, `create_pr`, `commit_message`, … of
-            :func:`~ibke_hf.hub.publishing.upload`.
+            :func:`~ibke_hf.hub.upload.upload`.
 
     Returns:
         The commit's information.

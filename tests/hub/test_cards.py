@@ -33,9 +33,9 @@ from ibke_hf.data.sources import read_records
 from ibke_hf.evaluation.scores import REPORTED
 from ibke_hf.hub.cards import BACKBONES, CARDS, render_card, stale_files
 from ibke_hf.hub.cards import atlas as atlas_module
+from ibke_hf.hub.cards.editor import SECTIONS, editor_page
 from ibke_hf.hub.cards.needs import CASES, ROW_TOKENS, SHAPES, training_needs
 from ibke_hf.hub.cards.presets import PAPERS_LAYERS
-from ibke_hf.hub.publishing import SECTIONS, editor_page
 
 FOLDER = ROOT / "model_cards"
 RESULTS = {

@@ -26,7 +26,7 @@ from ibke_hf import IBKEEditor, LowRankEdit
 from ibke_hf.cli import main
 from ibke_hf.editors.mend import MENDEditor
 from ibke_hf.editors.serac import SERACEditor
-from ibke_hf.hub.publishing import PICKLES, PickleError, UploadError, upload
+from ibke_hf.hub.upload import PICKLES, PickleError, UploadError, upload
 
 ID = "org/ibke-tiny"
 RESULTS = {
@@ -52,7 +52,6 @@ CODE = {
     "edits.py",
     "edit_values.py",
     "adapter_files.py",
-    "publishing.py",
 }
 
 

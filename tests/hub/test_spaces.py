@@ -16,8 +16,8 @@ from test_hub import without_waiting
 import ibke_hf
 from ibke_hf.cli import main
 from ibke_hf.evaluation import metric_page, scores
-from ibke_hf.hub.publishing import UploadError
 from ibke_hf.hub.spaces import CODE, assemble, push_space, read_settings
+from ibke_hf.hub.upload import UploadError
 
 METRIC = ROOT / "spaces" / "edit_quality"
 SPACES = sorted(file.parent for file in (ROOT / "spaces").glob("*/README.md"))

@@ -1,6 +1,6 @@
 """`ibke card`: the cards under ``model_cards/``, and the card that a push of a trained editor writes, all from one template.
 
-The template is :func:`ibke_hf.hub.publishing.editor_page`, since it travels with the code of pushed editors.
+The template is :func:`ibke_hf.hub.cards.editor.editor_page`.
 """
 
 from __future__ import annotations

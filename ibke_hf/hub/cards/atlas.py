@@ -11,8 +11,9 @@ from ...atlas.datasets import TRAINING_OPTIONS
 from ...atlas.editors import LOCALITY_FLOOR, STEP_FACTORS
 from ...atlas.report import SPLITS, markdown_table
 from ...atlas.splits import HELD_OUT_DOMAINS
-from ..publishing import CARD, EVAL_RESULTS, editor_metadata, editor_page, eval_results_text, fenced
-from .text import IBKE_TAGS, listed, prose
+from .editor import editor_metadata, editor_page
+from .results import EVAL_RESULTS, eval_results_text
+from .text import CARD, IBKE_TAGS, fenced, listed, prose
 
 Json = dict[str, Any]
 DATASET = "ibke-hf/atlas"  # what `.eval_results` calls the records, which ship in the package and are not on the Hub
