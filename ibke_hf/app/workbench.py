@@ -303,7 +303,7 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
         model, tokenizer = load_backbone()
         return _placed(model, tokenizer, load_editor("ibke"), load_rival("ft", model), "Atlas")
     made = _load_editor(editor)
-    name = backbone or made.config.backbone
+    name = backbone or made.config.base_model_name_or_path
     if name == ATLAS:
         model, tokenizer = load_backbone()
         return _placed(model, tokenizer, made, load_rival("ft", model), "Atlas")

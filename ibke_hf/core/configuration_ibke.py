@@ -22,11 +22,24 @@ PRESET_DIMENSIONS = {
 
 
 @strict
-class GradientEditorConfig(PreTrainedConfig):
+class EditorConfig(PreTrainedConfig):
+    """What every editor with weights says of itself.
+
+    Args:
+        base_model_name_or_path: Name or path of the model that the editor belongs to; ``backbone`` is another name of
+            this field, which earlier versions saved it under.
+    """
+
+    attribute_map = {"backbone": "base_model_name_or_path"}  # noqa: RUF012  as transformers declares it
+
+    base_model_name_or_path: str = ""
+
+
+@strict
+class GradientEditorConfig(EditorConfig):
     """What every editor that reads gradient factors needs to know of its backbone.
 
     Args:
-        backbone: Name or path of the model that the editor belongs to.
         edited_modules: Name template of the edited projections, ``{i}`` standing for the layer.
         edited_layers: Indices of the edited layers.
         input_dims: d_in of each edited layer.
@@ -34,10 +47,10 @@ class GradientEditorConfig(PreTrainedConfig):
         statistics_epsilon: ε of the standardisation (s - mean)/(std + ε) (SPEC §2.4).
         initial_edit_ratio: ‖side path‖ / ‖layer output‖ that η starts from (SPEC §3).
         capture_loss_scale: Scales the edit loss while gradients are in fp16.
-        editor_precision: Precision of the saved editor weights; statistics stay in fp32.
+        trained_edits_per_group: Records that training edited jointly (`edits_per_group`), 0 where that is not known;
+            an edit of more requests is beyond what the editor has learnt.
     """
 
-    backbone: str = ""
     edited_modules: str = ""
     edited_layers: list[int] | None = None
     input_dims: list[int] | None = None
@@ -45,6 +58,7 @@ class GradientEditorConfig(PreTrainedConfig):
     statistics_epsilon: float = 1e-7
     initial_edit_ratio: float = 0.05
     capture_loss_scale: float = 1.0
+    trained_edits_per_group: int = 0
 
     def module_names(self) -> list[str]:
         """Return the full names of the edited projections."""
@@ -67,6 +81,7 @@ class GradientEditorConfig(PreTrainedConfig):
         require_range(self, "statistics_epsilon", 0.0, 1.0)
         require_range(self, "initial_edit_ratio", 1e-8, 10.0)
         require_range(self, "capture_loss_scale", 1e-8, 1e8)
+        require_range(self, "trained_edits_per_group", 0, 1_000_000_000)
 
 
 @strict
@@ -130,7 +145,7 @@ class IBKEConfig(GradientEditorConfig):
         half = backbone in ("EleutherAI/gpt-j-6b", "Qwen/Qwen3-8B")  # the paper runs these two in FP16
         settings = {
             **PRESETS[backbone],
-            "backbone": backbone,
+            "base_model_name_or_path": backbone,
             "input_dims": [d_in] * number,
             "output_dims": [d_out] * number,
             "capture_loss_scale": 1024.0 if half else 1.0,

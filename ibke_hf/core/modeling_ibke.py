@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from .adapter_files import publisher
 from .capture import GradientFactors, capture_factors, evaluating
 from .configuration_ibke import GradientEditorConfig, IBKEConfig, Mode, require_mode
 from .edit_values import EditInfo, describe
+from .editor_model import EditorModel
 from .edits import LowRankEdit
+from .factor_statistics import FactorStatistics, Moments
+from .hypernetworks import AdaptedFactors, IBKEHypernetwork
 from .layers import BackboneError, dimensions, layers_to_edit, modules_to_edit
 from .records import EditRequest
 from .tokens import TokenBatch, context_length, encode_requests
@@ -29,109 +32,14 @@ from .tokens import TokenBatch, context_length, encode_requests
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class AdaptedFactors:
-    """What a hypernetwork makes of the factors of b requests at one layer.
-
-    Attributes:
-        layer_inputs: ĥ, (b, l_e, d_in); zero on padding.
-        output_gradients: û, (b, l_e, d_out); zero on padding.
-        gates: f_{W_s}(s̃) before the sigmoid, (b, l_e); None for editors without a scale factor.
-        latent: z, (b, l_m, d_m); None for editors without a latent, like the next two.
-        mean: μ, (b, l_m, d_m).
-        log_variance: log v², (b, l_m, d_m).
-        step_size: η, (); None for that of the editor at the time. It is an output like the others, so that DDP, which
-            wraps `forward`, reduces the gradient of η too.
-    """
-
-    layer_inputs: Tensor
-    output_gradients: Tensor
-    gates: Tensor | None = None
-    latent: Tensor | None = None
-    mean: Tensor | None = None
-    log_variance: Tensor | None = None
-    step_size: Tensor | None = None
-
-
-class CrossAttention(nn.Module):
-    """Cross-attention δ(q W_q (k W_k)ᵀ) k W_v with biases (Eq. 28), scores divided by sqrt(d_m / heads)."""
-
-    def __init__(self, query_dim: int, key_dim: int, dim: int, *, scale: bool, heads: int = 1) -> None:
-        super().__init__()
-        self.query = nn.Linear(query_dim, dim)
-        self.key = nn.Linear(key_dim, dim)
-        self.value = nn.Linear(key_dim, dim)
-        self.heads = heads
-        self.scale = 1 / math.sqrt(dim // heads) if scale else 1.0
-
-    def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(b, q, query_dim), (b, k, key_dim), mask (b, k) True on real keys -> (b, q, dim)."""
-        q, k, v = (self._split(t) for t in (self.query(queries), self.key(keys), self.value(keys)))
-        allowed = None if mask is None else mask[:, None, None, :]
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=self.scale)
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-class IBKEHypernetwork(nn.Module):
-    """The hypernetwork of one edited layer: bottleneck (first stage) and adaptation (second stage)."""
-
-    def __init__(self, config: IBKEConfig, d_in: int, d_out: int) -> None:
-        super().__init__()
-        width, dim, scale = d_in + d_out, config.latent_dim, config.attention_scale
-        self.config, self.d_in, hidden = config, d_in, config.second_stage_mlp
-        self.queries = nn.Parameter(torch.empty(config.latent_length, dim))
-        self.mean = CrossAttention(dim, width, dim, scale=scale)
-        self.log_variance = CrossAttention(dim, width, dim, scale=scale) if config.use_information_bottleneck else None
-        self.readout = CrossAttention(width, dim, dim, scale=scale, heads=config.second_stage_heads)
-        self.skip = nn.Linear(width, dim) if config.second_stage_skip else None
-        self.mlp = (
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-            if hidden
-            else None
-        )
-        self.residual = nn.Linear(dim, width)
-        self.gate = nn.Linear(dim, 1) if config.use_scale_factor else None
-
-    def forward(self, x: Tensor, mask: Tensor, *, sample: bool = False, gates: Tensor | None = None) -> AdaptedFactors:
-        """Adapt standardised factors x (b, l_e, d_in + d_out); `gates` (b, l_e) override the pre-sigmoid gates."""
-        latent, mean, log_variance = self.encode(x, mask, sample=sample)
-        state = self.readout(x, latent)  # Eq. 31
-        if self.skip is not None:
-            state = state + self.skip(x)
-        if self.mlp is not None:
-            state = state + self.mlp(state)
-        if gates is None and self.gate is not None:
-            gates = self.gate(state).squeeze(-1)
-        adapted = x + self.residual(state)  # Eq. 32
-        if gates is not None:
-            adapted = torch.sigmoid(gates).unsqueeze(-1) * adapted
-        adapted = adapted * mask.unsqueeze(-1)  # after the residual, whose bias would fill padding rows
-        layer_inputs, output_gradients = adapted.split([self.d_in, adapted.shape[-1] - self.d_in], -1)
-        return AdaptedFactors(layer_inputs, output_gradients, gates, latent, mean, log_variance)
-
-    def encode(self, x: Tensor, mask: Tensor, *, sample: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return z, μ and log v² (Eq. 26-30); every request draws its own ε."""
-        queries = self.queries.expand(len(x), -1, -1)
-        mean = self.mean(queries, x, mask)
-        if self.log_variance is None:
-            return mean, mean, None
-        log_variance = self.log_variance(queries, x, mask).clamp(*self.config.log_variance_range)
-        if not sample:
-            return mean, mean, log_variance
-        return mean + (0.5 * log_variance).exp() * torch.randn_like(mean), mean, log_variance
-
-
-class GradientEditor(PreTrainedModel):
+class GradientEditor(EditorModel):
     """Base of the editors that adapt gradient factors by hypernetworks, one per edited layer.
 
     A subclass gives each layer a hypernetwork that maps standardised factors to :class:`AdaptedFactors`.
     """
 
     config_class = GradientEditorConfig
-    base_model_prefix = "editor"
+    config: Any
     main_input_name = "factors"
     _keep_in_fp32_modules_strict = ["statistics", "log_step_sizes"]  # noqa: RUF012  as transformers declares it
 
@@ -141,7 +49,7 @@ class GradientEditor(PreTrainedModel):
             raise ValueError("the config names no edited layers; use from_preset(name) or for_backbone(model)")
         dims = list(zip(config.input_dims, config.output_dims, strict=True))
         self.hypernetworks = nn.ModuleList(self.build_hypernetwork(d_in, d_out) for d_in, d_out in dims)
-        self.statistics = nn.ModuleList(_Statistics(d_in + d_out) for d_in, d_out in dims)
+        self.statistics = nn.ModuleList(FactorStatistics(d_in + d_out) for d_in, d_out in dims)
         self.log_step_sizes = nn.Parameter(torch.zeros(len(dims)))
         self.post_init()
 
@@ -162,7 +70,7 @@ class GradientEditor(PreTrainedModel):
             nn.init.normal_(module.queries)  # zeros would collapse the latents
             nn.init.zeros_(module.residual.weight)  # training starts from a gated step along the standardised factors
             nn.init.zeros_(module.residual.bias)
-        elif isinstance(module, _Statistics):
+        elif isinstance(module, FactorStatistics):
             module.reset()
         elif module is self:
             nn.init.zeros_(self.log_step_sizes)
@@ -188,7 +96,7 @@ class GradientEditor(PreTrainedModel):
         modules = modules_to_edit(model, [template.format(i=i) for i in chosen])
         dims = [dimensions(module) for module in modules.values()]
         fields = {
-            "backbone": model.config.name_or_path,
+            "base_model_name_or_path": model.config.name_or_path,
             "edited_modules": template,
             "edited_layers": chosen,
             "input_dims": [d for d, _ in dims],
@@ -208,13 +116,11 @@ class GradientEditor(PreTrainedModel):
         ):
             if dimensions(module) != (d_in, d_out):
                 raise BackboneError(
-                    f"this editor was built for {self.config.backbone or 'a backbone'} where {name} maps {d_in} "
-                    f"to {d_out}; "
-                    f"the given model's maps {dimensions(module)[0]} to {dimensions(module)[1]}"
+                    f"this editor was built for {self.config.base_model_name_or_path or 'a backbone'} where "
+                    f"{name} maps {d_in} to {d_out}; the given model's maps {dimensions(module)[0]} to "
+                    f"{dimensions(module)[1]}"
                 )
-        given = getattr(model.config, "name_or_path", "")
-        if self.config.backbone and given and given != self.config.backbone:
-            logger.warning_once(f"the editor was trained for {self.config.backbone!r} and is used on {given!r}")
+        self.warn_of_other_backbone(model)
         return modules
 
     @property
@@ -234,8 +140,8 @@ class GradientEditor(PreTrainedModel):
             sample: Draw z (training) instead of z = μ (inference).
             gates: Pre-sigmoid gates (b, l_e) to use in place of the computed ones, per layer.
         """
-        given = gates or [None] * len(self.hypernetworks)
-        return tuple(self._adapt(i, f, sample, g) for i, (f, g) in enumerate(zip(factors, given, strict=True)))
+        overrides = gates or [None] * len(self.hypernetworks)
+        return tuple(self._adapt(i, f, sample, g) for i, (f, g) in enumerate(zip(factors, overrides, strict=True)))
 
     def _adapt(self, index: int, factors: GradientFactors, sample: bool, gates: Tensor | None) -> AdaptedFactors:
         factors = factors.to(self.log_step_sizes.device)
@@ -260,8 +166,8 @@ class GradientEditor(PreTrainedModel):
             info: Provenance of the edit.
         """
         inputs, outputs = {}, {}
-        for name, factors, own in zip(self.config.module_names(), adapted, self.step_sizes, strict=True):
-            step_size = own if factors.step_size is None else factors.step_size
+        for name, factors, current in zip(self.config.module_names(), adapted, self.step_sizes, strict=True):
+            step_size = current if factors.step_size is None else factors.step_size
             inputs[name] = join_groups(factors.layer_inputs.float(), groups)
             outputs[name] = join_groups(-step_size * factors.output_gradients.float(), groups)
         return LowRankEdit(inputs, outputs, info or EditInfo())
@@ -304,6 +210,8 @@ class GradientEditor(PreTrainedModel):
             NonFiniteError: If a loss or factor is not finite.
         """
         require_mode(mode)
+        if mode != "independent":
+            self._warn_of_large_groups(requests, previous)
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         info = self._info(model, requests)
         with evaluating(self):
@@ -327,11 +235,25 @@ class GradientEditor(PreTrainedModel):
 
     def _info(self, model: Any, requests: Sequence[EditRequest]) -> EditInfo:
         editor = self.config.name_or_path or type(self).__name__
-        return describe(model, self.modules_of(model), requests, editor=editor, backbone=self.config.backbone)
+        backbone = self.config.base_model_name_or_path
+        return describe(model, self.modules_of(model), requests, editor=editor, backbone=backbone)
+
+    def _warn_of_large_groups(self, requests: Sequence[EditRequest], previous: LowRankEdit | None) -> None:
+        """Say so where one edit is to hold more requests than the editor has seen together in training."""
+        trained = self.config.trained_edits_per_group
+        number = len(requests) + (0 if previous is None else len(previous.info.requests))
+        if trained and number > trained:
+            logger.warning_once(
+                f"this editor was trained on {trained} edit{'s' * (trained > 1)} at a time and is asked for one edit "
+                f"of more: scores fall with each further request; check the answers, or train with edits_per_group"
+            )
 
     @torch.no_grad()
     def calibrate(self, model: Any, batches: Sequence[TokenBatch]) -> Mapping[str, float]:
         """Measure the standardisation statistics and set η's start (SPEC §2.4 and §3); once, before training.
+
+        The batches are read twice, since η's start needs what the hypernetworks make of factors that are standardised
+        by the final statistics: the factors of one batch are held at a time, whatever the number of requests.
 
         Args:
             model: The backbone.
@@ -340,25 +262,31 @@ class GradientEditor(PreTrainedModel):
         Returns:
             η of each layer by module name.
         """
-        captured = [self.capture(model, batch) for batch in batches]
-        device = self.log_step_sizes.device
-        for i, statistics in enumerate(self._all_statistics()):
-            rows = [torch.cat((f[i].layer_inputs, f[i].output_gradients), -1)[f[i].mask].to(device) for f in captured]
-            statistics.measure(rows)
-        ratios: list[list[Tensor]] = [[] for _ in self.statistics]
-        for factors in captured:
-            for i, adapted in enumerate(self(factors)):
-                x = factors[i].layer_inputs.to(device)
-                side = torch.bmm(torch.bmm(x, adapted.layer_inputs.float().mT), adapted.output_gradients.float())
-                ratios[i].append(side.flatten(1).norm(dim=-1) / factors[i].output_norms.to(device))
-        for i, ratio in enumerate(ratios):
-            self.log_step_sizes[i] = (
-                math.log(self.config.initial_edit_ratio) - torch.cat(ratio).median().clamp(min=1e-12).log()
-            )
+        moments = [Moments(statistics.mean.numel()) for statistics in self._all_statistics()]
+        for batch in batches:
+            for factors, layer in zip(self.capture(model, batch), moments, strict=True):
+                layer.add(torch.cat((factors.layer_inputs, factors.output_gradients), -1)[factors.mask])
+        for statistics, layer in zip(self._all_statistics(), moments, strict=True):
+            statistics.measure(layer)
+        ratios = torch.cat([self._side_path_ratios(self.capture(model, batch)) for batch in batches], 1)
+        medians = ratios.median(1).values.clamp(min=1e-12)
+        self.log_step_sizes.copy_(math.log(self.config.initial_edit_ratio) - medians.log())
         return dict(zip(self.config.module_names(), self.step_sizes.tolist(), strict=True))
 
+    def _side_path_ratios(self, captured: Sequence[GradientFactors]) -> Tensor:
+        """Return ‖side path‖ / ‖layer output‖ of each layer and request at η = 1, (layers, b)."""
+        ratios = []
+        for factors, adapted in zip(captured, self(captured), strict=True):
+            x = factors.layer_inputs.to(adapted.layer_inputs.device)
+            side = torch.bmm(torch.bmm(x, adapted.layer_inputs.float().mT), adapted.output_gradients.float())
+            ratios.append(side.flatten(1).norm(dim=-1) / factors.output_norms.to(side.device))
+        return torch.stack([ratio.to(self.log_step_sizes.device) for ratio in ratios])
+
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
-        """Publish weights, config, card, results and code in one commit; options: :func:`ibke_hf.hub.push.push_editor`."""
+        """Publish weights, config, card, results and code in one commit.
+
+        Options: those of :func:`ibke_hf.hub.push.push_editor`.
+        """
         return publisher().push_editor(self, repo_id, **options)
 
     @property
@@ -366,36 +294,8 @@ class GradientEditor(PreTrainedModel):
         """Tell whether the statistics were measured."""
         return all(bool(statistics.count > 0) for statistics in self._all_statistics())
 
-    def _all_statistics(self) -> list[_Statistics]:
-        return [module for module in self.statistics if isinstance(module, _Statistics)]
-
-
-class _Statistics(nn.Module):
-    """Mean and standard deviation per feature of h ⊕ u: saved buffers, frozen after calibration."""
-
-    mean: Tensor
-    std: Tensor
-    count: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
-        self.register_buffer("count", torch.zeros(()))
-
-    def reset(self) -> None:
-        self.mean.zero_()
-        self.std.fill_(1.0)
-        self.count.zero_()
-
-    def measure(self, rows: Sequence[Tensor]) -> None:
-        """Set the statistics from rows (tokens, width), in two passes."""
-        number = sum(len(row) for row in rows)
-        mean = torch.stack([row.sum(0) for row in rows]).sum(0) / number
-        variance = torch.stack([(row - mean).square().sum(0) for row in rows]).sum(0) / number
-        self.mean.copy_(mean)
-        self.std.copy_(variance.sqrt())
-        self.count.fill_(number)
+    def _all_statistics(self) -> list[FactorStatistics]:
+        return [module for module in self.statistics if isinstance(module, FactorStatistics)]
 
 
 def join_groups(rows: Tensor, groups: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModel
 
 from ..core.capture import GradientFactors
 from ..core.configuration_ibke import GradientEditorConfig, require_range
-from ..core.modeling_ibke import AdaptedFactors, GradientEditor
+from ..core.hypernetworks import AdaptedFactors
+from ..core.modeling_ibke import GradientEditor
 
 
 @strict

@@ -22,28 +22,26 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ..core.adapter_files import publisher
 from ..core.capture import evaluating, target_logits
-from ..core.configuration_ibke import Mode, require_mode, require_range
+from ..core.configuration_ibke import EditorConfig, Mode, require_mode, require_range
 from ..core.edit_values import describe, require_length
+from ..core.editor_model import EditorModel
 from ..core.layers import BackboneError
 from ..core.records import EditRequest
 from ..core.tokens import IGNORED, RequestError, TokenBatch, context_length, encode
 from .serac_memory import Entry, SERACEdit, memory_of
 
-logger = logging.get_logger(__name__)
 FORMS = ("embedding", "cross")
 
 
 @strict
-class SERACConfig(PreTrainedConfig):
+class SERACConfig(EditorConfig):
     """Configuration of :class:`SERACEditor`.
 
     Args:
-        backbone: Name or path of the model that the editor belongs to.
         scope_model: Config of the decoder that the scope classifier reads with, as a dict with its ``model_type``.
         counterfactual_model: Config of the counterfactual model, likewise.
         scope_form: ``"embedding"``: requests and prompts are embedded apart, so that a memory costs one pass over the
@@ -56,7 +54,6 @@ class SERACConfig(PreTrainedConfig):
 
     model_type = "serac"
 
-    backbone: str = ""
     scope_model: dict[str, Any] | None = None
     counterfactual_model: dict[str, Any] | None = None
     scope_form: str = "embedding"
@@ -91,12 +88,11 @@ class ScopesAndAnswers:
     answers: Tensor
 
 
-class SERACEditor(PreTrainedModel):
+class SERACEditor(EditorModel):
     """Semi-parametric editing with a retrieval-augmented counterfactual model."""
 
     config_class = SERACConfig
     config: SERACConfig
-    base_model_prefix = "editor"
     main_input_name = "cases"
     supports_independent = True
     is_calibrated = True  # nothing is measured before training
@@ -169,7 +165,7 @@ class SERACEditor(PreTrainedModel):
         }
         end = model.config.get_text_config().eos_token_id
         fields = {
-            "backbone": model.config.name_or_path,
+            "base_model_name_or_path": model.config.name_or_path,
             "separator": int((end[0] if isinstance(end, list) else end) or 0),
             **models,
         }
@@ -188,13 +184,10 @@ class SERACEditor(PreTrainedModel):
         """
         if _vocabulary(model) != _vocabulary(self.counterfactual):
             raise BackboneError(
-                f"this editor was built for {self.config.backbone or 'a backbone'} with "
-                f"{_vocabulary(self.counterfactual)} "
-                f"tokens; the given model has {_vocabulary(model)}"
+                f"this editor was built for {self.config.base_model_name_or_path or 'a backbone'} with "
+                f"{_vocabulary(self.counterfactual)} tokens; the given model has {_vocabulary(model)}"
             )
-        given = getattr(model.config, "name_or_path", "")
-        if self.config.backbone and given and given != self.config.backbone:
-            logger.warning_once(f"the editor was trained for {self.config.backbone!r} and is used on {given!r}")
+        self.warn_of_other_backbone(model)
         return {}
 
     # --- pure ---------------------------------------------------------------------------------------------------
@@ -327,7 +320,7 @@ class SERACEditor(PreTrainedModel):
             self.modules_of(model),
             requests,
             editor=self.config.name_or_path or type(self).__name__,
-            backbone=self.config.backbone,
+            backbone=self.config.base_model_name_or_path,
         )
         return SERACEdit(memory_of([old + new for old, new in zip(carried, rows, strict=True)]), {}, info, self)
 

@@ -175,7 +175,7 @@ def push_editor(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         editor.save_pretrained(folder, max_shard_size=max_shard_size)
-        change_config(folder, backbone=public_name(editor.config.backbone))
+        change_config(folder, base_model_name_or_path=public_name(editor.config.base_model_name_or_path))
         remote = write_code(editor, folder)
         if evaluation is not None:
             write_results(evaluation, folder)

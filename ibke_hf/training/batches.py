@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.capture import evaluating, mean_per_row, target_logits
 from ..core.edits import LowRankEdit
-from ..core.modeling_ibke import AdaptedFactors, GradientEditor
+from ..core.hypernetworks import AdaptedFactors
+from ..core.modeling_ibke import GradientEditor
 from ..core.records import EditRecord, collides
 from ..core.tokens import IGNORED, TokenBatch, encode, pad_and_label
 from .objective import independence_for_locality, information_transfer, sufficiency_for_generality

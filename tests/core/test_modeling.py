@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModel
 from ibke_hf.core.capture import NonFiniteError, case_losses, target_logits
 from ibke_hf.core.configuration_ibke import PRESETS, IBKEConfig
 from ibke_hf.core.edits import LowRankEdit
+from ibke_hf.core.factor_statistics import Moments
+from ibke_hf.core.hypernetworks import AdaptedFactors, CrossAttention
 from ibke_hf.core.layers import BackboneError, add_to_weight, modules_to_edit
-from ibke_hf.core.modeling_ibke import AdaptedFactors, IBKEEditor, join_groups
+from ibke_hf.core.modeling_ibke import IBKEEditor, join_groups
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
 
@@ -167,6 +169,51 @@ def test_calibration_starts_from_the_configured_ratio(tiny_model: Callable[..., 
         assert float((side.flatten(1).norm(dim=-1) / captured.output_norms).median()) == pytest.approx(0.03, rel=1e-3)
 
 
+def test_calibration_in_one_pass_equals_two_passes_over_all_factors(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Statistics within 1e-6 of two passes in fp64 over everything at once, relatively; η's start within 1e-5."""
+    model = tiny_model("gpt2")
+    model.transformer.h[0].mlp.c_proj.bias.data[3] = 1e4  # a massive activation, whose squares cancel in fp32
+    torch.manual_seed(0)
+    editor = IBKEEditor.for_backbone(model, layers=[1, 2], **SMALL)
+    batch = encode_requests(tiny_tokenizer, REQUESTS)
+    parts = [batch[:1], batch[1:]]
+    held = []
+    capture = editor.capture
+    editor.capture = lambda *args: held.append(capture(*args)) or held[-1]  # type: ignore[method-assign]
+    editor.calibrate(model, parts)
+    assert len(held) == 2 * len(parts), "the factors of a batch are read again, not kept"
+    for index, statistics in enumerate(editor.statistics):
+        rows = torch.cat(
+            [
+                torch.cat((part[index].layer_inputs, part[index].output_gradients), -1)[part[index].mask]
+                for part in held[: len(parts)]
+            ]
+        ).double()
+        assert int(statistics.count) == len(rows)
+        torch.testing.assert_close(statistics.mean.double(), rows.mean(0), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(statistics.std.double(), rows.std(0, correction=0), rtol=1e-6, atol=1e-9)
+        ratios = []
+        for part in held[: len(parts)]:
+            adapted = editor._adapt(index, part[index], False, None)
+            side = part[index].layer_inputs @ adapted.layer_inputs.mT @ adapted.output_gradients
+            ratios.append(side.flatten(1).norm(dim=-1) / part[index].output_norms)
+        start = editor.config.initial_edit_ratio / torch.cat(ratios).median()
+        torch.testing.assert_close(editor.step_sizes[index], start, rtol=1e-5, atol=0)
+
+
+def test_moments_do_not_depend_on_how_rows_are_split() -> None:
+    rows = 1e6 + torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for sizes in ([40], [1] * 40, [7, 0, 33]):
+        moments = Moments(3)
+        for part in rows.split(sizes):
+            moments.add(part)
+        assert moments.count == 40
+        torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-12, atol=0)
+        torch.testing.assert_close(moments.variance, rows.var(0, correction=0), rtol=1e-6, atol=0)
+
+
 # --- the hypernetwork -----------------------------------------------------------------------------------------------
 
 
@@ -230,6 +277,56 @@ def test_ablations(captured: tuple[IBKEEditor, Any], tiny_model: Callable[..., A
     ):
         for adapted in make_editor(model, tiny_tokenizer, **option)(factors):
             assert torch.isfinite(adapted.layer_inputs).all()
+
+
+@pytest.mark.parametrize("limits", [(-10.0, 10.0), (-0.5, 0.25)])
+def test_log_variance_stays_in_its_range(
+    limits: tuple[float, float], tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """v² = exp(log v²) must neither overflow nor vanish, whatever the projections say."""
+    model = tiny_model("qwen3")
+    editor = make_editor(model, tiny_tokenizer, log_variance_range=limits)
+    factors = editor.capture(model, encode_requests(tiny_tokenizer, REQUESTS))
+    projection = editor.hypernetworks[0].log_variance.value
+    for bias, expected in ((-300.0, limits[0]), (300.0, limits[1])):
+        nn.init.constant_(projection.bias, bias)
+        drawn = editor(factors, sample=True)[0]
+        assert torch.equal(drawn.log_variance, torch.full_like(drawn.log_variance, expected))
+        assert torch.isfinite(drawn.latent).all()
+
+
+@pytest.mark.parametrize(("heads", "scaled"), [(1, True), (4, True), (4, False)])
+def test_attention_equals_one_head_after_another(heads: int, scaled: bool) -> None:
+    """Each head attends by its own columns, its scores divided by the square root of its own width (Eq. 28)."""
+    torch.manual_seed(0)
+    attention = CrossAttention(6, 5, 8, scale=scaled, heads=heads)
+    queries, keys = 3 * torch.randn(2, 3, 6), 3 * torch.randn(2, 4, 5)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    q, k, v = attention.query(queries), attention.key(keys), attention.value(keys)
+    width = 8 // heads
+    expected = []
+    for columns in range(0, 8, width):
+        part = slice(columns, columns + width)
+        scores = q[..., part] @ k[..., part].mT / (width**0.5 if scaled else 1.0)
+        expected.append(scores.masked_fill(~mask[:, None, :], -torch.inf).softmax(-1) @ v[..., part])
+    torch.testing.assert_close(attention(queries, keys, mask), torch.cat(expected, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_second_stages_mlp_adds_to_its_input(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """An MLP that says nothing changes nothing: a deep second stage starts as a shallow one."""
+    model = tiny_model("qwen3")
+    editor = make_editor(model, tiny_tokenizer, second_stage_mlp=8)
+    factors = editor.capture(model, encode_requests(tiny_tokenizer, REQUESTS))
+    for network in editor.hypernetworks:
+        nn.init.zeros_(network.mlp[-1].weight)
+        nn.init.zeros_(network.mlp[-1].bias)
+    silent = editor(factors)
+    for network in editor.hypernetworks:
+        network.mlp = None
+    for with_mlp, without in zip(silent, editor(factors), strict=True):
+        assert torch.equal(with_mlp.layer_inputs, without.layer_inputs)
+        assert torch.equal(with_mlp.gates, without.gates)
+        assert without.gates.std() > 0
 
 
 def test_training_starts_from_a_gated_step_along_the_standardised_factors(

@@ -21,7 +21,7 @@ from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
 from ibke_hf.editors.dense import DenseEdit
 from ibke_hf.editors.ft import FineTuningEditor, FTConfig
-from ibke_hf.editors.mend import MENDConfig, MENDEditor
+from ibke_hf.editors.mend import MENDBlock, MENDConfig, MENDEditor
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 REQUESTS = (
@@ -102,6 +102,19 @@ def test_mend_is_token_wise_and_zero_on_padding(tiny_model: Callable[..., Any], 
     together = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     for name in alone.layers:
         torch.testing.assert_close(alone.weight_update(name), together[1].weight_update(name), **near)
+
+
+def test_a_mend_block_adds_a_rectified_layer() -> None:
+    """x + W_2 relu(W_1 x + b_1) + b_2: hidden units below zero are silent, those above pass as they are."""
+    torch.manual_seed(0)
+    block = MENDBlock(5, 3)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 5)
+    nn.init.constant_(block.hidden.bias, -100.0)
+    torch.testing.assert_close(block(x), x + block.output.bias)
+    nn.init.constant_(block.hidden.bias, 100.0)
+    torch.testing.assert_close(block(x), x + block.output(block.hidden(x)))
 
 
 def test_a_saved_mend_gives_the_same_edit_bit_for_bit(

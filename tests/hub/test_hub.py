@@ -43,6 +43,9 @@ RESULTS = {
 }
 CODE = {
     "modeling_ibke.py",
+    "editor_model.py",
+    "hypernetworks.py",
+    "factor_statistics.py",
     "configuration_ibke.py",
     "records.py",
     "tokens.py",
@@ -98,7 +101,7 @@ def test_an_editor_comes_back_with_the_same_edit_bit_for_bit(hub: LoopbackHub, w
 
 def test_the_card_states_backbone_results_and_how_to_load(hub: LoopbackHub, world: Any) -> None:
     editor = world[2]
-    editor.config.backbone = "openai-community/gpt2"
+    editor.config.base_model_name_or_path = "openai-community/gpt2"
     editor.push_to_hub(ID, results=RESULTS, metadata={"license": "apache-2.0"})
     card = ModelCard.load(ID)
     assert card.data.base_model == "openai-community/gpt2"
@@ -125,7 +128,7 @@ def test_the_card_states_backbone_results_and_how_to_load(hub: LoopbackHub, worl
 
 
 def test_card_and_config_name_no_folder(hub: LoopbackHub, world: Any, tmp_path: Path) -> None:
-    world[2].config.backbone = str(tmp_path)
+    world[2].config.base_model_name_or_path = str(tmp_path)
     world[2].push_to_hub(ID, results={**RESULTS, "settings": {"dataset": str(tmp_path / "mine.json")}})
     files = hub[ID].files()
     assert not [name for name in ("README.md", "config.json") if str(tmp_path) in files[name].decode()]

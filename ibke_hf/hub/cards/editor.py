@@ -61,7 +61,7 @@ def editor_card(
     imports = f"from ibke_hf import EditRequest, {kind.__name__}"
     if ".editors." in kind.__module__:
         imports = f"from ibke_hf import EditRequest\nfrom {kind.__module__} import {kind.__name__}"
-    backbone, layers = public_name(editor.config.backbone), ", ".join(editor.config.module_names())
+    backbone, layers = public_name(editor.config.base_model_name_or_path), ", ".join(editor.config.module_names())
     summary = getattr(kind, "card_summary", "") or f"turns edit requests into low-rank edits of {layers}."
     summary = f"`{kind.__name__}`{f' for {backbone}' if backbone else ''}: {summary}"
     use = [fenced(INSTALLED.format(imports=imports, name=kind.__name__, id=repo_id) + USE)]
@@ -75,7 +75,7 @@ def editor_card(
     )
     last = [f"Last validation: {validation}."] if validation else []
     sections = {"Use": use, "Training": last, "Results": results_table(results) if results else []}
-    data = editor_metadata(editor.config.backbone, name, [results] if results else [], **metadata)
+    data = editor_metadata(editor.config.base_model_name_or_path, name, [results] if results else [], **metadata)
     return ModelCard(editor_page(data, name, [summary], sections))
 
 

@@ -127,8 +127,8 @@ def _preset(needs: TrainingNeeds) -> str:
 def _paper(needs: TrainingNeeds) -> str:
     from ...training.trainer import IBKETrainingArguments as Arguments
 
-    layers = f"layers {listed(PRESETS[needs.config.backbone]['edited_layers'])}, "
-    papers = needs.config.backbone in PAPERS_LAYERS
+    layers = f"layers {listed(PRESETS[needs.config.base_model_name_or_path]['edited_layers'])}, "
+    papers = needs.config.base_model_name_or_path in PAPERS_LAYERS
     return prose(
         PAPER,
         length=needs.config.latent_length,
