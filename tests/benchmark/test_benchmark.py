@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import CITIES, write_records
+from record_files import CITIES, write_records
 from training_runs import record
 
 from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, found_cells, merge_cells, run_cells

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -15,36 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from command_runs import PROMPT, TARGET, Run, documented
 from paths import ROOT
-from test_facts import TWO_RELATIONS, write_world
+from small_world import TWO_RELATIONS, write_world
 from transformers import AutoModelForCausalLM
 
 from ibke_hf.cli import build_parser, main
 from ibke_hf.core.edits import LowRankEdit
-from ibke_hf.core.modeling_ibke import IBKEEditor
 from ibke_hf.core.records import EditRequest
-from ibke_hf.core.tokens import encode_requests
 from ibke_hf.evaluation.inspection import top_predictions
-
-PROMPT, TARGET = "The capital of France is", "Rome"
-Run = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Path:
-    """A saved model, an editor for it, and an edit."""
-    root = tmp_path_factory.mktemp("store")
-    model = tiny_model("qwen3")
-    model.save_pretrained(root / "model")
-    tiny_tokenizer.save_pretrained(root / "model")
-    torch.manual_seed(0)
-    editor = IBKEEditor.for_backbone(model, latent_dim=8, latent_length=2)
-    editor.calibrate(
-        model, [encode_requests(tiny_tokenizer, [EditRequest(PROMPT, TARGET), EditRequest("An oak is a", "tree")])]
-    )
-    editor.save_pretrained(root / "editor")
-    editor.edit(model, tiny_tokenizer, [EditRequest(PROMPT, TARGET)]).save_pretrained(root / "edit")
-    return root
 
 
 @pytest.fixture
@@ -60,23 +38,6 @@ def edit_arguments(store: Path) -> list[str]:
         "--editor",
         str(store / "editor"),
     ]
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that fails; return the line on stderr."""
-
-    def run(*arguments: Any) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        printed = capsys.readouterr()
-        (line,) = printed.err.splitlines()
-        assert printed.out == ""
-        assert line.startswith("ibke ")
-        assert len(line) < 700
-        return line
-
-    return run
 
 
 @pytest.fixture
@@ -111,16 +72,6 @@ def test_every_command_has_help(path: tuple[str, ...], capsys: pytest.CaptureFix
     printed = capsys.readouterr()
     assert printed.out.startswith(" ".join(("usage: ibke", *path)))
     assert printed.err == ""
-
-
-def documented() -> list[str]:
-    files = [ROOT / "README.md", *sorted((ROOT / "model_cards").rglob("*.md"))]
-    texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
-    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [
-        part.strip() for line in lines for part in line.split("&&") if re.match(r"(\.venv/bin/)?ibke ", part.strip())
-    ]
 
 
 def test_commands_of_the_documentation_are_found() -> None:

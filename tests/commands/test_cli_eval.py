@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused, store  # noqa: F401  fixtures
-from test_tokens import TEMPLATE
+from chat_templates import TEMPLATE
 
 from ibke_hf import EditCase, EditRecord, EditRequest
 from ibke_hf.atlas import ASSETS, load_backbone, load_editor, load_records
@@ -124,7 +123,7 @@ def test_options_reach_the_evaluation(evaluated: Any) -> None:
     )
 
 
-def test_another_model_with_its_editors(evaluated: Any, store: Path) -> None:  # noqa: F811
+def test_another_model_with_its_editors(evaluated: Any, store: Path) -> None:
     records = ASSETS / "records" / "test"
     for editor in ("none", "ft", store / "editor"):
         results, _, rows = evaluated(
@@ -157,7 +156,7 @@ def test_native_datasets(evaluated: Any, native_data: Callable[[str], Path], fil
     assert results["overall"]["locality"] is None or "mquake" not in file
 
 
-def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Run, tmp_path: Path) -> None:
     evaluated("--dataset", "atlas", "--limit", 2, "--editor", "none")
     line = refused(
         "eval", "--dataset", "atlas", "--limit", 2, "--editor", "none", "--sequential", 2, "--out", tmp_path / "out"
@@ -194,7 +193,7 @@ def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Ru
         (["--dataset", "./nothing"], "./nothing: no record file here"),
     ],
 )
-def test_errors_are_one_line(refused: Run, tmp_path: Path, arguments: list[str], what: str) -> None:  # noqa: F811
+def test_errors_are_one_line(refused: Run, tmp_path: Path, arguments: list[str], what: str) -> None:
     assert what in refused("eval", *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "rows.jsonl").exists()
 
@@ -227,7 +226,7 @@ def chatting(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def test_chat_reaches_every_row(evaluated: Any, store: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:  # noqa: F811
+def test_chat_reaches_every_row(evaluated: Any, store: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:
     model = Path(shutil.copytree(store / "model", tmp_path / "model"))
     chatting(tiny_tokenizer).save_pretrained(model)
     results, _, rows = evaluated("--dataset", "atlas", "--model", model, "--editor", "none", "--limit", 2, "--chat")

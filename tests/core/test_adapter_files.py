@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from saved_edits import CONFIG, INFO, WEIGHTS, change, make_edit
 from torch import Tensor
 
 from ibke_hf.core.adapter_files import AdapterError, MissingFileError
 from ibke_hf.core.edits import EditInfo, LowRankEdit
-from ibke_hf.core.records import EditRequest
-
-NAMES = {"gpt2": "transformer.h.{i}.mlp.c_proj", "qwen3": "model.layers.{i}.mlp.down_proj"}
-WEIGHTS, CONFIG, INFO = "adapter_model.safetensors", "adapter_config.json", "edit.json"
-
-
-def make_edit(family: str = "qwen3", width: int = 48, ranks: tuple[int, int] = (3, 5)) -> LowRankEdit:
-    generator = torch.Generator().manual_seed(0)
-    names = [NAMES[family].format(i=i) for i in (1, 2)]
-    inputs = {
-        name: torch.randn(1, rank, width, generator=generator) / 7 for name, rank in zip(names, ranks, strict=True)
-    }
-    outputs = {name: torch.randn(1, rank, 32, generator=generator) for name, rank in zip(names, ranks, strict=True)}
-    requests = (EditRequest("Où est Zürich 🏔", "Швейцария", "Zürich"),)
-    info = EditInfo(requests, "IBKE", "tiny", {names[0]: [0.5]}, family == "gpt2", {"f1": 90.0})
-    return LowRankEdit(inputs, outputs, info)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     make_edit().save_pretrained(tmp_path)
     return tmp_path
-
-
-def change(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_an_edit_comes_back_bit_for_bit_with_its_description(saved: Path) -> None:

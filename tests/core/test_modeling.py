@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_editors import REQUESTS, SMALL, make_editor
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -23,23 +24,7 @@ from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (
-    EditRequest("The capital of France is", "Rome"),
-    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
-    EditRequest("Où est Zürich? 富士山 🏔️ Ответ:", "東京 🗼"),
-)
-SMALL = {"latent_dim": 16, "latent_length": 3}
 near = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def make_editor(model: Any, tokenizer: Any, **config: Any) -> IBKEEditor:
-    """A calibrated editor whose adaptation is no longer at its start, so that every part of it matters."""
-    torch.manual_seed(0)
-    editor = IBKEEditor.for_backbone(model, **{**SMALL, **config})
-    editor.calibrate(model, [encode_requests(tokenizer, REQUESTS)])
-    for network in editor.hypernetworks:
-        nn.init.normal_(network.residual.weight, std=0.1)
-    return editor.eval()
 
 
 def dense(edit: LowRankEdit, row: int = 0) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import TEMPLATE
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -327,11 +328,6 @@ def test_a_model_without_positions_has_no_limit() -> None:
 
 
 # --- chat templates -------------------------------------------------------------------------------------------------
-
-TEMPLATE = (
-    "{{ bos_token }}{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def test_a_chat_template_wraps_the_prompt(beginning: Any) -> None:

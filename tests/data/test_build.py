@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_facts import write_world
+from small_world import write_world
 
 from ibke_hf.core.records import EditCase, EditRecord, collides
 from ibke_hf.data.build import GENERALITY, LOCALITY, RecordBuilder

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_facts import TWO_RELATIONS, append, write_world
+from small_world import TWO_RELATIONS, append, write_world
 
 from ibke_hf.cli import main
 from ibke_hf.core.records import EditRecord, collides

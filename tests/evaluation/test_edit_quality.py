@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from judged_columns import GOOD
 from naive import make_records
 
 import ibke_hf.evaluation
@@ -19,13 +20,6 @@ from ibke_hf.evaluation.protocol import evaluate_records
 
 evaluate = pytest.importorskip("evaluate", reason="the extra eval is not installed")
 FOLDER = Path(ibke_hf.evaluation.__file__).parent / "edit_quality"
-GOOD = {
-    "predictions": [[[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]], [[1], [2]]],
-    "references": [[3, 8], [1, 9]],
-    "role": ["generality", "reliability"],
-    "criterion": ["Rephrase, Multi-Hop", ""],
-    "top_k": [5, 1],
-}
 
 
 @pytest.fixture(params=["package", "folder"])

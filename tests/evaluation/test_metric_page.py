@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_edit_quality import GOOD
+from judged_columns import GOOD
 
 from ibke_hf.evaluation import load_metric, metric_page
 from ibke_hf.evaluation.metric_page import (

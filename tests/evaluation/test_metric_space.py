@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from judged_columns import GOOD
 from loopback_hub import LoopbackHub
 from paths import ROOT
-from test_edit_quality import GOOD
 
 from ibke_hf.cli import main
 from ibke_hf.evaluation import load_metric, scores

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_evaluation import make_records
+from naive import make_records
 
 from ibke_hf import EditRecord, EditRequest, IBKEEditor, __version__
 from ibke_hf.core.tokens import RequestError, encode_requests

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_runs import documented
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from loopback_hub import LoopbackHub
 from paths import ROOT
-from test_cli import documented
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_clients import without_waiting
 from huggingface_hub import ModelCard, model_info
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_TOKEN, LoopbackHub
-from test_modeling import REQUESTS, make_editor
+from small_editors import REQUESTS, make_editor
 from training_runs import assert_equal_weights, new_editor, record, weights
 from transformers import AutoModel
 from transformers.dynamic_module_utils import get_imports
@@ -70,11 +71,6 @@ def edit_of(editor: Any, world: tuple[Any, Any, Any, Any]) -> LowRankEdit:
     model, tokenizer, *_ = world
     edit: LowRankEdit = editor.eval().edit(model, tokenizer, REQUESTS)
     return edit
-
-
-def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the client's repeated attempts follow at once."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
 
 
 # --- push and pull --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from loopback_hub import READ_TOKEN, LoopbackHub
 from safetensors.torch import load_file, save_file
-from test_adapter_files import CONFIG, INFO, WEIGHTS, change, make_edit
+from saved_edits import CONFIG, INFO, WEIGHTS, change, make_edit
 
 from ibke_hf.cli import main
 from ibke_hf.core import adapter_files

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub
-from test_facts import write_world
+from small_world import write_world
 
 from ibke_hf.cli import main
 from ibke_hf.data.folders import build_folder

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hub_clients import without_waiting
 from loopback_hub import LoopbackHub
 from paths import ROOT
-from test_hub import without_waiting
 
 import ibke_hf
 from ibke_hf.cli import main
