@@ -9,7 +9,7 @@ from typing import Any
 
 from ..benchmark import Bench, BenchmarkError
 from ..core.records import EditRecord
-from ..editors.catalogue import TRAINED, editor_class, kind_of
+from ..editors.catalogue import editor_class, kind_of
 from ..io import read_json
 from ..training.trainer import last_complete_checkpoint
 from . import ASSETS, HYPER_PARAMETERS, atlas_statistics, load_backbone, load_records, load_rival
@@ -18,6 +18,7 @@ from .editors import LOG, TRAINING, train_atlas_editor
 STEPS = 700  # of each training run: 10 minutes of one core for IBKE and MEND, 15 for SERAC
 TRIALS = {
     "ibke": (1.0, 0.9, 0.8, 0.7),
+    "ibke_paper": (1.0, 0.9, 0.8, 0.7),
     "mend": (1.0, 0.9, 0.8, 0.7),
     "serac": (0.3, 0.5, 0.7, 0.9),
 }  # as many as the others have
@@ -48,7 +49,7 @@ class AtlasBench(Bench):
 
     def prepare(self, name: str, seed: int, folder: Path) -> None:
         """Train an editor by the recipe of the shipped ones, with a fresh record for every place of every batch."""
-        if name not in TRAINED:
+        if not kind_of(name).trained:
             return
         if (folder / LOG).exists():
             found = read_json(folder / LOG)["training"]["max_steps"]
@@ -80,7 +81,7 @@ class AtlasBench(Bench):
         """Load a trained editor, or build one with the hyper-parameters that were chosen on the validation records."""
         import torch
 
-        if name in TRAINED:
+        if kind_of(name).trained:
             return editor_class(name).from_pretrained(folder, dtype=torch.float32).eval()
         model, _ = self.loaded
         return (

@@ -1,4 +1,4 @@
-"""`ibke atlas train-editor` and `train-mend`: the recipe of the shipped editors and of those of `ibke table`, the same for all."""
+"""One recipe for all trained Atlas editors: the shipped ones (`ibke atlas train-editor`) and `ibke table`'s."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ IBKE_OPTIONS: dict[str, Any] = {
     "second_stage_heads": 4,
     "initial_edit_ratio": 0.1,
 }
+# The paper's network: no skip, no MLP and one head. The parameters that these would take go into its width, so that it
+# is as large as ours (4.49 and 4.48 million).
+PLAIN_OPTIONS: dict[str, Any] = {"latent_dim": 219, "latent_length": 10, "initial_edit_ratio": 0.1}
 TRAINING: dict[str, Any] = {
     "max_steps": 6500,
     "per_device_train_batch_size": 16,
@@ -57,10 +60,19 @@ LOG = "log.json"  # written last, once all else of a run is
 
 
 def new_editor(name: str, backbone: Any, **options: Any) -> GradientEditor | SERACEditor:
-    """Return an untrained editor: ``ibke``, ``mend`` with about as many parameters, or ``serac``, whose parts start as the backbone."""
+    """Return an untrained editor of the recipe.
+
+    Args:
+        name: ``ibke``; ``ibke_paper``, the paper's plain network, or ``mend``, each with about as many parameters as
+            ``ibke``; or ``serac``, whose parts start as the backbone.
+        backbone: The Atlas backbone.
+        options: Fields of the editor's config that differ from the recipe, and ``layers``.
+    """
     if name == "serac":
         return SERACEditor.for_backbone(backbone, scope=backbone, counterfactual=backbone, **options)
     layers = options.pop("layers", LAYERS)
+    if name == "ibke_paper":
+        return IBKEEditor.for_backbone(backbone, layers, **{**PLAIN_OPTIONS, **options})
     ibke = IBKEEditor.for_backbone(backbone, layers, **{**IBKE_OPTIONS, **(options if name == "ibke" else {})})
     if name == "ibke":
         return ibke

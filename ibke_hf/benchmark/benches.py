@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.records import EditRecord
 from ..data.sources import select
-from ..editors.catalogue import TRAINED, build_editor, editor_class, kind_of
+from ..editors.catalogue import build_editor, editor_class, kind_of
 from ..evaluation.results import require_same
 from ..io import read_json, write_json
 from .cells import ALL, BenchmarkError, Cell
@@ -127,7 +127,7 @@ class ModelBench(Bench):
 
     def prepare(self, name: str, seed: int, folder: Path) -> None:
         """Train an editor that is neither given nor trained yet."""
-        if name not in TRAINED or name in self._saved:
+        if not kind_of(name).trained or name in self._saved:
             return
         if self._training is None or self._train is None:
             raise BenchmarkError(
@@ -144,12 +144,18 @@ class ModelBench(Bench):
 
     def editor(self, name: str, folder: Path) -> Any:
         """Load or build an editor."""
-        if name in TRAINED:
+        if kind_of(name).trained:
             editor = self._load_saved(self._saved.get(name, str(folder)))
             if not isinstance(editor, editor_class(name)):
                 raise BenchmarkError(
                     f"{name}={self._saved[name]}: holds a {type(editor).__name__}; give it under its own id"
                 )
+            for field, value in kind_of(name).settings.items():
+                if getattr(editor.config, field) != value:
+                    raise BenchmarkError(
+                        f"{name}={self._saved.get(name, folder)}: has {field} = {getattr(editor.config, field)!r}, where "
+                        f"{kind_of(name).title} has {value!r}; give it as {kind_of(name).variant_of}"
+                    )
             return editor
         model, _ = self.loaded
         statistics = self._keys if kind_of(name).needs_statistics else None

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .. import __version__
 from ..core.records import EditRecord
-from ..editors.catalogue import KINDS, TRAINED
+from ..editors.catalogue import KINDS, kind_of
 from ..evaluation.results import evaluate_to_folder, require_same
 from ..evaluation.scores import REPORTED
 from ..io import locked, read_json, write_json
@@ -93,7 +93,7 @@ def _train_missing(
     bench: Bench, missing: Sequence[Cell], home: Path, failed: dict[Cell, Exception], *, progress: bool
 ) -> None:
     """Train the editors of the missing cells before any of these is made: one backbone is loaded at a time."""
-    units = list(dict.fromkeys((cell.editor, cell.seed) for cell in missing if cell.editor in TRAINED))
+    units = list(dict.fromkeys((cell.editor, cell.seed) for cell in missing if kind_of(cell.editor).trained))
     for name, seed in tqdm(units, desc="editors to train", unit="editor", disable=not (progress and units)):
         home.mkdir(parents=True, exist_ok=True)
         waiting = FileLock(home / f".{name}-{seed}.lock")  # another run that shares the folder may be training it

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..editors.catalogue import KINDS, TRAINED, kind_of
+from ..editors.catalogue import KINDS, kind_of
 from .options import PRECISIONS, add_command, load_model, load_saved_editor, positive, read_dataset, statistics_of
 
 ATLAS = "atlas"
+WITH_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.trained)
 SETTINGS = ("layers", "corpus", "editors", "training")  # of the YAML file
 
 
@@ -38,9 +39,9 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--editors",
         nargs="+",
-        default=list(KINDS),
         metavar="ID[=PATH]",
-        help=f"some of {', '.join(KINDS)} (default: all); a trained one may be given, as in ibke=my-editor",
+        help=f"some of {', '.join(KINDS)} (default: all, ibke_paper on atlas only: elsewhere ibke is that network "
+        "unless --config says more); a trained one may be given, as in ibke=my-editor",
     )
     what.add_argument(
         "--edits", nargs="+", metavar="KIND", help="counterfactual, unknown or all (default: all; atlas: both kinds)"
@@ -149,7 +150,7 @@ def _bench_and_plan(given: argparse.Namespace) -> tuple[Any, Any]:
 
     atlas = given.model == ATLAS
     kinds = given.edits or (("counterfactual", "unknown") if atlas else ("all",))
-    editors = [_editor(text) for text in given.editors]
+    editors = [_editor(text) for text in given.editors or _default_editors(atlas)]
     datasets = given.datasets or _default_datasets(atlas)
     plan = Plan([name for name, _ in editors], datasets, kinds, given.sequential, given.seeds, given.limit)
     return (_atlas_bench if atlas else _model_bench)(given, dict(editors)), plan
@@ -181,17 +182,19 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
         given.dtype = PAPER_DTYPES.get(given.model, "auto")  # editors are trained and scored in the same precision
 
     def training(name: str, seed: int, folder: Path) -> Mapping[str, Any]:
-        own = dict(fields.get(name, {}))
+        kind, config_fields = kind_of(name), dict(fields.get(name, {}))
         flags = {
-            "kind": name,
+            "kind": kind.variant_of or name,
             "backbone": given.model,
             "records": given.records,
             "validation": given.validation,
             "out": str(folder),
-            "layers": own.pop("layers", layers if KINDS[name].several_layers else None),
+            "layers": config_fields.pop("layers", layers if kind.several_layers else None),
             "dtype": None if given.dtype == "auto" else given.dtype,
         }
-        return training_settings(None, flags, own, {**(config.get("training") or {}), **steps, "seed": seed})
+        return training_settings(
+            None, flags, {**config_fields, **kind.settings}, {**(config.get("training") or {}), **steps, "seed": seed}
+        )
 
     def train(settings: Mapping[str, Any]) -> Any:
         return train_editor(
@@ -241,6 +244,11 @@ def _read(name: str) -> Iterable[Any]:
     return read_dataset(dataset, split=split or None)
 
 
+def _default_editors(atlas: bool) -> list[str]:
+    """Return all ids; elsewhere than on Atlas the variants are left out, whose network is the default of their editor."""
+    return [name for name, kind in KINDS.items() if atlas or not kind.variant_of]
+
+
 def _default_datasets(atlas: bool) -> tuple[str, ...]:
     from ..atlas.bench import SPLITS
 
@@ -252,8 +260,8 @@ def _default_datasets(atlas: bool) -> tuple[str, ...]:
 def _editor(text: str) -> tuple[str, str]:
     """Return id and path of ``ID=PATH``; no path where there is none."""
     name, _, path = text.partition("=")
-    if path and name not in TRAINED:
-        raise ValueError(f"--editors {text}: only {', '.join(TRAINED)} have weights to be given")
+    if path and name not in WITH_WEIGHTS:
+        raise ValueError(f"--editors {text}: only {', '.join(WITH_WEIGHTS)} have weights to be given")
     return name, path
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -13,13 +13,16 @@ class Kind:
     """What kind of editor an id stands for.
 
     Attributes:
-        title: As the paper writes it.
+        title: As the paper writes it, and for IBKE whose network it is: the paper's plain one, or the one that its
+            config asks for, which on Atlas has a skip, an MLP and four heads that are ours.
         module: Where its class is, relative to this package; empty for the unedited model.
         class_name: Its class.
         trained: Whether it has weights, which are trained on edit records (the paper's ET; the others are its DE).
         several_layers: Whether it edits any number of layers; the others have one, or none.
         needs_statistics: Whether it is built with the :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics` of
             a corpus.
+        variant_of: Id of the editor whose class and recipe it shares; empty for an editor of its own.
+        settings: Fields of its config that make it this variant.
     """
 
     title: str
@@ -28,6 +31,8 @@ class Kind:
     trained: bool = False
     several_layers: bool = False
     needs_statistics: bool = False
+    variant_of: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 KINDS = {
@@ -40,9 +45,18 @@ KINDS = {
     "alphaedit": Kind("AlphaEdit", ".alphaedit", "AlphaEditEditor", several_layers=True, needs_statistics=True),
     "serac": Kind("SERAC", ".serac", "SERACEditor", trained=True),
     "mend": Kind("MEND", ".mend", "MENDEditor", trained=True, several_layers=True),
-    "ibke": Kind("IBKE", "..core.modeling_ibke", "IBKEEditor", trained=True, several_layers=True),
+    "ibke_paper": Kind(
+        "IBKE (paper)",
+        "..core.modeling_ibke",
+        "IBKEEditor",
+        trained=True,
+        several_layers=True,
+        variant_of="ibke",
+        settings={"second_stage_skip": False, "second_stage_mlp": 0, "second_stage_heads": 1},
+    ),
+    "ibke": Kind("IBKE (ours)", "..core.modeling_ibke", "IBKEEditor", trained=True, several_layers=True),
 }
-TRAINED = tuple(name for name, kind in KINDS.items() if kind.trained)
+TRAINED = tuple(name for name, kind in KINDS.items() if kind.trained and not kind.variant_of)  # also their model types
 
 
 def kind_of(name: str) -> Kind:
@@ -87,7 +101,8 @@ def build_editor(
         settings: Fields of the editor's config.
 
     Raises:
-        ValueError: If there is no such editor or field, a value is out of range, or the statistics are missing.
+        ValueError: If there is no such editor or field, a value is out of range or contradicts a variant, or the
+            statistics are missing.
         BackboneError: If the editor does not fit the model.
     """
     kind = kind_of(name)
@@ -99,9 +114,12 @@ def build_editor(
             f"statistics=KeyStatistics.of(model, "
             "tokenizer, texts), on the command line --corpus"
         )
-    given = {"statistics": statistics} if kind.needs_statistics else {}
+    statistics_argument = {"statistics": statistics} if kind.needs_statistics else {}
+    if contrary := [field for field, value in kind.settings.items() if settings.get(field, value) != value]:
+        raise ValueError(f"{kind.title} has {contrary[0]} = {kind.settings[contrary[0]]}; leave it out")
+    fields = {**kind.settings, **settings}
     try:
-        return editor_class(name).for_backbone(model, layers, **given, **settings)
+        return editor_class(name).for_backbone(model, layers, **statistics_argument, **fields)
     except TypeError as error:
         if "unexpected keyword" not in str(error):  # of a dataclass that lacks the field
             raise

@@ -30,12 +30,14 @@ def test_points_are_means_over_single_edits_that_have_both_scores():
         point.label: point
         for point in points_of([*paper_cells(), a_cell("ft", "uniedit", (0.0, 0.0, 0.0, 0.0), sequential=10)])
     }
-    assert set(points) == {"W/O", "FT", "ROME", "GRACE", "IBKE"}
-    assert points["IBKE"].generality == pytest.approx(statistics.fmean([96.89, 97.69]))  # MQuAKE has no locality
+    assert set(points) == {"W/O", "FT", "ROME", "GRACE", "IBKE (ours)"}
+    assert points["IBKE (ours)"].generality == pytest.approx(
+        statistics.fmean([96.89, 97.69])
+    )  # MQuAKE has no locality
     assert points["FT"].locality == pytest.approx(statistics.fmean([89.68, 97.89]))
-    assert [points[name].style for name in ("W/O", "FT", "IBKE")] == ["W/O", "DE", "ET"]
+    assert [points[name].style for name in ("W/O", "FT", "IBKE (ours)")] == ["W/O", "DE", "ET"]
     partial = points_of([a_cell("ft"), a_cell("ibke"), a_cell("ibke", "zsre")])
-    assert [point.label for point in partial] == ["FT (1 of 2)", "IBKE"]
+    assert [point.label for point in partial] == ["FT (1 of 2)", "IBKE (ours)"]
 
 
 def test_nothing_to_draw_is_an_error_that_says_so():
@@ -81,7 +83,18 @@ def test_figure_is_valid_svg_that_holds_each_label_and_comes_out_the_same():
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert 680 < float(root.get("width").removesuffix("pt")) * 96 / 72 < 710
     words = {"".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"W/O", "FT", "ROME", "T-Patcher", "LEMoE (3 of 4)", "GRACE", "AlphaEdit", "SERAC", "MEND", "IBKE"} <= words
+    assert {
+        "W/O",
+        "FT",
+        "ROME",
+        "T-Patcher",
+        "LEMoE (3 of 4)",
+        "GRACE",
+        "AlphaEdit",
+        "SERAC",
+        "MEND",
+        "IBKE (ours)",
+    } <= words
     assert {"Generality (%)", "Locality (%)", "direct editing (DE)", "edit training (ET)"} <= words
     assert sum(word.startswith("F1 ") for word in words) >= 2
     assert "<dc:date>" not in text
