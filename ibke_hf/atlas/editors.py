@@ -19,7 +19,7 @@ from ..editors.serac import SERACEditor
 from ..evaluation.protocol import evaluate_records
 from ..io import write_json
 from ..training.serac import SERACTrainer
-from ..training.trainer import IBKETrainer, IBKETrainingArguments, RecordDataset
+from ..training.trainer import GradientEditorTrainer, IBKETrainingArguments, RecordDataset
 from . import load_backbone, load_records, load_split
 from .datasets import training_records
 
@@ -127,12 +127,12 @@ def train_atlas_editor(
     arguments = IBKETrainingArguments(
         str(checkpoints), seed=seed, use_cpu=not torch.accelerator.is_available(), **{**checkpointing, **settings}
     )
-    kind: Any = SERACTrainer if name == "serac" else IBKETrainer
+    kind: Any = SERACTrainer if name == "serac" else GradientEditorTrainer
     trainer = kind(
         editor,
-        backbone,
-        arguments,
-        tokenizer,
+        backbone=backbone,
+        args=arguments,
+        processing_class=tokenizer,
         train_dataset=RecordDataset(training_records(load_split(), records, seed)),
         eval_dataset=RecordDataset(load_records("validation")),
         callbacks=[_Minutes()],

@@ -172,7 +172,7 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
     from transformers import EarlyStoppingCallback, set_seed
 
     from .serac import SERACTrainer
-    from .trainer import IBKETrainer, last_complete_checkpoint
+    from .trainer import GradientEditorTrainer, last_complete_checkpoint
 
     arguments = _arguments(settings)
     checkpoints = str(arguments.output_dir)
@@ -186,8 +186,14 @@ def train_editor(settings: Mapping[str, Any], *, resume: bool = False) -> dict[s
     set_seed(arguments.seed)
     editor, backbone, tokenizer = _editor(settings, arguments)
     stopping = [EarlyStoppingCallback(_patience(arguments))] if arguments.load_best_model_at_end else []
-    trainer = (SERACTrainer if settings.get("kind") == "serac" else IBKETrainer)(
-        editor, backbone, arguments, tokenizer, train_dataset=train, eval_dataset=validation, callbacks=stopping
+    trainer = (SERACTrainer if settings.get("kind") == "serac" else GradientEditorTrainer)(
+        editor,
+        backbone=backbone,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=validation,
+        callbacks=stopping,
     )
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(settings["out"]))

@@ -1,4 +1,4 @@
-"""Training of SERAC by the Trainer of the other editors: the same records, batches, files and logs, with two terms of its own."""
+"""Training of SERAC: the records, batches, files and logs of the other editors, with two terms of its own."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
 
 from ..core.capture import mean_per_row
-from ..core.tokens import IGNORED, TokenBatch, context_length
-from ..editors.serac import ScopesAndAnswers, SERACEditor
+from ..core.tokens import IGNORED, TokenBatch
+from ..editors.serac import ScopesAndAnswers
 from ..editors.serac_memory import Entry, SERACEdit, memory_of
-from .batches import EditCollator, JudgedBatch, bucketed_logits
-from .trainer import IBKETrainer, IBKETrainingArguments
+from .editor_trainer import EditorTrainer
+from .objective import JudgedBatch, bucketed_logits
 
-TERMS = ("loss_scope", "loss_counterfactual")
 # generality cases of a record that a training step reads: two models read each, so that more take most of its time
 READ = 2
 
 
-class SERACTrainer(IBKETrainer):
+class SERACTrainer(EditorTrainer):
     """Trains a SERAC editor on edit records.
 
     The loss is the binary cross-entropy of the scope classifier plus the cross-entropy of the counterfactual model on
@@ -31,35 +29,11 @@ class SERACTrainer(IBKETrainer):
     takes part in evaluation alone, where the memory holds the requests of the batch.
     """
 
-    terms = TERMS
-
-    def __init__(
-        self,
-        model: SERACEditor,
-        backbone: Any,
-        args: IBKETrainingArguments,
-        processing_class: PreTrainedTokenizerBase,
-        **kwargs: Any,
-    ) -> None:
-        kwargs.setdefault(
-            "data_collator", EditCollator(processing_class, args.edits_per_group, False, context_length(backbone))
-        )
-        super().__init__(model, backbone, args, processing_class, **kwargs)  # type: ignore[arg-type]
+    reads_hops = False
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> JudgedBatch:
         """Return the terms of a batch; in evaluation, what the edited model predicts too."""
         return run_serac_batch(model, self.editor, self.backbone, inputs)
-
-    def place_of(self, parameter: str) -> str:
-        """Return nothing: no parameter belongs to a layer of the backbone."""
-        return ""
-
-    def editor_logs(self) -> dict[str, float]:
-        """Return nothing beside the terms."""
-        return {}
-
-    def _shares(self, counts: Sequence[int], totals: Sequence[int] | None) -> list[float]:
-        return [1.0] * len(TERMS)
 
 
 @dataclass(frozen=True)
@@ -124,7 +98,7 @@ def entries_of(requests: TokenBatch) -> list[Entry]:
 
 
 def scope_loss(scopes: Tensor, owners: Tensor, requests: Tensor, in_scope: Tensor) -> Tensor:
-    """Binary cross-entropy of the scope classifier: mean of its means over positives, hard negatives and foreign pairs.
+    """Binary cross-entropy of the scope classifier: mean of the means over positives, hard negatives, foreign pairs.
 
     Args:
         scopes: (p, m) logits.

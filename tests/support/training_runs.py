@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ibke_hf import IBKEEditor
 from ibke_hf.core.records import EditCase, EditRecord, EditRequest, Hop
-from ibke_hf.training.trainer import IBKETrainer, IBKETrainingArguments, RecordDataset
+from ibke_hf.training.trainer import GradientEditorTrainer, IBKETrainer, IBKETrainingArguments, RecordDataset
 
 SMALL = {"latent_dim": 8, "latent_length": 3}
 CITIES = ("Paris", "Rome", "Berlin", "Oslo", "Vienna", "Madrid", "Lisbon", "Warsaw")
@@ -68,8 +68,10 @@ def new_editor(backbone: Any, seed: int = 1, kind: Any = IBKEEditor, **config: A
 
 
 @pytest.fixture
-def trainer_for(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Callable[..., IBKETrainer]:
-    """Build a trainer: ``trainer_for(records, folder=..., family=..., editor={...}, kind=..., eval=..., callbacks=..., **arguments)``."""
+def trainer_for(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> Callable[..., GradientEditorTrainer]:
+    """Build a trainer: ``trainer_for(records, folder=, family=, editor={}, kind=, validation=, callbacks=, **arguments)``."""
 
     def build(
         records: Sequence[EditRecord],
@@ -81,13 +83,14 @@ def trainer_for(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: P
         validation: Sequence[EditRecord] | None = None,
         callbacks: Any = None,
         **options: Any,
-    ) -> IBKETrainer:
+    ) -> GradientEditorTrainer:
         backbone = tiny_model(family)
-        return IBKETrainer(
+        trainer: Any = IBKETrainer if kind is IBKEEditor else GradientEditorTrainer
+        return trainer(
             new_editor(backbone, kind=kind, **(editor or {})),
-            backbone,
-            arguments(tmp_path / folder, **options),
-            tiny_tokenizer,
+            backbone=backbone,
+            args=arguments(tmp_path / folder, **options),
+            processing_class=tiny_tokenizer,
             train_dataset=RecordDataset(records),
             eval_dataset=RecordDataset(validation) if validation else None,
             callbacks=callbacks,

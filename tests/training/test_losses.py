@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
+from ibke_hf.core.tokens import IGNORED
 from ibke_hf.training.objective import (
-    IGNORED,
     independence_for_locality,
     information_transfer,
     itm,

@@ -18,7 +18,7 @@ from ibke_hf.core.capture import GradientFactors
 from ibke_hf.core.records import EditCase, EditRecord
 from ibke_hf.core.tokens import IGNORED, RequestError
 from ibke_hf.editors.mend import MENDEditor
-from ibke_hf.training.batches import case_scores, edits_with_hops, run_batch
+from ibke_hf.training.objective import edits_with_hops, hit_rates, run_batch
 from ibke_hf.training.trainer import EditCollator
 
 
@@ -163,10 +163,14 @@ def test_scores_count_every_case_of_an_incomplete_last_batch(trainer_for: Any) -
     assert scores[0] == pytest.approx(scores[1]) and scores[0] == pytest.approx(scores[2])
 
 
-def test_case_scores_break_ties_to_the_lowest_id() -> None:
+def test_hit_rates_break_ties_to_the_lowest_id() -> None:
     labels = torch.tensor([[2, 3]])
-    assert case_scores(torch.zeros(2, 6), labels, torch.tensor([3])).tolist() == [0.5]
-    assert case_scores(torch.zeros(1, 6), torch.tensor([[IGNORED, 3]]), torch.tensor([4])).tolist() == [1.0]
+    assert hit_rates(torch.zeros(2, 6), labels, torch.tensor([3])).tolist() == [0.5]
+    assert hit_rates(torch.zeros(1, 6), torch.tensor([[IGNORED, 3]]), torch.tensor([4])).tolist() == [1.0]
+
+
+def test_predictions_that_are_not_finite_hit_nothing() -> None:
+    assert hit_rates(torch.full((1, 6), float("nan")), torch.tensor([[2]]), torch.tensor([5])).tolist() == [0.0]
 
 
 def test_a_batch_without_cases_gives_zero_and_a_gradient_for_every_parameter(trainer_for: Any) -> None:

@@ -19,7 +19,7 @@ from training_runs import assert_equal_weights, record, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ibke_hf import IBKEEditor
-from ibke_hf.training.trainer import last_complete_checkpoint
+from ibke_hf.training.checkpoints import last_complete_checkpoint
 
 
 class StopAt(TrainerCallback):
@@ -74,6 +74,44 @@ def test_resume_equals_an_uninterrupted_run_bitwise(trainer_for: Any) -> None:
     assert losses[0] == losses[1]
 
 
+class StopRequest(TrainerCallback):
+    """Asks a trainer to stop at the beginning of a step, or in an evaluation, as a signal would."""
+
+    def __init__(self, step: int, event: str = "step") -> None:
+        self.step, self.event, self.trainer = step, event, None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.event == "step" and state.global_step == self.step:
+            self.trainer.request_stop()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.event == "evaluation" and state.global_step == self.step:
+            self.trainer.request_stop()
+
+
+@pytest.mark.parametrize(("event", "asked", "saved"), [("step", 4, 5), ("evaluation", 3, 3)])
+def test_a_run_that_is_told_to_stop_saves_and_resumes_bitwise(
+    event: str, asked: int, saved: int, trainer_for: Any
+) -> None:
+    records = [record(i, hops=i % 2) for i in range(7)]
+    options: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 100, "validation": records}
+    options |= {"eval_strategy": "steps", "eval_steps": 3, "lr_scheduler_type": "cosine"}
+    whole = trainer_for(records, folder="whole", **options)
+    whole.train()
+    assert not whole.stopped
+    stop = StopRequest(asked, event)
+    cut = trainer_for(records, folder="cut", callbacks=[stop], **options)
+    stop.trainer = cut
+    cut.train()
+    assert cut.stopped and cut.state.global_step == saved
+    assert last_complete_checkpoint(cut.args.output_dir) == f"{cut.args.output_dir}/checkpoint-{saved}"
+    resumed = trainer_for(records, folder="cut", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert not resumed.stopped and resumed.state.global_step == 8
+    assert_equal_weights(weights(whole.model), weights(resumed.model))
+    assert resumed.model.config.trained_edits_per_group == 2
+
+
 def test_resume_without_a_checkpoint_says_so(trainer_for: Any) -> None:
     with pytest.raises(ValueError, match=r"no complete checkpoint in .*start from the beginning"):
         trainer_for([record(0)]).train(resume_from_checkpoint=True)
@@ -123,7 +161,8 @@ backbone = AutoModelForCausalLM.from_pretrained({str(tmp_path / "backbone")!r})
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "backbone")!r})
 arguments = t.arguments(sys.argv[1], **json.loads({json.dumps(options)!r}))
 records = [t.record(i, 1 + i % 3, (0, 2, 1, 1)[i % 4], i % 2) for i in range({records})]
-trainer = t.IBKETrainer(t.new_editor(backbone, **json.loads({json.dumps(editor)!r})), backbone, arguments, tokenizer,
+trainer = t.IBKETrainer(t.new_editor(backbone, **json.loads({json.dumps(editor)!r})), backbone=backbone,
+                        args=arguments, processing_class=tokenizer,
                         train_dataset=t.RecordDataset(records), eval_dataset=t.RecordDataset(records[:5]))
 trainer.train(resume_from_checkpoint="resume" in sys.argv)
 {after}

@@ -35,7 +35,13 @@ def serac_trainer(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Any:
             "train_dataset": RecordDataset(RECORDS),
             "eval_dataset": RecordDataset(validation) if validation else None,
         }
-        return SERACTrainer(editor, backbone, arguments(tmp_path / folder, **settings), tiny_tokenizer, **data)
+        return SERACTrainer(
+            editor,
+            backbone=backbone,
+            args=arguments(tmp_path / folder, **settings),
+            processing_class=tiny_tokenizer,
+            **data,
+        )
 
     return build
 

@@ -1,4 +1,4 @@
-"""IBKETrainer's promises: logging, accumulation, configs, files, errors."""
+"""The trainers' promises: logging, accumulation, steps and epochs, configs, files, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from training_runs import arguments, assert_equal_weights, naive_ids, new_editor
 from ibke_hf import IBKEEditor
 from ibke_hf.core.capture import NonFiniteError
 from ibke_hf.core.records import EditCase
+from ibke_hf.core.tokens import RequestError
 from ibke_hf.editors.mend import MENDEditor
+from ibke_hf.training import trainer as trainer_module
+from ibke_hf.training.arguments import IBKETrainingArguments
 from ibke_hf.training.trainer import IBKETrainer
 
 
@@ -138,11 +141,97 @@ def test_bf16_autocast_trains(trainer_for: Any) -> None:
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
-def test_training_leaves_the_editors_config_alone(trainer_for: Any) -> None:
-    trainer = trainer_for([record(i) for i in range(4)], max_steps=1)
+@pytest.mark.parametrize(("per_group", "trained"), [(1, 1), (0, 2)])
+def test_the_editors_config_learns_the_group_size_and_nothing_else(
+    per_group: int, trained: int, trainer_for: Any
+) -> None:
+    trainer = trainer_for([record(i) for i in range(4)], max_steps=1, edits_per_group=per_group)
     before = trainer.model.config.to_dict()
     trainer.train()
-    assert trainer.model.config.to_dict() == before
+    assert trainer.model.config.to_dict() == {**before, "trained_edits_per_group": trained}
+
+
+def test_calibration_draws_from_all_of_the_training_set(trainer_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record files are often sorted by domain: the first requests alone would be those of one domain."""
+    monkeypatch.setattr(IBKEEditor, "calibrate", lambda *_: None)
+    encoded: list[str] = []
+    encode = trainer_module.encode_requests
+
+    def read(tokenizer: Any, requests: Any, **options: Any) -> Any:
+        encoded.extend(request.target for request in requests)
+        return encode(tokenizer, requests, **options)
+
+    monkeypatch.setattr(trainer_module, "encode_requests", read)
+    records = [record(i) for i in range(40)]
+    in_order = [r.requests[0].target for r in records[:6]]
+    orders = []
+    for seed in (0, 0, 1):
+        encoded.clear()
+        trainer = trainer_for(records, seed=seed)
+        trainer.calibrate(trainer.model)
+        assert len(encoded) == 6
+        assert sorted(encoded) != sorted(in_order)
+        orders.append(list(encoded))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_weight_decay_leaves_the_step_size_alone(trainer_for: Any) -> None:
+    """Decay pulls weights to zero; θ = 0 would be η = 1, thousands of times what calibration starts from."""
+    trainer = trainer_for([record(0), record(1)], weight_decay=0.5, step_size_learning_rate=0.1, max_steps=1)
+    optimizer = trainer.create_optimizer()
+    by_parameter = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    decays = {name: by_parameter[id(p)]["weight_decay"] for name, p in trainer.model.named_parameters()}
+    assert decays.pop("log_step_sizes") == 0.0
+    assert set(decays.values()) == {0.5}
+    before = trainer.model.log_step_sizes.detach().clone().fill_(-5.0)
+    trainer.model.log_step_sizes.data.copy_(before)
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(trainer.model.log_step_sizes, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "epochs"),
+    [
+        ({}, 1_000_000, 3.0),
+        ({"max_steps": 7}, 7, 3.0),
+        ({"num_train_epochs": 2}, -1, 2),
+        ({"num_train_epochs": 2, "max_steps": 7}, 7, 2),
+    ],
+)
+def test_the_papers_steps_apply_where_neither_steps_nor_epochs_are_given(
+    options: dict[str, Any], steps: int, epochs: float, tmp_path: Path
+) -> None:
+    made = IBKETrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
+    assert (made.max_steps, made.num_train_epochs) == (steps, epochs)
+
+
+def test_epochs_end_training(trainer_for: Any) -> None:
+    trainer = trainer_for([record(i) for i in range(6)], max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.epoch) == (6, 2.0)
+
+
+def test_all_but_the_model_is_named(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    backbone = tiny_model()
+    with pytest.raises(TypeError, match="positional"):
+        IBKETrainer(new_editor(backbone), backbone, arguments(tmp_path), tiny_tokenizer)
+
+
+def test_records_that_cannot_be_used_are_skipped_and_counted(trainer_for: Any) -> None:
+    long = replace(record(1), locality=(EditCase("far " * 200, "Oslo"),))
+    empty = replace(record(2), generality=(EditCase("Where is it", " "),))
+    records = [record(0), long, empty, record(3)]
+    trainer = trainer_for(records, max_steps=4, validation=[empty, record(5), long], per_device_train_batch_size=4)
+    trainer.train()
+    assert set(trainer.unusable) == {1, 2}
+    assert "locality case 0 of record r1" in trainer.unusable[1] and "do not fit" in trainer.unusable[1]
+    assert [r.id for r in trainer.train_dataset] == ["r0", "r3", "r3", "r3"], "the next usable record stands in"
+    assert [r.id for r in trainer.eval_dataset] == ["r5"], "an evaluation counts each record once"
+    assert {"eval_loss", "eval_reliability", "eval_locality"} <= trainer.evaluate().keys()
+    with pytest.raises(RequestError, match=r"none of the 2 records can be used; the first: .*record r1"):
+        trainer_for([long, empty]).train()
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -197,6 +286,8 @@ def test_a_non_finite_gradient_stops_and_names_layer_and_record(trainer_for: Any
     [
         ({"train_supporting_hops": "some"}, "train_supporting_hops must be one of none, unknown, all, found 'some'"),
         ({"beta": -1.0}, "beta must be at least 0, found -1.0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a finite number, found inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number, found nan"),
         ({"calibration_requests": 1}, "calibration_requests must be at least 2"),
         ({"hub_strategy": "checkpoint"}, "hub_strategy=checkpoint would publish pickles"),
     ],
@@ -209,4 +300,9 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str, tmp_path
 def test_an_editor_for_another_backbone_is_refused(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     editor = new_editor(tiny_model())
     with pytest.raises(ValueError, match="maps 48 to 32; the given model's maps 64 to 32"):
-        IBKETrainer(editor, tiny_model(intermediate_size=64), arguments(tmp_path), tiny_tokenizer)
+        IBKETrainer(
+            editor,
+            backbone=tiny_model(intermediate_size=64),
+            args=arguments(tmp_path),
+            processing_class=tiny_tokenizer,
+        )

@@ -300,11 +300,11 @@ def test_few_shot_records_are_drawn_with_a_seed_and_logged(other: str) -> None:
 def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(
-        "ibke_hf.training.trainer.IBKETrainer.train",
+        "ibke_hf.training.trainer.GradientEditorTrainer.train",
         lambda self, **_: seen.append([r.dataset for r in self.train_dataset]),
     )
-    monkeypatch.setattr("ibke_hf.training.trainer.IBKETrainer.save_model", lambda *_: None)
-    monkeypatch.setattr("ibke_hf.training.trainer.IBKETrainer.evaluate", lambda *_: {})
+    monkeypatch.setattr("ibke_hf.training.trainer.GradientEditorTrainer.save_model", lambda *_: None)
+    monkeypatch.setattr("ibke_hf.training.trainer.GradientEditorTrainer.evaluate", lambda *_: {})
     train_editor({**settings, "augment": [other], "augment_records": 3})
     assert seen == [["uniedit"] * 4 + ["zsre"] * 3]
     (log,) = json.loads((Path(settings["out"]) / "augmentation.json").read_text())

@@ -112,14 +112,14 @@ def needs_section(name: str, backbone: str) -> list[str]:
 
 def _preset(needs: TrainingNeeds) -> str:
     from ...data.augmentation import RECORDS_OF_EACH
-    from ...training.trainer import IBKETrainingArguments
+    from ...training.arguments import MAX_STEPS
 
     return prose(
         PRESET,
         layers=listed(needs.config.edited_layers or []),
         dtype=needs.dtype,
         patience=PATIENCE,
-        steps=IBKETrainingArguments.max_steps,
+        steps=MAX_STEPS,
         augmented=RECORDS_OF_EACH,
     )
 
