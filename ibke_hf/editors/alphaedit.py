@@ -81,13 +81,13 @@ class AlphaEditEditor(LocatingEditor):
         carried = [] if previous is None else [previous]
         before = read_states(model, {HIDDEN: block}, texts.requests, carried, self.config.texts_at_once)[HIDDEN]
         search = ValueSearch(model, block, texts, self.config, carried, names)
-        wanted = before.outputs + search.run(before.norms, before.outputs.shape[1])
+        targets = before.outputs + search.run(before.norms, before.outputs.shape[1])
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
         for place, (name, module) in enumerate(modules.items()):
             now = [*carried, LowRankEdit(dict(inputs), dict(outputs))] if inputs else carried
             states = read_states(model, {name: module, HIDDEN: block}, texts.requests, now, self.config.texts_at_once)
-            keys, residual = states[name].inputs, (wanted - states[HIDDEN].outputs) / (len(modules) - place)
+            keys, residual = states[name].inputs, (targets - states[HIDDEN].outputs) / (len(modules) - place)
             axis = 0 if joint else 1
             inputs[name], outputs[name] = self._update(
                 name, module, keys.unsqueeze(axis), residual.to(keys).unsqueeze(axis), previous
@@ -99,7 +99,7 @@ class AlphaEditEditor(LocatingEditor):
     def _update(
         self, name: str, module: nn.Module, keys: Tensor, residual: Tensor, previous: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the factors of one layer's update: projected keys, those of `previous` first, and what they are mapped to."""
+        """Return the factors of one layer's update: projected keys after those of `previous`, and what they map to."""
         occupied = self._occupied_by_corpus(name, module)
         projected = keys - (keys @ occupied) @ occupied.mT
         rows, counted = projected, projected
@@ -112,7 +112,7 @@ class AlphaEditEditor(LocatingEditor):
         return rows, null_space_update(counted, residual, strength)
 
     def _occupied_by_corpus(self, name: str, module: nn.Module) -> Tensor:
-        """Orthonormal basis (d_in, r) of what is not in the null space of a layer's keys, so P = I - B Bᵀ; made once."""
+        """Orthonormal basis (d_in, r) of what a layer's keys span, so P = I - B Bᵀ; made once."""
         if name not in self._occupied:
             values, vectors = torch.linalg.eigh(precise(self.statistics.moments[name].to(device_of(module))))
             above = values > self.config.null_threshold * values.clamp(min=0).mean()

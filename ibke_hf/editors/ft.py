@@ -41,9 +41,9 @@ class FTConfig:
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
         if not self.edited_layers or "{i}" not in self.edited_modules:
-            found = f"{self.edited_layers} and {self.edited_modules!r}"
+            fields = f"{self.edited_layers} and {self.edited_modules!r}"
             raise ValueError(
-                f"FT needs edited_layers and edited_modules with {{i}} for the layer index, found {found}"
+                f"FT needs edited_layers and edited_modules with {{i}} for the layer index, found {fields}"
             )
         require_range(self, "learning_rate", 0.0, 10.0)
         require_range(self, "steps", 1, 100_000)

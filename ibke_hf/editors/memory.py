@@ -75,9 +75,9 @@ class MemoryEdit(EditValue):
             IndexError: If `rows` names an edit that does not exist.
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
-        found = edit.hooks(model)
+        hooks = edit.hooks(model)
         with hooked(
-            {name: module for name, (module, _) in found.items()}, {name: hook for name, (_, hook) in found.items()}
+            {name: module for name, (module, _) in hooks.items()}, {name: hook for name, (_, hook) in hooks.items()}
         ):
             yield model
 

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from ..core.capture import mean_per_row
 from ..core.tokens import IGNORED, TokenBatch
-from ..editors.serac import ScopesAndAnswers
-from ..editors.serac_memory import Entry, SERACEdit, memory_of
+from ..editors.serac import Entry, ScopesAndAnswers, SERACEdit, memory_of
 from .editor_trainer import EditorTrainer
 from .objective import JudgedBatch, bucketed_logits
 

@@ -1,4 +1,4 @@
-"""The committed Atlas table: whole, shown by the README as it is, and made by a recipe that still runs and still finds the same."""
+"""The committed Atlas table: whole, shown as it is, and made by a recipe that still finds the same."""
 
 from __future__ import annotations
 

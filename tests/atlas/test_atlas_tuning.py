@@ -1,4 +1,4 @@
-"""The hyper-parameters of the editors without weights: chosen by as many trials each, committed with them, and loaded."""
+"""The hyper-parameters of the editors without weights: chosen by equally many trials, committed, loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def statistics(backbone: tuple[Any, Any]) -> KeyStatistics:
     return KeyStatistics.of(model, tokenizer, texts, range(6), progress=False)
 
 
-# --- what is committed ------------------------------------------------------------------------------------------------
+# --- what is committed ---
 
 
 def test_every_editor_without_weights_has_four_trials_of_different_settings() -> None:
@@ -72,7 +72,7 @@ def test_fine_tuning_keeps_its_choice() -> None:
     assert committed(HYPER_PARAMETERS)["ft"] == {"layers": LAYERS, "learning_rate": 3e-3}
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ---
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -134,7 +134,7 @@ def test_the_package_of_the_embedded_world_is_imported_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False).returncode == 0
 
 
-# --- the trials -------------------------------------------------------------------------------------------------------
+# --- the trials ---
 
 
 def test_a_run_of_one_editor_keeps_the_results_of_the_others(tmp_path: Path) -> None:

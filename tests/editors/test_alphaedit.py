@@ -1,4 +1,4 @@
-"""The AlphaEdit baseline: null space, the closed form in factors, spreading over layers, and protected earlier edits."""
+"""The AlphaEdit baseline: null space, closed form in factors, spreading over layers, protected earlier edits."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_prompts_outside_every_ball_are_bit_identical(joint: SimpleNamespace, ti
 
 
 def test_lookup_equals_a_naive_one() -> None:
-    from ibke_hf.editors.grace import _lookup
+    from ibke_hf.editors.grace.codebook import _lookup
 
     generator = torch.Generator().manual_seed(0)
     for number in (1, 3):

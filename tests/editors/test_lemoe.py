@@ -262,7 +262,7 @@ def test_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tokenize
     with pytest.raises(ValueError, match=r"must be an edit of LEMoE.*DenseEdit"):
         editor.edit(model, tiny_tokenizer, REQUESTS, previous=tuned)  # type: ignore[arg-type]
     rows = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
-    with pytest.raises(ValueError, match=r"3 independent edits, mode='joint'.*previous\[0\]"):
+    with pytest.raises(ValueError, match=r"3 independent edits, here it must hold 1; .*previous\[0\]"):
         editor.edit(model, tiny_tokenizer, REQUESTS[:1], previous=rows)
     wider = LEMoEEditor.for_backbone(model, steps=1, expert_width=12)
     with pytest.raises(ValueError, match="use the same editor"):

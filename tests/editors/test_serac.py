@@ -21,8 +21,7 @@ from ibke_hf.core.layers import BackboneError
 from ibke_hf.core.records import EditCase, EditRecord, EditRequest
 from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests, pad_and_label
 from ibke_hf.editors.ft import FineTuningEditor
-from ibke_hf.editors.serac import SERACConfig, SERACEditor
-from ibke_hf.editors.serac_memory import SERACEdit, memory_of
+from ibke_hf.editors.serac import SERACConfig, SERACEdit, SERACEditor, memory_of
 from ibke_hf.evaluation.protocol import evaluate_records
 from ibke_hf.training.serac import entries_of
 

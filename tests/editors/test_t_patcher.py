@@ -1,4 +1,4 @@
-"""T-Patcher: its losses, its neurons as widened weights, silence where it was not trained to fire, and what every editor promises."""
+"""T-Patcher: its losses, its neurons as widened weights, silence where it was not trained to fire."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ibke_hf.core.capture import NonFiniteError, target_logits
 from ibke_hf.core.layers import BackboneError
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests
-from ibke_hf.editors._patches import NewPatches, top_mean_exp
 from ibke_hf.editors.t_patcher import TPatcherConfig, TPatcherEdit, TPatcherEditor, own_texts, patched_ffn
+from ibke_hf.editors.t_patcher.training import NewPatches, top_mean_exp
 
 FAST = {"steps": 100, "learning_rate": 0.2}  # tiny models with random weights are hard to move
 MEMORY = (

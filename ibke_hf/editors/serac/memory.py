@@ -1,4 +1,4 @@
-"""What SERAC's edits are: memories of requests, and the hook that lets a counterfactual model answer what is in their scope."""
+"""What SERAC's edits are: memories of requests, and the hook by which another model answers what is in scope."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attachment import LayerHook, call_hooked, require_row_per_edit
-from ..core.tokens import IGNORED, TokenBatch
-from .memory import MemoryEdit
+from ...core.attachment import LayerHook, call_hooked, require_row_per_edit
+from ...core.tokens import IGNORED, TokenBatch
+from ..memory import MemoryEdit
 
 Entry = tuple[list[int], int]  # token ids of prompt and target, and the place of the first target token
 
@@ -32,7 +32,7 @@ def memory_of(rows: Sequence[Sequence[Entry]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class SERACEdit(MemoryEdit):
-    """n independent memories of requests. The weights that read them are the editor's, and are not saved with the edit.
+    """n independent memories of requests; the weights that read them are the editor's, and not saved with the edit.
 
     Attributes:
         memory: ``ids`` (n, m, t) token ids of each request, ``lengths`` (n, m), 0 where there is none, ``starts`` (n,
@@ -59,7 +59,7 @@ class SERACEdit(MemoryEdit):
         """Return the requests of each memory, the oldest first."""
         ids, lengths, starts = (self.memory[name].tolist() for name in ("ids", "lengths", "starts"))
         return [
-            [(own[:length], start) for own, length, start in zip(*row, strict=True) if length]
+            [(tokens[:length], start) for tokens, length, start in zip(*row, strict=True) if length]
             for row in zip(ids, lengths, starts, strict=True)
         ]
 
@@ -103,7 +103,7 @@ class SERACEdit(MemoryEdit):
 
     @contextmanager
     def attached(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[nn.Module]:
-        """Edit the model for the code inside the block; logits of what is out of scope are the model's own, bit for bit.
+        """Edit the model for the code inside the block; out of scope its logits stay as they are, bit for bit.
 
         A forward pass over several tokens decides for each of them by what is before it, so that a target that is fed
         tells nothing. In a generation the decision falls at the end of the prompt and stays. The block must hold the
@@ -127,7 +127,7 @@ class SERACEdit(MemoryEdit):
 
 
 class _Reading:
-    """The hook of one block: the tokens of the generation that runs in it, and what they were decided to be in scope of.
+    """The hook of one block: the tokens of the generation that runs in it, and which entry each row is in scope of.
 
     Attributes:
         ids: (b, l) tokens so far; `mask` likewise.
@@ -146,10 +146,10 @@ class _Reading:
         logits = output[0] if isinstance(output, tuple) else output.logits
         before = self._read(arguments, output)
         columns = before + _columns(arguments.get("logits_to_keep", 0), logits.shape[1], self.ids.shape[1] - before)
-        wanted = torch.zeros_like(self.mask).index_fill(1, columns, 1) * self.mask
+        judged_places = torch.zeros_like(self.mask).index_fill(1, columns, 1) * self.mask
         order = self.mask.argsort(dim=1, stable=True)  # padding first, wherever it was
-        ids, mask, wanted = (tensor.gather(1, order) for tensor in (self.ids, self.mask, wanted))
-        chosen = self._choose(ids, mask, wanted.bool(), going_on=before > 0)
+        ids, mask, judged_places = (tensor.gather(1, order) for tensor in (self.ids, self.mask, judged_places))
+        chosen = self._choose(ids, mask, judged_places.bool(), going_on=before > 0)
         if not (chosen >= 0).any():
             return output
         pairs = sorted(
@@ -173,8 +173,8 @@ class _Reading:
             what = "token ids" if ids is None else "a call without labels, whose loss would be of the unedited logits"
             raise ValueError(f"SERAC needs {what}; pass input_ids alone to the model")
         require_row_per_edit(self.number, ids.unsqueeze(-1))
-        ids, own = ids.detach().cpu(), cache if cache is not None else getattr(output, "past_key_values", None)
-        before = int(own.get_seq_length()) - ids.shape[1] if own is not None else 0
+        ids, held = ids.detach().cpu(), cache if cache is not None else getattr(output, "past_key_values", None)
+        before = int(held.get_seq_length()) - ids.shape[1] if held is not None else 0
         if before and (len(self.ids) != len(ids) or self.ids.shape[1] < before):
             raise ValueError(
                 f"the model goes on from {before} tokens that it read before the edit was attached, or of other "
@@ -188,18 +188,18 @@ class _Reading:
         self._follow(cache)
         return before
 
-    def _choose(self, ids: Tensor, mask: Tensor, wanted: Tensor, *, going_on: bool) -> Tensor:
-        """Return the entry of each wanted position, -1 for none and elsewhere: (b, l)."""
+    def _choose(self, ids: Tensor, mask: Tensor, judged_places: Tensor, *, going_on: bool) -> Tensor:
+        """Return the entry of each judged place, -1 for none and elsewhere: (b, l)."""
         if going_on:
-            return torch.where(wanted, self.decided.unsqueeze(1), -1)
-        judged = wanted.clone()
+            return torch.where(judged_places, self.decided.unsqueeze(1), -1)
+        judged = judged_places.clone()
         judged[:, -1] = True  # the last token of every row, which a generation goes on from
         rows = torch.zeros(len(ids), dtype=torch.long) if self.number == 1 else torch.arange(len(ids))
         cases = TokenBatch(ids, mask, torch.where(judged, 0, IGNORED))
         chosen = torch.full(ids.shape, -1)
         chosen[judged] = self.editor.decide(self.embedded, self.entries, self.owners, cases, rows).cpu()
         self.decided = chosen[:, -1]
-        return torch.where(wanted, chosen, -1)
+        return torch.where(judged_places, chosen, -1)
 
     def _follow(self, cache: Any) -> None:
         """Have beam search, which reorders the rows of its cache, reorder ours."""
@@ -209,9 +209,9 @@ class _Reading:
 
         def reorder_both(beams: Tensor) -> None:
             reorder(beams)
-            own = beams.cpu()
+            order = beams.cpu()
             self.ids, self.mask, self.decided = (
-                tensor.index_select(0, own) for tensor in (self.ids, self.mask, self.decided)
+                tensor.index_select(0, order) for tensor in (self.ids, self.mask, self.decided)
             )
 
         cache.reorder_cache = reorder_both

@@ -1,16 +1,4 @@
-"""The GRACE baseline: a codebook of keys, values and radii beside one layer, each edit an entry of it.
-
-Hartvigsen et al. 2023, "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", NeurIPS. With x a
-layer's input at a token (the query), K the keys and ε the radii of the codebook, the layer's output there becomes
-
-    y = V_i  if d(x, K_i) < ε_i, i = argmin_j d(x, K_j), d the Euclidean distance;  y = layer(x)  otherwise: deferral.
-
-Who looks up: every token, for itself, and only its own output is replaced. The key of a request is the query of its
-last prompt token, the one token that the paper replaces for autoregressive models. A token's query depends on the
-tokens before it alone, so that token is found wherever the text goes on: teacher-forced, prefilled, or held in a KV
-cache; no step needs to know where the prompt ended. The layers above attend to the replaced output, which is how one
-value spells several tokens.
-"""
+"""How GRACE edits: it files the key tokens of requests in a codebook, and trains the values of new entries."""
 
 from __future__ import annotations
 
@@ -20,22 +8,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ..core.attachment import LayerHook, hooked, require_row_per_edit
-from ..core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ..core.configuration_ibke import Mode, require_mode, require_range
-from ..core.edit_values import Edit, describe, require_length
-from ..core.layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
-from ..core.records import EditRequest
-from ..core.tokens import IGNORED, TokenBatch, context_length, encode_requests
-from .memory import MemoryEdit
+from ...core.attachment import hooked
+from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
+from ...core.configuration_ibke import Mode, require_mode, require_range
+from ...core.edit_values import Edit, describe, require_length
+from ...core.layers import device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
+from ...core.records import EditRequest
+from ...core.tokens import IGNORED, TokenBatch, context_length, encode_requests
+from .codebook import Codebooks, GRACEEdit
 
 KeyTokens = Literal["prompt", "mistakes"]
-FREE = -1.0  # radius of a place of the codebook that holds no entry
-# keys nearer than this fraction of their norm are one key: 16-bit models read the same prompt no more exactly
-SAME = 0.01
-INSIDE = 1.01  # a grown ball reaches a little past the key that it is grown to contain
 
 
 @dataclass(frozen=True)
@@ -86,165 +69,6 @@ class GRACEConfig:
     def module(self) -> str:
         """Name of the projection that the codebook lies beside."""
         return self.edited_modules.format(i=self.edited_layer)
-
-
-@dataclass(frozen=True, eq=False)
-class GRACEEdit(MemoryEdit):
-    """n independent codebooks of up to m entries beside one layer.
-
-    `memory` holds ``keys`` (n, m, d_in), ``values`` (n, m, d_out) and ``radii`` (n, m), -1 where a place is free, all
-    fp32, and ``targets`` (n, m, t): the token ids that each entry answers with, filled up with -100. `settings` names
-    the ``module``.
-    """
-
-    kind = "grace"
-
-    def __post_init__(self) -> None:
-        """Refuse a codebook that lacks a part."""
-        super().__post_init__()
-        shapes = {name: tuple(self.memory[name].shape) for name in ("keys", "values", "radii", "targets")}
-        if not isinstance(self.settings["module"], str) or [len(shape) for shape in shapes.values()] != [3, 3, 2, 3]:
-            raise ValueError(
-                f"a codebook has keys and values (n, m, d), radii (n, m) and targets (n, m, t), found {shapes}"
-            )
-        if len({shape[:2] for shape in shapes.values()}) > 1:
-            raise ValueError(f"keys, values, radii and targets must be of the same (n, m) entries, found {shapes}")
-
-    @property
-    def entries(self) -> list[int]:
-        """Number of entries of each codebook."""
-        counts: list[int] = (self.memory["radii"] > 0).sum(-1).tolist()
-        return counts
-
-    def to(self, *args: Any, **kwargs: Any) -> GRACEEdit:
-        """Return the edit on another device or in another dtype; token ids stay whole numbers."""
-        moved = super().to(*args, **kwargs)
-        targets = self.memory["targets"].to(moved.memory["keys"].device)
-        return GRACEEdit({**moved.memory, "targets": targets}, moved.settings, moved.info)
-
-    def hooks(self, model: Any) -> Mapping[str, tuple[nn.Module, LayerHook]]:
-        """Return the layer and the lookup in its codebook."""
-        name = self.settings["module"]
-        module = modules_to_edit(model, [name])[name]
-        wanted = (self.memory["keys"].shape[-1], self.memory["values"].shape[-1])
-        if dimensions(module) != wanted:
-            raise BackboneError(
-                f"the codebook expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
-                f"{dimensions(module)[0]} to {dimensions(module)[1]}; it was made for another backbone"
-            )
-        device = device_of(module)
-        keys, values, radii = (self.memory[part].to(device) for part in ("keys", "values", "radii"))
-        return {name: (module, _lookup(keys.float(), values, radii.float()))}
-
-
-def _lookup(keys: Tensor, values: Tensor, radii: Tensor) -> LayerHook:
-    """Return x (b, l, d_in), y (b, l, d_out) -> y with the values of the tokens whose query lies in a ball."""
-    number = len(keys)
-
-    def look_up(x: Tensor, y: Tensor) -> Tensor:
-        require_row_per_edit(number, x)
-        queries = x.detach().float().reshape(number, -1, x.shape[-1])  # one codebook serves all rows as one
-        distances = torch.cdist(
-            queries, keys, compute_mode="donot_use_mm_for_euclid_dist"
-        )  # (n, tokens, m), exact near 0
-        distances = distances.masked_fill(radii.unsqueeze(1) <= 0, torch.inf)
-        nearest = distances.argmin(-1)
-        found = distances.amin(-1) < radii.gather(1, nearest)
-        retrieved = values[torch.arange(number, device=values.device).unsqueeze(1), nearest]
-        inside = found.reshape(*x.shape[:-1], 1)
-        return torch.where(inside, retrieved.to(y.dtype).reshape(y.shape), y)
-
-    return look_up
-
-
-class Codebooks:
-    """n codebooks that are being written: the paper's rules of adding, expanding and splitting, without the training.
-
-    Attributes:
-        memory: Like that of :class:`GRACEEdit`.
-    """
-
-    def __init__(self, module: str, memory: dict[str, Tensor]) -> None:
-        self.module, self.memory = module, memory
-
-    @classmethod
-    def blank(cls, module: str, number: int, widths: tuple[int, int], device: torch.device) -> Codebooks:
-        """Return codebooks of one free place each."""
-        keys, values = (torch.zeros(number, 1, width, device=device) for width in widths)
-        targets = torch.full((number, 1, 1), IGNORED, device=device)
-        return cls(
-            module,
-            {
-                "keys": keys,
-                "values": values,
-                "radii": torch.full((number, 1), FREE, device=device),
-                "targets": targets,
-            },
-        )
-
-    def __len__(self) -> int:
-        return len(self.memory["keys"])
-
-    def edit(self, values: Mapping[tuple[Tensor, Tensor], Tensor] | None = None) -> GRACEEdit:
-        """Return the codebooks as an edit, with other values (e, d_out) at the given rows and places."""
-        memory = dict(self.memory)
-        for places, others in (values or {}).items():
-            memory["values"] = memory["values"].index_put(places, others)
-        return GRACEEdit(memory, {"module": self.module})
-
-    def reserve(self, places: int) -> None:
-        """Add free places to each codebook."""
-        pads = {
-            "keys": (0, 0, 0, places),
-            "values": (0, 0, 0, places),
-            "radii": (0, places),
-            "targets": (0, 0, 0, places),
-        }
-        fill = {"radii": FREE, "targets": IGNORED}
-        self.memory = {
-            name: functional.pad(self.memory[name], pad, value=fill.get(name, 0)) for name, pad in pads.items()
-        }
-
-    def trim(self) -> None:
-        """Remove places that are free in every codebook."""
-        used = max(int((self.memory["radii"] > 0).any(0).sum()), 1)
-        self.memory = {name: tensor[:, :used].clone() for name, tensor in self.memory.items()}
-
-    def file(self, row: int, key: Tensor, target: Tensor, initial_radius: float) -> tuple[int, bool]:
-        """Add, expand or split for a key (d_in,) whose answer is `target` (t,); return its place and whether it is a new entry.
-
-        Far from all balls, the key is a new entry with a ball of its own. Near a key of the same target, that one's
-        ball grows to contain it. Near a key of another target, both balls end half-way; if the two keys are one, the
-        later edit wins.
-        """
-        keys, radii = self.memory["keys"][row], self.memory["radii"][row]
-        norm = float(key.norm())
-        radius = max(initial_radius * norm, 1e-6)
-        distances = (keys - key).norm(dim=-1).masked_fill(radii <= 0, torch.inf)
-        nearest, distance = int(distances.argmin()), float(distances.min())
-        place = int((radii <= 0).int().argmax())
-        if distance <= float(radii[nearest]) + radius:
-            if self._answers(row, nearest, target):
-                radii[nearest] = max(float(radii[nearest]), INSIDE * distance)
-                return nearest, False
-            if distance <= SAME * norm:
-                place, radius = nearest, float(radii[nearest])
-            else:
-                radii[nearest] = min(float(radii[nearest]), distance / 2)
-                radius = min(radius, distance / 2)
-        keys[place], radii[place] = key, radius
-        self._write_target(row, place, target)
-        return place, True
-
-    def _answers(self, row: int, place: int, target: Tensor) -> bool:
-        held = self.memory["targets"][row, place]
-        return torch.equal(held[held != IGNORED], target)
-
-    def _write_target(self, row: int, place: int, target: Tensor) -> None:
-        missing = max(len(target) - self.memory["targets"].shape[-1], 0)
-        self.memory["targets"] = functional.pad(self.memory["targets"], (0, missing), value=IGNORED)
-        held = self.memory["targets"][row, place]
-        held[: len(target)], held[len(target) :] = target, IGNORED
 
 
 class GRACEEditor:
@@ -331,9 +155,9 @@ class GRACEEditor:
         if previous is None:
             return Codebooks.blank(self.config.module, number, dimensions(module), device_of(module))
         if not isinstance(previous, GRACEEdit) or previous.settings["module"] != self.config.module:
-            found = previous.settings["module"] if isinstance(previous, GRACEEdit) else type(previous).__name__
+            other = previous.settings["module"] if isinstance(previous, GRACEEdit) else type(previous).__name__
             raise ValueError(
-                f"GRACE goes on from a codebook beside {self.config.module}, previous is one of {found}; attach "
+                f"GRACE goes on from a codebook beside {self.config.module}, previous is one of {other}; attach "
                 f"both instead"
             )
         require_length(previous, number)
@@ -351,15 +175,19 @@ class GRACEEditor:
         judged = batch.labels != IGNORED
         columns = [row.nonzero().flatten().tolist() for row in judged]
         filed = [
-            [c for c in own if c == own[0] or (wrong[k, c] and self.config.key_tokens == "mistakes")]
-            for k, own in enumerate(columns)
+            [
+                c
+                for c in judged_columns
+                if c == judged_columns[0] or (wrong[k, c] and self.config.key_tokens == "mistakes")
+            ]
+            for k, judged_columns in enumerate(columns)
         ]
         number = len(books)
         books.reserve(max(map(len, filed)) if number > 1 else sum(map(len, filed)))
         owners: dict[tuple[int, int], list[int]] = {}
         start: dict[tuple[int, int], Tensor] = {}
-        for k, own in enumerate(filed):
-            for column in own:
+        for k, key_columns in enumerate(filed):
+            for column in key_columns:
                 row = k if number > 1 else 0
                 target = batch.labels[k, column : columns[k][-1] + 1].to(inputs.device)
                 place, new = books.file(row, inputs[k, column], target, self.config.initial_radius)
@@ -374,7 +202,7 @@ class GRACEEditor:
     def _read(
         self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, books: Codebooks, names: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layer's input (b, l, d_in), its output (b, l, d_out), and where the model errs (b, l), under the codebooks."""
+        """Return the layer's input (b, l, d_in) and output (b, l, d_out) under the codebooks, and where it errs (b, l)."""
         read: dict[str, Tensor] = {}
 
         def record(x: Tensor, y: Tensor) -> Tensor:
@@ -436,6 +264,6 @@ class GRACEEditor:
             with torch.no_grad():
                 change.copy_(torch.where(learning.to(change.device).unsqueeze(-1), change, before))
         fitted = (start + unit * change).detach()
-        who = [", ".join(names[k] for k in own) for own in owners.values()]
+        who = [", ".join(names[k] for k in requests) for requests in owners.values()]
         require_finite(fitted.sum(-1), f"a value beside {self.config.module}", who)
         books.memory["values"][rows, places] = fitted

@@ -1,16 +1,4 @@
-"""The SERAC baseline: a memory of requests beside the model.
-
-Mitchell et al. 2022, "Memory-Based Model Editing at Scale", ICML.
-
-A scope classifier g compares what the model is asked with every request in the memory; in scope of the best one, a
-small counterfactual model h that reads this request before the prompt answers in place of the model; out of scope, the
-model's own answer stands, bit for bit. g and h are trained once, on edit records, without the model:
-:class:`ibke_hf.training.serac.SERACTrainer`. Editing is nothing but writing requests into the memory.
-
-Where the paper leaves room this is ours: g and h are causal decoders on the backbone's own tokens, so that a decision
-at a token never sees what comes after it; the embedding form scores by sigmoid(b - s·‖φ(z) - φ(x)‖²), which unlike
-exp(-‖·‖²) can be trained from any start.
-"""
+"""How SERAC edits: a scope classifier and a counterfactual model read the requests of a memory."""
 
 from __future__ import annotations
 
@@ -20,58 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from ..core.adapter_files import publisher
-from ..core.capture import evaluating, target_logits
-from ..core.configuration_ibke import EditorConfig, Mode, require_mode, require_range
-from ..core.edit_values import describe, require_length
-from ..core.editor_model import EditorModel
-from ..core.layers import BackboneError
-from ..core.records import EditRequest
-from ..core.tokens import IGNORED, RequestError, TokenBatch, context_length, encode
-from .serac_memory import Entry, SERACEdit, memory_of
-
-FORMS = ("embedding", "cross")
-
-
-@strict
-class SERACConfig(EditorConfig):
-    """Configuration of :class:`SERACEditor`.
-
-    Args:
-        scope_model: Config of the decoder that the scope classifier reads with, as a dict with its ``model_type``.
-        counterfactual_model: Config of the counterfactual model, likewise.
-        scope_form: ``"embedding"``: requests and prompts are embedded apart, so that a memory costs one pass over the
-            prompt; or ``"cross"``: the classifier reads request and prompt together, once for each request in the
-            memory.
-        embedding_dim: Width of the embeddings.
-        threshold: Least probability of being in scope [paper: 0.5].
-        separator: Id of the token between request and prompt.
-    """
-
-    model_type = "serac"
-
-    scope_model: dict[str, Any] | None = None
-    counterfactual_model: dict[str, Any] | None = None
-    scope_form: str = "embedding"
-    embedding_dim: int = 128
-    threshold: float = 0.5
-    separator: int = 0
-
-    def validate_fields(self) -> None:
-        """Check the fields; a bad value names the field and what is allowed."""
-        if self.scope_form not in FORMS:
-            raise ValueError(f"scope_form must be one of {', '.join(FORMS)}, found {self.scope_form!r}")
-        require_range(self, "embedding_dim", 1, 65536)
-        require_range(self, "threshold", 0.0, 1.0)
-        require_range(self, "separator", 0, 10_000_000)
-
-    def module_names(self) -> list[str]:
-        """Return the names of the edited layers: none."""
-        return []
+from ...core.adapter_files import publisher
+from ...core.capture import evaluating, target_logits
+from ...core.configuration_ibke import Mode, require_mode
+from ...core.edit_values import describe, require_length
+from ...core.editor_model import EditorModel
+from ...core.layers import BackboneError
+from ...core.records import EditRequest
+from ...core.tokens import IGNORED, RequestError, TokenBatch, context_length, encode
+from .config import SERACConfig, body, plain_config, small_config, vocabulary
+from .memory import Entry, SERACEdit, memory_of
 
 
 @dataclass(frozen=True)
@@ -154,14 +103,14 @@ class SERACEditor(EditorModel):
             raise ValueError(f"SERAC edits no layer, found layers={list(layers)}; leave layers out")
         starts = {"scope_model": scope, "counterfactual_model": counterfactual}
         for name, start in starts.items():
-            if start is not None and _vocabulary(start) != _vocabulary(model):
+            if start is not None and vocabulary(start) != vocabulary(model):
                 raise BackboneError(
-                    f"{name} predicts {_vocabulary(start)} tokens, the backbone {_vocabulary(model)}; they must "
+                    f"{name} predicts {vocabulary(start)} tokens, the backbone {vocabulary(model)}; they must "
                     f"share one "
                     "tokenizer"
                 )
         models = {
-            name: _small_config(model) if start is None else _plain_config(start) for name, start in starts.items()
+            name: small_config(model) if start is None else plain_config(start) for name, start in starts.items()
         }
         end = model.config.get_text_config().eos_token_id
         fields = {
@@ -171,7 +120,7 @@ class SERACEditor(EditorModel):
         }
         editor = cls(SERACConfig(**{**fields, **config}))
         if scope is not None:
-            editor.scope.load_state_dict(_body(scope).state_dict())
+            editor.scope.load_state_dict(body(scope).state_dict())
         if counterfactual is not None:
             editor.counterfactual.load_state_dict(counterfactual.state_dict())
         return editor
@@ -182,10 +131,10 @@ class SERACEditor(EditorModel):
         Raises:
             BackboneError: If the backbone has another vocabulary than the counterfactual model.
         """
-        if _vocabulary(model) != _vocabulary(self.counterfactual):
+        if vocabulary(model) != vocabulary(self.counterfactual):
             raise BackboneError(
                 f"this editor was built for {self.config.base_model_name_or_path or 'a backbone'} with "
-                f"{_vocabulary(self.counterfactual)} tokens; the given model has {_vocabulary(model)}"
+                f"{vocabulary(self.counterfactual)} tokens; the given model has {vocabulary(model)}"
             )
         self.warn_of_other_backbone(model)
         return {}
@@ -217,9 +166,10 @@ class SERACEditor(EditorModel):
         The position sees what is before it and itself, nothing after.
         """
         if embedded is not None:
-            own = self._features(cases)[(cases.labels != IGNORED).to(embedded.device)]
+            embedded_cases = self._features(cases)[(cases.labels != IGNORED).to(embedded.device)]
             distances = (
-                torch.cdist(own, embedded, compute_mode="donot_use_mm_for_euclid_dist").square() / own.shape[-1]
+                torch.cdist(embedded_cases, embedded, compute_mode="donot_use_mm_for_euclid_dist").square()
+                / embedded_cases.shape[-1]
             )
             return self.bias - self.log_scale.exp() * distances
         every = [(case, request) for case in range(len(cases)) for request in range(len(requests))]
@@ -232,7 +182,7 @@ class SERACEditor(EditorModel):
     def answers(self, requests: Sequence[Sequence[int]], cases: TokenBatch) -> Tensor:
         """Logits (q, vocabulary) at the judged positions of cases, each read after a request of its own."""
         if not requests:
-            return torch.zeros(0, _vocabulary(self.counterfactual), device=self.device)
+            return torch.zeros(0, vocabulary(self.counterfactual), device=self.device)
         logits, labels = target_logits(self.counterfactual, self._reading(requests, cases))
         return logits[labels != IGNORED]
 
@@ -251,16 +201,16 @@ class SERACEditor(EditorModel):
         for request, ids, mask, labels in zip(
             requests, cases.input_ids, cases.attention_mask.bool(), cases.labels, strict=True
         ):
-            own = ids[mask].tolist()
-            room = len(request) + 1 if limit is None else max(limit - len(own), 0)
-            rows.append([*request, separator][-room:] * (room > 0) + own)
+            case_ids = ids[mask].tolist()
+            room = len(request) + 1 if limit is None else max(limit - len(case_ids), 0)
+            rows.append([*request, separator][-room:] * (room > 0) + case_ids)
             marks.append(labels)
         read = _left_padded(rows, at_least=width)
         read.labels[:, -width:] = torch.stack(marks).to(read.labels.device)
         return read
 
     def _features(self, batch: TokenBatch) -> Tensor:
-        """Project the state of each token beside the mean state so far: left-padded (b, l) -> (b, l, embedding_dim or 1), fp32."""
+        """Project each token's state beside the mean state so far: (b, l) -> (b, l, embedding_dim or 1), fp32."""
         batch = batch.to(self.device)
         mask = batch.attention_mask.unsqueeze(-1)
         accepted = inspect.signature(self.scope.forward).parameters
@@ -354,9 +304,11 @@ class SERACEditor(EditorModel):
             else:  # pairs are dear: read no case with what is not in its memory
                 scores = torch.zeros(len(judged), len(entries), device=self.device)
                 for case, memory in enumerate(rows.tolist()):
-                    own = (owners == memory).nonzero().flatten()
+                    entries_of_case = (owners == memory).nonzero().flatten()
                     here = (judged == case).nonzero()
-                    scores[here, own] = self.scopes(None, [requests[k] for k in own.tolist()], cases[case : case + 1])
+                    scores[here, entries_of_case] = self.scopes(
+                        None, [requests[k] for k in entries_of_case.tolist()], cases[case : case + 1]
+                    )
         scores = scores.sigmoid().masked_fill(foreign.to(scores.device), -1.0)
         entry = scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
         reached = scores.gather(-1, entry.unsqueeze(-1)).squeeze(-1) >= self.config.threshold
@@ -364,7 +316,7 @@ class SERACEditor(EditorModel):
 
     @torch.no_grad()
     def answer(self, entries: Sequence[Entry], cases: TokenBatch) -> Tensor:
-        """Return the counterfactual model's logits at the judged positions of cases, each read after an entry of its own."""
+        """Return the counterfactual model's logits at the judged positions of cases, each read after its own entry."""
         with evaluating(self):
             return self.answers([ids for ids, _ in entries], cases)
 
@@ -377,43 +329,10 @@ def _left_padded(rows: Sequence[Sequence[int]], at_least: int = 0) -> TokenBatch
     """Pad token ids on the left; nothing is judged."""
     width = max(at_least, *map(len, rows))
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for row, own in enumerate(rows):
-        ids[row, width - len(own) :] = torch.tensor(own)
-        mask[row, width - len(own) :] = 1
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
     return TokenBatch(ids, mask, torch.full_like(ids, IGNORED))
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
-
-
-def _body(model: Any) -> Any:
-    """Return a decoder without its vocabulary projection."""
-    return getattr(model, model.base_model_prefix, model)
-
-
-def _plain_config(model: Any) -> dict[str, Any]:
-    """Return a config as a dict that JSON and `AutoConfig.for_model` take."""
-    content: dict[str, Any] = model.config.to_dict()
-    left_out = ("_name_or_path", "architectures", "dtype", "transformers_version")
-    return {name: value for name, value in content.items() if name not in left_out}
-
-
-def _small_config(model: Any) -> dict[str, Any]:
-    """Return the config of a small decoder with the backbone's tokens: at most 512 wide and six layers deep."""
-    config = model.config.get_text_config()
-    heads = max(1, min(int(config.hidden_size), 512) // 64)
-    return {
-        "model_type": "llama",
-        "vocab_size": int(config.vocab_size),
-        "hidden_size": 64 * heads,
-        "intermediate_size": 192 * heads,
-        "num_hidden_layers": min(int(config.num_hidden_layers), 6),
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "max_position_embeddings": 2 * (context_length(model) or 1024),
-        "tie_word_embeddings": True,
-    }
 
 
 AutoConfig.register("serac", SERACConfig, exist_ok=True)

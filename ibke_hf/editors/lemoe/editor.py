@@ -1,17 +1,4 @@
-"""The LEMoE baseline: a mixture of experts beside one FFN, of which each batch of edits inserts one.
-
-Wang & Li 2024, "LEMoE: Advanced Mixture of Experts Adaptor for Lifelong Model Editing of Large Language Models",
-EMNLP.
-
-Beside one FFN lies a mixture of small FFNs. Each batch of edits inserts an expert of its own and freezes those before
-it (module insertion); an expert is found by its keys, which the batch leaves behind as anchors (KV anchor routing);
-and the requests of one call are clustered, so that an expert gets like ones (order planning).
-
-Where the paper leaves room, or promises less, this is ours: a key is the value that a request was trained on, not a
-learned vector, so that routing in use is routing in training by construction; an input that is near to no key is
-routed nowhere and stays as it is, bit for bit; experts read values of unit length and start at zero, which makes the
-learning rate a property of no model.
-"""
+"""How LEMoE edits: it inserts an expert for each batch of requests and trains it."""
 
 from __future__ import annotations
 
@@ -24,19 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.attachment import LayerHook, hooked, require_row_per_edit
-from ..core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ..core.configuration_ibke import Mode, require_mode, require_range
-from ..core.edit_values import EditInfo, describe, require_length
-from ..core.layers import BackboneError, dimensions, layers_to_edit, modules_to_edit, number_of_layers
-from ..core.records import EditRequest
-from ..core.tokens import IGNORED, TokenBatch, context_length, encode_requests
-from .memory import MemoryEdit
-
-EXPERT = ("down", "down_bias", "up", "up_bias")  # the weights of an expert
-# scores that are equal to 1/TIE tie, and the newest expert wins: whoever edits a fact again means the last answer
-TIE = 1e4
-LLOYD_STEPS = 10
+from ...core.attachment import hooked
+from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
+from ...core.configuration_ibke import Mode, require_mode, require_range
+from ...core.edit_values import EditInfo, describe, require_length
+from ...core.layers import BackboneError, dimensions, layers_to_edit, modules_to_edit, number_of_layers
+from ...core.records import EditRequest
+from ...core.tokens import IGNORED, TokenBatch, context_length, encode_requests
+from .mixture import EXPERT, LEMoEEdit, add_where_routed, run_expert, unit
+from .planning import anchors, clustered
 
 
 @dataclass(frozen=True)
@@ -84,128 +67,6 @@ class LEMoEConfig:
         require_range(self, "learning_rate", 0.0, 10.0)
         require_range(self, "loss_floor", 0.0, 10.0)
         require_range(self, "loss_scale", 1e-8, 1e8)
-
-
-@dataclass(frozen=True, eq=False)
-class LEMoEEdit(MemoryEdit):
-    """n independent mixtures of e experts beside one FFN.
-
-    Attributes:
-        memory: ``keys`` (n, e, a, d_in): the anchors of each expert, of unit length, zero where one has fewer than a.
-            ``down`` (n, e, d_in, w), ``down_bias`` (n, e, w), ``up`` (n, e, w, d_out), ``up_bias`` (n, e, d_out): E(v)
-            = gelu(v down + b) up + c.
-        settings: ``layer``, the hooked projection, ``top_k``, ``threshold`` and ``temperature``.
-    """
-
-    kind = "lemoe"
-
-    def __post_init__(self) -> None:
-        """Refuse tensors that do not belong together."""
-        super().__post_init__()
-        if set(self.memory) != {"keys", *EXPERT} or len({tensor.shape[1] for tensor in self.memory.values()}) > 1:
-            found = {name: tuple(tensor.shape) for name, tensor in self.memory.items()}
-            raise ValueError(f"a mixture needs keys, {', '.join(EXPERT)} of the same number of experts, found {found}")
-
-    @property
-    def experts(self) -> int:
-        """Number of experts of each edit."""
-        return self.memory["keys"].shape[1]
-
-    def hooks(self, model: Any) -> Mapping[str, tuple[nn.Module, LayerHook]]:
-        """Return the hook of the FFN output projection.
-
-        Raises:
-            BackboneError: If the layer is missing or has other widths.
-        """
-        name = self.settings["layer"]
-        module = modules_to_edit(model, [name])[name]
-        wanted = (self.memory["down"].shape[2], self.memory["up"].shape[3])
-        if dimensions(module) != wanted:
-            raise BackboneError(
-                f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
-                f"{dimensions(module)[0]} to "
-                f"{dimensions(module)[1]}; it was made for another backbone"
-            )
-        return {name: (module, self._replace)}
-
-    def _replace(self, layer_inputs: Tensor, output: Tensor) -> Tensor:
-        """Add what the routed experts make of x (b, l, d_in) to y (b, l, d_out); tokens that are routed nowhere stay bit-identical."""
-        require_row_per_edit(len(self), layer_inputs)
-        x = layer_inputs if layer_inputs.ndim == 3 else layer_inputs.unsqueeze(0)
-        values = unit(x)
-        gates = self.gates(values)
-        return add_where_routed(output, self.answer(values, gates).view_as(output), gates.view(*output.shape[:-1], -1))
-
-    def gates(self, values: Tensor) -> Tensor:
-        """Weight of each expert at each token: values (b, l, d_in) -> (b, l, e), all zero where a token is routed nowhere.
-
-        An expert's score is the cosine similarity of the value to the nearest of its keys. The `top_k` best experts
-        that reach the threshold share the token by a softmax over score / temperature.
-        """
-        keys = self._at("keys", values)
-        scores = (values @ keys.flatten(1, 2).mT).unflatten(-1, keys.shape[1:3]).amax(-1)
-        scores = (scores * TIE).round() / TIE
-        order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : self.settings["top_k"]]
-        chosen = scores.shape[-1] - 1 - order
-        best = scores.gather(-1, chosen)
-        routed = best >= self.settings["threshold"]
-        weights = (
-            (best / self.settings["temperature"]).masked_fill(~routed, -math.inf).softmax(-1).masked_fill(~routed, 0.0)
-        )
-        return torch.zeros_like(scores).scatter(-1, chosen, weights)
-
-    def answer(self, values: Tensor, gates: Tensor) -> Tensor:
-        """Return the sum over the routed experts of gate times E(v): (b, l, d_in), (b, l, e) -> (b, l, d_out)."""
-        total = values.new_zeros(*values.shape[:2], self.memory["up"].shape[3])
-        for expert in gates.flatten(0, 1).any(0).nonzero().flatten().tolist():
-            down, down_bias, up, up_bias = (self._at(name, values)[:, expert] for name in EXPERT)
-            total = total + gates[..., expert, None] * run_expert(values, down, down_bias, up, up_bias)
-        return total
-
-    def _at(self, name: str, values: Tensor) -> Tensor:
-        """Return a tensor of the memory in fp32 where the values are; usable by autograd also if it was made in inference mode."""
-        tensor = self.memory[name].to(values.device).float()
-        return tensor.clone() if tensor.is_inference() and torch.is_grad_enabled() else tensor
-
-    def joined(self, other: LEMoEEdit) -> LEMoEEdit:
-        """Return the mixture of the experts of both, those of `other` being the newer ones; one edit joins each of n.
-
-        Raises:
-            ValueError: If they belong to different layers or have experts of different widths.
-        """
-        mine, others = (edit.memory["down"].shape[2:] for edit in (self, other))
-        if self.settings != other.settings or mine != others:
-            raise ValueError(
-                f"cannot add experts of {dict(other.settings)}, width {others[1]}, to {dict(self.settings)}, "
-                f"width {mine[1]}; "
-                "use the same editor for all edits of a model"
-            )
-        number, anchors = max(len(self), len(other)), max(edit.memory["keys"].shape[2] for edit in (self, other))
-        parts = []
-        for edit in (self, other):
-            padded = functional.pad(edit.memory["keys"], (0, 0, 0, anchors - edit.memory["keys"].shape[2]))
-            memory = {**edit.memory, "keys": padded}
-            parts.append({name: memory[name].expand(number, *memory[name].shape[1:]) for name in self.memory})
-        device = self.memory["keys"].device
-        return replace(
-            self, memory={name: torch.cat([part[name].to(device) for part in parts], 1) for name in self.memory}
-        )
-
-
-def unit(x: Tensor) -> Tensor:
-    """Values that route and that experts read: x of unit length in fp32."""
-    return functional.normalize(x.float(), dim=-1, eps=1e-12)
-
-
-def run_expert(values: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
-    """E(v) = gelu(v down + b) up + c: (b, l, d_in) with weights of n experts, one for each row or one for all -> (b, l, d_out)."""
-    return functional.gelu(values @ down + down_bias.unsqueeze(1)) @ up + up_bias.unsqueeze(1)
-
-
-def add_where_routed(output: Tensor, answer: Tensor, gates: Tensor) -> Tensor:
-    """Add in fp32 where a token has a gate above zero; elsewhere the output is the very same bits."""
-    routed = (gates > 0).any(-1, keepdim=True)
-    return torch.where(routed, (output.float() + answer.to(output.device)).to(output.dtype), output)
 
 
 class LEMoEEditor:
@@ -310,22 +171,22 @@ class LEMoEEditor:
     def _values(
         self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, names: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Return the values (b, l, d_in) of a batch at the edited layer, which no expert changes, and the root mean square of y there."""
-        found: list[Tensor] = []
+        """Return the values (b, l, d_in) at the edited layer, which no expert changes, and the root mean square of y."""
+        read: list[Tensor] = []
 
         def record(layer_inputs: Tensor, output: Tensor) -> Tensor:
-            found.extend(tensor.detach().float().reshape(*batch.labels.shape, -1) for tensor in (layer_inputs, output))
+            read.extend(tensor.detach().float().reshape(*batch.labels.shape, -1) for tensor in (layer_inputs, output))
             return output
 
         with torch.no_grad(), hooked(module, dict.fromkeys(module, record)):
             target_logits(model, batch)
-        judged = (batch.labels != IGNORED).to(found[0].device)
-        for tensor in found:
+        judged = (batch.labels != IGNORED).to(read[0].device)
+        for tensor in read:
             require_finite(
                 (tensor * judged.unsqueeze(-1)).flatten(1).sum(-1), f"the layer {self.config.edited_module}", names
             )
-        scale = (found[1].square().mean(-1) * judged).sum(-1) / judged.sum(-1)
-        return unit(found[0]), scale.sqrt().clamp(min=1e-6)
+        scale = (read[1].square().mean(-1) * judged).sum(-1) / judged.sum(-1)
+        return unit(read[0]), scale.sqrt().clamp(min=1e-6)
 
     def _fit(
         self,
@@ -395,7 +256,10 @@ class LEMoEEditor:
         rows: Mapping[str, Tensor],
         names: Sequence[str],
     ) -> tuple[Tensor, ...]:
-        """Gradient of the SUM over requests of each one's mean cross-entropy over its target tokens, by weight of the new expert."""
+        """Gradient, by weight of the new expert, of the SUM over requests of each one's mean cross-entropy.
+
+        A request whose loss is below the floor adds nothing.
+        """
 
         def edited(_: Tensor, output: Tensor) -> Tensor:
             new = rows["gates"][..., -1:] * rows["scale"] * run_expert(rows["values"], *weights)
@@ -408,33 +272,3 @@ class LEMoEEditor:
             return torch.autograd.grad(
                 losses.clamp(min=self.config.loss_floor).sum() * self.config.loss_scale, list(weights)
             )
-
-
-def anchors(values: Tensor, labels: Tensor) -> Tensor:
-    """Return the values at the positions that predict a target: (b, l, d), (b, l) -> (b, a, d), zero beyond a row's own number."""
-    judged = (labels != IGNORED).to(values.device)
-    most = int(judged.sum(-1).max())
-    first = judged.int().argsort(dim=-1, descending=True, stable=True)[:, :most]
-    kept = judged.gather(-1, first).unsqueeze(-1)
-    return values.gather(1, first.unsqueeze(-1).expand(-1, -1, values.shape[-1])) * kept
-
-
-def clustered(points: Tensor, number: int) -> list[list[int]]:
-    """Cluster unit vectors (m, d) by k-means on the sphere, from centres as far apart as can be; nothing in it is random.
-
-    Returns:
-        The points of each cluster in their order, clusters in the order of their first points; none is empty.
-    """
-    centres = points[:1]
-    for _ in range(min(number, len(points)) - 1):
-        farthest = (points @ centres.T).amax(-1).argmin()
-        centres = torch.cat((centres, points[farthest : farthest + 1]))
-    owners = (points @ centres.T).argmax(-1)
-    for _ in range(LLOYD_STEPS):
-        sums = torch.zeros_like(centres).index_add(0, owners, points)
-        centres = torch.where(sums.norm(dim=-1, keepdim=True) > 0, unit(sums), centres)
-        owners = (points @ centres.T).argmax(-1)
-    found: dict[int, list[int]] = {}
-    for point, owner in enumerate(owners.tolist()):
-        found.setdefault(owner, []).append(point)
-    return list(found.values())

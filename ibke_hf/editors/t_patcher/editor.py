@@ -1,53 +1,29 @@
-"""The T-Patcher baseline: one trained neuron in the last FFN for each token that the model gets wrong.
-
-Huang et al. 2023, "Transformer-Patcher: One Mistake worth One Neuron", ICLR. With q the input of the last FFN at a
-token, patches (k_p, b_p, v_p) change its output to
-
-    FFN_p(q) = FFN(q) + Σ_p Act(q·k_p + b_p) v_p
-
-and are trained at the query q_e of the mistake, among memory queries M of text that they must stay silent on, by
-
-    l = l_e + a l_a + m (l_m1 + l_m2)          l_e: cross-entropy of the target
-    l_a  = exp(-q_e·k_p - b_p)                 the patch fires on the mistake
-    l_m1 = S(M k_p + b_p - β)                  it is silent on the memory: below β
-    l_m2 = S((M - q_e) k_p - γ)                and far below the mistake's own activation: by γ
-    S(v) = mean of the k largest exp(v).
-
-A patch of a ReLU that is silent adds an exact zero, so a token that no patch fires on is predicted bit-identically.
-"""
+"""How T-Patcher edits: it adds a neuron for every target token that the model does not predict, and trains it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ..core.attachment import LayerHook, hooked, require_row_per_edit
-from ..core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ..core.configuration_ibke import Mode, require_mode, require_range
-from ..core.edit_values import Edit, describe, require_length
-from ..core.layers import (
-    BackboneError,
+from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
+from ...core.configuration_ibke import Mode, require_mode, require_range
+from ...core.edit_values import Edit, describe, require_length
+from ...core.layers import (
     device_of,
-    dimensions,
-    is_projection,
     layers_to_edit,
     modules_to_edit,
     number_of_layers,
-    plain_name,
 )
-from ..core.records import EditRequest
-from ..core.tokens import IGNORED, TokenBatch, context_length, encode_prompt, encode_requests, pad_and_label
-from ._patches import NewPatches, Patches
-from .memory import MemoryEdit
-
-Activation = Literal["relu", "gelu", "silu"]
-OWN_TEXTS, OWN_LENGTH = 64, 32  # what the model writes itself where no memory is given
+from ...core.records import EditRequest
+from ...core.tokens import IGNORED, TokenBatch, context_length, encode_prompt, encode_requests
+from .patches import Activation, TPatcherEdit, patched_ffn, widths_of
+from .queries import OWN_TEXTS, own_texts, prompts, run
+from .training import NewPatches, Patches
 
 
 @dataclass(frozen=True)
@@ -120,93 +96,6 @@ class TPatcherConfig:
         return self.edited_modules.format(i=self.edited_layer)
 
 
-@dataclass(frozen=True, eq=False)
-class TPatcherEdit(MemoryEdit):
-    """n independent sets of up to p patches of one FFN.
-
-    `memory` holds ``keys`` (n, p, d), ``biases`` (n, p) and ``values`` (n, p, d_out) of the patches, and the
-    ``queries`` (n, p, d) that they were trained to fire on, which later patches stay silent on; all are zero where a
-    set has fewer patches. `settings` names the ``module`` (the FFN's output projection) and the ``activation``.
-    """
-
-    kind = "t_patcher"
-
-    def __post_init__(self) -> None:
-        """Refuse patches that lack a part."""
-        super().__post_init__()
-        shapes = {name: tuple(self.memory[name].shape) for name in ("keys", "biases", "values", "queries")}
-        number = shapes["biases"]
-        expected = {"keys": (*number, shapes["keys"][-1]), "biases": number, "values": (*number, shapes["values"][-1])}
-        if len(number) != 2 or shapes != expected | {"queries": expected["keys"]}:
-            raise ValueError(
-                f"patches have keys and queries (n, p, d), biases (n, p) and values (n, p, d_out), found {shapes}"
-            )
-        if self.settings["activation"] not in get_args(Activation) or not isinstance(self.settings["module"], str):
-            raise ValueError(f"the settings must name the module and the activation, found {dict(self.settings)}")
-
-    @property
-    def patches(self) -> list[int]:
-        """Number of patches of each set."""
-        counts: list[int] = (self.memory["queries"] != 0).any(-1).sum(-1).tolist()
-        return counts
-
-    def hooks(self, model: Any) -> Mapping[str, tuple[nn.Module, LayerHook]]:
-        """Return the FFN and its patches."""
-        name, module = patched_ffn(model, self.settings["module"])
-        wanted, found = (
-            (self.memory["keys"].shape[-1], self.memory["values"].shape[-1]),
-            _widths(model, self.settings["module"]),
-        )
-        if wanted != found:
-            raise BackboneError(
-                f"the patches expect {name} to map {wanted[0]} to {wanted[1]}, the model's maps {found[0]} to "
-                f"{found[1]}; "
-                "they were made for another backbone"
-            )
-        keys, biases, values = (
-            self.memory[part].to(device_of(module)).float() for part in ("keys", "biases", "values")
-        )
-        return {name: (module, _patched(keys, biases, values, getattr(functional, self.settings["activation"])))}
-
-
-def _patched(keys: Tensor, biases: Tensor, values: Tensor, activation: Any) -> LayerHook:
-    """Return x (b, l, d), y (b, l, d_out) -> y + Σ_p Act(x·k_p + b_p) v_p, summed in fp32."""
-    number = len(keys)
-
-    def patch(x: Tensor, y: Tensor) -> Tensor:
-        require_row_per_edit(number, x)
-        queries = x.float().reshape(number, -1, x.shape[-1])  # one set of patches serves all rows as one
-        added = activation(queries @ keys.mT + biases.unsqueeze(1)) @ values
-        return (y + added.reshape(y.shape)).to(y.dtype)
-
-    return patch
-
-
-def patched_ffn(model: Any, projection: str) -> tuple[str, nn.Module]:
-    """Return, by name, the FFN module that an output projection is part of.
-
-    Raises:
-        BackboneError: If the model lacks the projection, or it lies in the decoder block itself, without an FFN module
-            around it.
-    """
-    modules_to_edit(model, [projection])
-    name = projection.rpartition(".")[0]
-    if name.rpartition(".")[2].isdigit() or not name:
-        raise BackboneError(
-            f"{projection} lies in the decoder block {name!r} itself; T-Patcher needs an FFN that is a module of "
-            f"its own"
-        )
-    found = next(module for full, module in model.named_modules() if plain_name(full) == name)
-    return name, found
-
-
-def _widths(model: Any, projection: str) -> tuple[int, int]:
-    """Return (d, d_out): the width of an FFN's input, which its first projection reads, and of its output."""
-    _, ffn = patched_ffn(model, projection)
-    first = next(module for module in ffn.modules() if is_projection(module))
-    return dimensions(first)[0], dimensions(modules_to_edit(model, [projection])[projection])[1]
-
-
 class TPatcherEditor:
     """Adds a neuron for every target token that the model, told the target so far, does not predict.
 
@@ -250,9 +139,10 @@ class TPatcherEditor:
                 f"[{number_of_layers(model) - 1}]"
             )
         template, (layer,) = layers_to_edit(model, layers or [number_of_layers(model) - 1], edited_modules)
-        made = TPatcherConfig(template, layer, memory if isinstance(memory, str) else tuple(memory), **config)  # type: ignore[arg-type]
-        patched_ffn(model, made.module)
-        return cls(made)
+        texts: Any = memory if isinstance(memory, str) else tuple(memory)  # the config refuses a bare text
+        settings = TPatcherConfig(template, layer, texts, **config)
+        patched_ffn(model, settings.module)
+        return cls(settings)
 
     def edit(
         self,
@@ -285,7 +175,7 @@ class TPatcherEditor:
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         ffn, module = patched_ffn(model, self.config.module)
         number = len(batch) if mode == "independent" else 1
-        patches = self._patches_of(previous, number, _widths(model, self.config.module), device_of(module))
+        patches = self._patches_of(previous, number, widths_of(model, self.config.module), device_of(module))
         names = [f"request {k}" for k in range(len(batch))]
         steps = [slice(k, k + 1) for k in range(len(batch))] if mode == "sequential" else [slice(None)]
         with torch.inference_mode(False), evaluating(model):
@@ -309,9 +199,9 @@ class TPatcherEditor:
             keys, values = (torch.zeros(number, 0, width, device=device) for width in widths)
             return {"keys": keys, "biases": keys.sum(-1), "values": values, "queries": torch.zeros_like(keys)}
         if not isinstance(previous, TPatcherEdit) or dict(previous.settings) != self._settings():
-            found = dict(previous.settings) if isinstance(previous, TPatcherEdit) else type(previous).__name__
+            other = dict(previous.settings) if isinstance(previous, TPatcherEdit) else type(previous).__name__
             raise ValueError(
-                f"T-Patcher goes on from patches of {self._settings()}, previous holds {found}; attach both instead"
+                f"T-Patcher goes on from patches of {self._settings()}, previous holds {other}; attach both instead"
             )
         require_length(previous, number)
         return {
@@ -324,14 +214,14 @@ class TPatcherEditor:
         if model not in self._memories:
             longest = context_length(model)
             texts = [encode_prompt(tokenizer, text)[:longest] for text in self.config.memory] or own_texts(model)
-            found = []
+            read = []
             for start in range(0, len(texts), OWN_TEXTS):
-                batch = _prompts(texts[start : start + OWN_TEXTS])
-                queries = _run(model, ffn, batch)[0]
+                batch = prompts(texts[start : start + OWN_TEXTS])
+                queries = run(model, ffn, batch)[0]
                 names = [f"memory text {start + k}" for k in range(len(batch))]
                 require_finite(queries.flatten(1).sum(-1), "the input of the patched FFN", names)
-                found.append(queries[batch.attention_mask.bool().to(queries.device)])
-            queries = torch.cat(found)
+                read.append(queries[batch.attention_mask.bool().to(queries.device)])
+            queries = torch.cat(read)
             kept = torch.linspace(0, len(queries) - 1, min(self.config.memory_size, len(queries))).round().long()
             self._memories[model] = queries[kept.to(queries.device)]
         return self._memories[model]
@@ -347,7 +237,7 @@ class TPatcherEditor:
     ) -> Patches:
         """Add a trained patch for each mistake in the batch."""
         with self._edit_of(patches).attached(model):
-            queries, outputs, logits = _run(model, ffn, batch)
+            queries, outputs, logits = run(model, ffn, batch)
         real = batch.attention_mask.bool().to(queries.device)
         for what, values in (("input", queries), ("output", outputs)):
             require_finite(values.sum(-1).masked_fill(~real, 0).sum(-1), f"the {what} of {next(iter(ffn))}", names)
@@ -374,7 +264,7 @@ class TPatcherEditor:
         silent: tuple[Tensor, Tensor],
         names: Sequence[str],
     ) -> Patches:
-        """Train the new patches; those of a request stop, and are left alone, once it is answered and they are silent."""
+        """Train the new patches; those of a request are left alone once it is answered and they are silent."""
         learning = torch.ones(len(fresh.requests), dtype=torch.bool)
         optimizer = torch.optim.Adam(fresh.changes, lr=self.config.learning_rate)
         for _ in range(self.config.steps):
@@ -400,34 +290,3 @@ class TPatcherEditor:
         added = {name: tensor.detach() for name, tensor in fresh.written_to(patches).items()}
         require_finite(fresh.size(), "a patch", [names[k] for k in fresh.requests.tolist()])
         return added
-
-
-def own_texts(model: Any) -> list[list[int]]:
-    """Let the model write texts of its own, each from a random token on, always the same ones."""
-    generator = torch.Generator().manual_seed(0)
-    texts = torch.randint(model.config.get_text_config().vocab_size, (OWN_TEXTS, 1), generator=generator)
-    for _ in range(min(OWN_LENGTH, context_length(model) or OWN_LENGTH) - 1):
-        with torch.no_grad():
-            logits = target_logits(model, _prompts(texts.tolist()))[0][:, -1].float().cpu()
-        require_finite(logits.sum(-1), "the model's prediction", [f"its own text {k}" for k in range(OWN_TEXTS)])
-        texts = torch.cat([texts, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
-    return texts.tolist()  # type: ignore[no-any-return]
-
-
-def _prompts(texts: Sequence[Sequence[int]]) -> TokenBatch:
-    """Pad texts of which every token is fed; the label, which nobody reads, keeps the last column's logits."""
-    return pad_and_label([([*ids, 0], len(ids)) for ids in texts])
-
-
-def _run(model: Any, ffn: Mapping[str, nn.Module], batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input (b, l, d) and output (b, l, d_out) of the FFN, fp32, and the logits of the columns that hold labels."""
-    seen: dict[str, Tensor] = {}
-
-    def record(x: Tensor, y: Tensor) -> Tensor:
-        seen.update(x=x, y=y)
-        return y
-
-    with torch.no_grad(), hooked(ffn, dict.fromkeys(ffn, record)):
-        logits = target_logits(model, batch)[0]
-    x, y = (seen[part].float().reshape(*batch.labels.shape, -1) for part in "xy")
-    return x, y, logits

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from .t_patcher import TPatcherConfig
+    from .editor import TPatcherConfig
 
 Patches = Mapping[str, Tensor]
 # queries nearer than this fraction of their norm are one query: 16-bit models read the same prompt no more exactly
@@ -98,11 +98,11 @@ class NewPatches:
     def losses(self, others: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         """Return a l_a + m (l_m1 + l_m2) (P,), and the highest activation on what each must be silent on (P,)."""
         config, (keys, biases, _) = self.config, self.parts()
-        own = (self.mistakes * keys).sum(-1) + biases
+        on_mistake = (self.mistakes * keys).sum(-1) + biases
         heard = (keys @ others.T + biases.unsqueeze(1)).masked_fill(~allowed, -torch.inf)
         silence = top_mean_exp(heard - config.activation_threshold, config.memory_top_k)
-        margin = top_mean_exp(heard - own.unsqueeze(1) - config.activation_margin, config.memory_top_k)
-        return config.activation_weight * (-own).exp() + config.memory_weight * (
+        margin = top_mean_exp(heard - on_mistake.unsqueeze(1) - config.activation_margin, config.memory_top_k)
+        return config.activation_weight * (-on_mistake).exp() + config.memory_weight * (
             silence + margin
         ), heard.detach().amax(-1)
 
