@@ -16,9 +16,12 @@ from ..core.capture import require_finite
 from ..core.configuration_ibke import require_range
 from ..core.edits import LowRankEdit
 from ..core.layers import device_of
+from .locate.config import LocateConfig
 from .locate.editor import LocatingEditor
 from .locate.key_statistics import KeyStatistics
-from .locate.search import HIDDEN, LocateConfig, SearchTexts, ValueSearch, last_block, precise, read_states
+from .locate.search import ValueSearch
+from .locate.states import HIDDEN, last_block, precise, read_states
+from .locate.texts import SearchTexts
 
 IN_NULL_SPACE = (
     1e-3  # relative distance from the null space below which a row of an earlier edit is one of AlphaEdit's keys

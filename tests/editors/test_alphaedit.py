@@ -16,7 +16,9 @@ from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests, pad_and_label
 from ibke_hf.editors.alphaedit import AlphaEditConfig, AlphaEditEditor, joined, null_space_update
 from ibke_hf.editors.locate.key_statistics import KeyStatistics, read_layers
-from ibke_hf.editors.locate.search import HIDDEN, ValueSearch, ask, last_block, read_states
+from ibke_hf.editors.locate.search import ValueSearch
+from ibke_hf.editors.locate.states import HIDDEN, last_block, read_states
+from ibke_hf.editors.locate.texts import ask
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 # short ways from the subject to the target, of one token each: random models pass little on from token to token

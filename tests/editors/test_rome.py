@@ -20,7 +20,9 @@ from ibke_hf.core.tokens import RequestError, TokenBatch, encode_requests
 from ibke_hf.editors.dense import DenseEdit
 from ibke_hf.editors.locate.key_statistics import KeyStatistics
 from ibke_hf.editors.locate.prefixes import draw_prefixes
-from ibke_hf.editors.locate.search import SubjectTexts, ValueSearch, ask, read_states, subject_end
+from ibke_hf.editors.locate.search import ValueSearch
+from ibke_hf.editors.locate.states import read_states
+from ibke_hf.editors.locate.texts import SubjectTexts, ask, subject_end
 from ibke_hf.editors.rome import ROMEConfig, ROMEEditor, rank_one_update
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")

@@ -151,7 +151,7 @@ class Codebooks:
         self.memory = {name: tensor[:, :used].clone() for name, tensor in self.memory.items()}
 
     def file(self, row: int, key: Tensor, target: Tensor, initial_radius: float) -> tuple[int, bool]:
-        """Add, expand or split for a key (d_in,) whose answer is `target` (t,); return its place and whether it is new.
+        """Add, expand or split for a key (d_in,) whose answer is `target` (t,); return its place, and if it is new.
 
         Far from all balls, the key is a new entry with a ball of its own. Near a key of the same target, that one's
         ball grows to contain it. Near a key of another target, both balls end half-way; if the two keys are one, the

@@ -202,7 +202,7 @@ class GRACEEditor:
     def _read(
         self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, books: Codebooks, names: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layer's input (b, l, d_in) and output (b, l, d_out) under the codebooks, and where it errs (b, l)."""
+        """Return the layer's input (b, l, d_in) and output (b, l, d_out), and where the model errs (b, l)."""
         read: dict[str, Tensor] = {}
 
         def record(x: Tensor, y: Tensor) -> Tensor:

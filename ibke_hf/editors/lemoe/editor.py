@@ -171,7 +171,7 @@ class LEMoEEditor:
     def _values(
         self, model: Any, module: Mapping[str, nn.Module], batch: TokenBatch, names: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Return the values (b, l, d_in) at the edited layer, which no expert changes, and the root mean square of y."""
+        """Return the values (b, l, d_in) at the edited layer, which no expert changes, and y's root mean square."""
         read: list[Tensor] = []
 
         def record(layer_inputs: Tensor, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What ROME and AlphaEdit do alike: they are built with key statistics, and go through requests at once or one after another."""
+"""What ROME and AlphaEdit do alike: they are built with key statistics, and go through requests by mode."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ...core.edits import LowRankEdit
 from ...core.layers import layers_to_edit, modules_to_edit
 from ...core.records import EditRequest
 from ...core.tokens import context_length
+from .config import LocateConfig
 from .key_statistics import KeyStatistics, default_layers
 from .prefixes import draw_prefixes
-from .search import LocateConfig, SearchTexts, ask
+from .texts import SearchTexts, ask
 
 
 class LocatingEditor(ABC):
@@ -118,7 +119,7 @@ class LocatingEditor(ABC):
         *,
         joint: bool,
     ) -> LowRankEdit:
-        """Edit all requests on the model that carries `previous`, which is part of the result: into one update, or one each."""
+        """Edit all requests on the model with `previous`, which the result contains: one update, or one each."""
 
 
 def check_call(mode: Mode, number: int, previous: Edit | None) -> None:

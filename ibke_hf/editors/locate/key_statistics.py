@@ -171,20 +171,20 @@ class KeyStatistics:
 
 
 def default_layers(model: Any, number: int = 5) -> list[int]:
-    """Return `number` layers that end at the relative depth of ROME's in GPT-2 XL, 17 of 48; fewer where the model has fewer."""
+    """Return `number` layers, or fewer, that end at the relative depth of ROME's in GPT-2 XL, 17 of 48."""
     last = number_of_layers(model) * 17 // 48
     return list(range(max(last - number + 1, 0), last + 1))
 
 
 def read_layers(model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the input (b, l, d_in) and output (b, l, d_out) of some modules by name; what comes after them is not run."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    """Return input (b, l, d_in) and output (b, l, d_out) of some modules by name; what follows them is not run."""
+    states: dict[str, tuple[Tensor, Tensor]] = {}
 
     def recorder(name: str) -> LayerHook:
         def record(layer_inputs: Tensor, output: Any) -> Any:
             shape = (*batch.input_ids.shape, -1)
-            found[name] = (layer_inputs.reshape(shape), hidden_of(output).reshape(shape))
-            if len(found) == len(modules):
+            states[name] = (layer_inputs.reshape(shape), hidden_of(output).reshape(shape))
+            if len(states) == len(modules):
                 raise _AllRead
             return output
 
@@ -192,7 +192,7 @@ def read_layers(model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch)
 
     with torch.no_grad(), suppress(_AllRead), hooked(modules, {name: recorder(name) for name in modules}):
         target_logits(model, batch)
-    return found
+    return states
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -200,7 +200,7 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-class _AllRead(Exception):  # noqa: N818  no error: ends a forward pass that has shown all that was wanted
+class _AllRead(Exception):  # noqa: N818  no error: ends a forward pass that has shown all that it had to
     pass
 
 
@@ -262,8 +262,8 @@ def _measure(
             )  # the last token of a padded text is not fed
             real = batch.attention_mask.bool()
             for name, (keys, _) in read_layers(model, modules, batch).items():
-                found = keys[real.to(keys.device)].float()
-                sums[name].addmm_(found.T, found)
+                real_keys = keys[real.to(keys.device)].float()
+                sums[name].addmm_(real_keys.T, real_keys)
             tokens += int(real.sum())
             bar.update(len(rows))
     if not tokens:

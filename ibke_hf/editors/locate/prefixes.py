@@ -10,11 +10,11 @@ import torch
 from ...core.layers import input_device
 
 if TYPE_CHECKING:
-    from .search import LocateConfig
+    from .config import LocateConfig
 
 
 def draw_prefixes(model: Any, tokenizer: Any, config: LocateConfig, openings: Sequence[str]) -> list[str]:
-    """Return the random texts x_j to put in front of prompts, each ending in ``". "``; fewer if some come out empty or alike.
+    """Return random texts x_j to put in front of prompts, each ending in ``". "``; fewer if some are empty or alike.
 
     Raises:
         ValueError: If they are to come from a corpus of which no text was kept.
