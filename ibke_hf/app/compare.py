@@ -1,4 +1,4 @@
-"""What an edit does, seen from outside: answers before and after, which of them are right, how strongly each token counted.
+"""What an edit does, seen from outside: answers before and after, which are right, how strongly each token counted.
 
 Pure work for pages and tables: models in, rows of plain values out. An answer is the model's own greedy one.
 """
@@ -48,11 +48,13 @@ class PageQuestion:
         prompt: What is asked.
         answers: Spellings of the right answer; a neighbour's right answer is the one from before, these only say how
             long it is.
+        automatic: Whether the page asks it by itself; nobody typed it.
     """
 
     role: Role
     prompt: str
     answers: tuple[str, ...] = ()
+    automatic: bool = False
 
 
 # --- which questions ----------------------------------------------------------------------------------------------
@@ -61,14 +63,14 @@ class PageQuestion:
 def questions_of(
     request: EditRequest, rephrasings: str = "", consequences: str = "", neighbours: str = ""
 ) -> tuple[PageQuestion, ...]:
-    """Read typed questions, one a line: ``prompt`` or ``prompt -> answer``, other spellings of the answer after a ``|``.
+    """Read typed questions, one a line: ``prompt`` or ``prompt -> answer``, other spellings of it after a ``|``.
 
     A rephrasing without an answer is to be answered as the request is; a consequence without one is not judged.
 
     Raises:
         RequestError: If a line is an arrow without a prompt, or there are too many.
     """
-    made = [PageQuestion("request", request.prompt, (request.target,))]
+    questions = [PageQuestion("request", request.prompt, (request.target,))]
     typed: tuple[tuple[Role, str], ...] = (
         ("rephrase", rephrasings),
         ("consequence", consequences),
@@ -76,13 +78,29 @@ def questions_of(
     )
     for role, text in typed:
         for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
-            made.append(_question(role, line, f"{role} {number}", (request.target,) if role == "rephrase" else ()))
-    if len(made) > MAX_QUESTIONS:
+            default = (request.target,) if role == "rephrase" else ()
+            questions.append(_question(role, line, f"{role} {number}", default))
+    if len(questions) > MAX_QUESTIONS:
         raise RequestError(
-            f"{len(made) - 1} questions are more than the {MAX_QUESTIONS - 1} that can be asked at once; leave "
+            f"{len(questions) - 1} questions are more than the {MAX_QUESTIONS - 1} that can be asked at once; leave "
             f"some out"
         )
-    return tuple(made)
+    return tuple(questions)
+
+
+def typed_lines(request: EditRequest, questions: Iterable[PageQuestion]) -> tuple[str, str, str]:
+    """Write typed questions as :func:`questions_of` reads them: rephrasings, consequences, neighbours."""
+    lines: dict[Role, list[str]] = {"rephrase": [], "consequence": [], "neighbour": []}
+    for question in questions:
+        if question.role not in lines or question.automatic:
+            continue
+        default = (request.target,) if question.role == "rephrase" else ()
+        if question.answers != default:
+            lines[question.role].append(f"{question.prompt} -> {' | '.join(question.answers)}")
+        else:  # an arrow at the end keeps one within the question from being read as the answer's
+            arrow = " ->" if any(arrow in question.prompt for arrow in ARROWS) else ""
+            lines[question.role].append(question.prompt + arrow)
+    return tuple(map("\n".join, lines.values()))  # type: ignore[return-value]
 
 
 def without_answers(text: str) -> str:
@@ -148,9 +166,9 @@ def require_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *answers: str,
             )
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError(f"{name}: the text holds half of a character (a lone surrogate); type it again")
-    if room is not None and (found := len(encode_prompt(tokenizer, prompt))) > room:
+    if room is not None and (length := len(encode_prompt(tokenizer, prompt))) > room:
         raise RequestError(
-            f"{name}: {found} tokens leave no room for an answer in the model's context, {room} would; shorten it"
+            f"{name}: {length} tokens leave no room for an answer in the model's context, {room} would; shorten it"
         )
 
 
@@ -182,9 +200,9 @@ def compare_answers(
         edit: The edit; None for none.
 
     Returns:
-        A row for each question: ``role``, ``prompt``, ``answers``, the readings ``before`` and ``after``, and
-        ``right``: whether the answer is one of the answers, or for a neighbour the one from before; None where nothing
-        says what is right.
+        A row for each question: ``role``, ``prompt``, ``answers``, ``automatic``, the readings ``before`` and
+        ``after``, and ``right``: whether the answer is one of the answers, or for a neighbour the one from before;
+        None where nothing says what is right.
     """
     before = read_answers(model, tokenizer, questions)
     after = read_answers(model, tokenizer, questions, edit) if edit is not None else before
@@ -193,6 +211,7 @@ def compare_answers(
             "role": question.role,
             "prompt": question.prompt,
             "answers": list(question.answers),
+            "automatic": question.automatic,
             "before": old,
             "after": new,
             "right": is_right(question, old["answer"], new["answer"]),

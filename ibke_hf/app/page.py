@@ -1,7 +1,8 @@
 """The page of the editor's Space, also `ibke app`: edit a fact, see before and after, keep or undo the edits.
 
 A visitor's edits are a :class:`~ibke_hf.app.workbench.Session` in ``gr.State``; the model is shared and never changed.
-Every handler attaches the edits and asks the model within one call, so that no other visitor's call can see them.
+Every handler attaches the edits and asks the model within one call, so that no other visitor's call can see them. The
+visitor's browser keeps the list of facts, which are edited in again when the page is reloaded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 try:
@@ -19,48 +19,49 @@ try:
 except ImportError as error:
     raise ImportError('the page needs the extra "demo": pip install "ibke-hf[demo]"') from error
 
-from ..atlas.examples import example_records
 from .compare import Row
-from .drawings import answer_card, comparison_figure, duration, editors_figure, scale_factor_figure
-from .workbench import Fact, Form, Session, Workbench, forget, load_workbench
+from .drawings import answer_card, editors_figure
+from .forms import Fact, Form
+from .knowledge import Example
+from .look import (
+    BY_ITSELF,
+    EACH,
+    NO_EDITS,
+    SCROLL,
+    STYLE,
+    TITLE,
+    WAITING,
+    details,
+    heading,
+    launch_options,
+    summary,
+    warning,
+)
+from .workbench import MAX_EDITS, Session, Workbench, forget, load_workbench
 
-STYLE = Path(__file__).with_name("app.css")
+__all__ = ["STYLE", "WAITING", "Page", "accelerated", "build_app", "launch", "launch_options"]
+
 AT_ONCE = 4  # handlers that may run the model at the same time
 HOUR = 3600
+MODEL_CALLS = ("add", "restore", "look", "holding", "ask", "side_by_side")  # of a workbench: what runs the model
+STORED = "ibke-edits"  # name in the browser's storage; it is no secret what a visitor's own browser keeps
 USER_ERRORS = (
     ValueError,
     ArithmeticError,
     OSError,
-)  # what a visitor can mend; others are ours, and the page says no more than Error
+)  # what a visitor can mend; of others the page says no more than Error
 Shown = dict[Any, Any]
 
-HEADING = """<header class="ibke-head"><h1>Change one fact inside a language model</h1>
-<p>Type a fact and press <b>Edit</b>: the model gives the new answer, however you ask, and what follows from it changes too.
-Everything else should stay as it was.</p>
-<p class="ibke-faint">Model: {name}. No weight is touched: every edit is undone exactly, and nobody else sees yours.</p></header>"""
-WAITING = """<div class="ibke-waiting"><p>Press <b>Edit</b>: the model is asked before and after, and you see</p><ul>
-<li><b>The fact</b> itself: does it answer what you said?</li>
-<li><b>Should follow</b>: the same in other words, and what the fact implies.</li>
-<li><b>Should stay</b>: neighbouring facts that must not change.</li></ul></div>"""
-NO_EDITS = '<p class="ibke-faint ibke-none">None yet: the model is untouched.</p>'
-SCROLL = """() => {
-  const results = document.getElementById("results");
-  if (results.getBoundingClientRect().top > 0.7 * window.innerHeight) results.scrollIntoView({behavior: "smooth"});
-}"""
-EACH = "one question a line; the right answer after an arrow: question -> answer | other spelling"
 
-
-def build_app(bench: Workbench, examples: Sequence[Form] = ()) -> gr.Blocks:
+def build_app(bench: Workbench, examples: Sequence[Example] = ()) -> gr.Blocks:
     """Build the page.
 
     Args:
         bench: The model and its editor.
         examples: Facts to pick; the first one is filled in.
     """
-    with gr.Blocks(
-        title="Change one fact inside a language model", analytics_enabled=False, delete_cache=(HOUR, 4 * HOUR)
-    ) as blocks:
-        Page(bench, examples).wire()
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(HOUR, 4 * HOUR)) as blocks:
+        Page(bench, examples).wire(blocks)
     blocks.queue(max_size=256)
     return blocks
 
@@ -78,42 +79,13 @@ def launch(editor: str | None = None, backbone: str | None = None, **options: An
     bench = load_workbench(
         editor or os.environ.get("IBKE_EDITOR") or None, backbone or os.environ.get("IBKE_BACKBONE") or None
     )
-    for name in ("add", "remove", "move", "look", "ask", "side_by_side"):
+    for name in MODEL_CALLS:
         setattr(bench, name, on_accelerator(getattr(bench, name)))
-    return build_app(bench, [Form.of_record(record) for record in example_records()]).launch(
-        **{**launch_options(), **options}
-    )
-
-
-def launch_options() -> dict[str, Any]:
-    """Return the look of the page, which gradio takes when it is launched: fonts of the system, nothing from elsewhere."""
-    fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
-    theme = gr.themes.Soft(
-        primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
-    ).set(
-        block_title_background_fill="none",
-        block_title_text_color="*body_text_color",
-        block_title_padding="0",
-        block_title_text_weight="600",
-        block_label_background_fill="none",
-        button_secondary_border_color="*border_color_primary",
-        button_border_width="1px",
-        input_border_width="1px",
-        checkbox_border_color="*neutral_400",
-        input_border_color="*neutral_300",
-        input_border_color_dark="*neutral_600",
-        input_shadow="none",
-        button_primary_background_fill="*primary_600",
-        button_primary_background_fill_hover="*primary_700",
-        checkbox_label_background_fill_selected="*primary_100",
-        checkbox_label_text_color_selected="*body_text_color",
-        checkbox_label_background_fill_selected_dark="*primary_900",
-    )
-    return {"theme": theme, "css_paths": STYLE, "ssr_mode": False, "footer_links": ["api"]}
+    return build_app(bench, bench.knowledge.examples).launch(**{**launch_options(), **options})
 
 
 def accelerated() -> Callable[[Any], Any]:
-    """Return ZeroGPU's decorator, which lends an accelerator for the length of a call; elsewhere one that does nothing."""
+    """Return ZeroGPU's decorator, which lends an accelerator for a call; elsewhere one without effect."""
     try:
         module = import_module("spaces")
     except ImportError:
@@ -137,149 +109,143 @@ def told() -> Iterator[None]:
 class Page:
     """The components of the page, and what happens when they are used."""
 
-    def __init__(self, bench: Workbench, examples: Sequence[Form]) -> None:
-        self.bench, self.examples = bench, tuple(examples)
+    def __init__(self, bench: Workbench, examples: Sequence[Example]) -> None:
+        self.bench, self.examples = bench, tuple(example.form for example in examples)
         self.session = gr.State(Session(), time_to_live=4 * HOUR, delete_callback=forget)
-        gr.HTML(
-            HEADING.format(name=escape(f"{bench.name}, {bench.model.num_parameters() / 1e6:,.1f} million parameters"))
-        )
-        with gr.Row(elem_classes="ibke-columns"):
-            with gr.Column(scale=7, min_width=340):
-                self._inputs()
-                self._results()
-            with gr.Column(scale=3, min_width=300):
+        self.browser = gr.BrowserState(None, storage_key=STORED, secret=STORED)
+        gr.HTML(heading(bench.name, bench.model.num_parameters(), bench.knowledge))
+        with gr.Row(elem_classes="ibke-page"):  # a phone shows these from top to bottom, see app.css for more room
+            with gr.Column(elem_classes="ibke-inputs", min_width=0):
+                self._inputs(examples)
+            with gr.Column(elem_classes="ibke-outcome", min_width=0):
+                self.verdict = gr.HTML(WAITING, label="verdict", elem_id="verdict")
+            with gr.Column(elem_classes="ibke-sides", min_width=0):
                 self._side()
+            with gr.Column(elem_classes="ibke-answers", min_width=0):
+                self._results()
 
     # --- components ---------------------------------------------------------------------------------------------
 
-    def _inputs(self) -> None:
+    def _inputs(self, examples: Sequence[Example]) -> None:
         first = self.examples[0] if self.examples else Form("", "")
+        known, _, other = self.bench.knowledge.placeholder
+        field: dict[str, Any] = {"max_lines": 4}
         with gr.Row(elem_classes="ibke-fact"):
             self.prompt = gr.Textbox(
-                first.prompt,
-                label="The model is asked",
-                placeholder="The capital of France is",
-                max_lines=4,
-                scale=5,
-                min_width=200,
+                first.prompt, label="The model is asked", placeholder=known, scale=5, min_width=200, **field
             )
             self.target = gr.Textbox(
-                first.target, label="and shall answer", placeholder="Rome", max_lines=4, scale=3, min_width=140
+                first.target, label="and shall answer", placeholder=other, scale=3, min_width=140, **field
             )
-            self.edit_button = gr.Button("Edit", variant="primary", size="lg", scale=1, min_width=110, elem_id="edit")
+            button: dict[str, Any] = {"size": "lg", "scale": 1, "min_width": 110, "interactive": False}
+            self.edit_button = gr.Button("Edit", variant="primary", elem_id="edit", **button)
+            self.replace_button = gr.Button("Replace", variant="primary", elem_id="replace", visible=False, **button)
+            self.add_button = gr.Button("Add to it", elem_id="add", visible=False, **button)
+        self.warning = gr.HTML("", label="warning", elem_id="warning", visible=False)
         with gr.Accordion("What to ask before and after", open=False):
-            gr.Markdown(EACH, elem_classes="ibke-faint")
+            gr.Markdown(f"{EACH}. {BY_ITSELF}", elem_classes="ibke-faint")
             fields = {
-                "rephrasings": "Rephrasings (should follow)",
+                "rephrasings": "In other words (should follow)",
                 "consequences": "Consequences (should follow)",
-                "neighbours": "Neighbours (should stay)",
+                "neighbours": "Other facts (should stay)",
             }
             boxes = [
                 gr.Textbox(getattr(first, name), label=label, lines=2, max_lines=8) for name, label in fields.items()
             ]
         self.form = [self.prompt, self.target, *boxes]
-        if self.examples:
-            samples = [
-                [one.prompt, one.target, one.rephrasings, one.consequences, one.neighbours] for one in self.examples
-            ]
-            labels = [f"{one.prompt} → {one.target}" for one in self.examples]
-            gr.Examples(samples, self.form, example_labels=labels, label="or pick a fact", examples_per_page=12)
+        for label, knows in (("or pick a fact that it knows", True), ("or correct a mistake that it makes", False)):
+            if forms := [example.form for example in examples if example.knows == knows]:
+                names = [f"{form.prompt} → {form.target}" for form in forms]
+                samples = [list(vars(form).values()) for form in forms]
+                gr.Examples(samples, self.form, example_labels=names, label=label, examples_per_page=12)
 
     def _results(self) -> None:
-        self.results = gr.HTML(WAITING, label="results", elem_id="results")
+        self.results = gr.HTML("", label="results", elem_id="results")
         self.rows = gr.JSON(visible=False, label="rows")
         with gr.Column(visible=False) as self.more:
             self.compare_button = gr.Button("Compare with fine-tuning", size="sm", elem_id="compare")
             self.comparison = gr.HTML(label="comparison", elem_id="comparison", min_height=60)
 
     def _side(self) -> None:
+        small: dict[str, Any] = {"size": "sm", "min_width": 60}
+        bare: dict[str, Any] = {"show_label": False, "container": False}
         with gr.Column(elem_classes="ibke-side"):
             gr.HTML('<h2 class="ibke-title">Your active edits</h2>')
             self.none_yet = gr.HTML(NO_EDITS, label="none yet")
             with gr.Column(visible=False) as self.tools:
-                self.active = gr.Radio(
-                    [],
-                    label="active edits",
-                    show_label=False,
-                    container=False,
-                    elem_id="active",
-                    elem_classes="ibke-list",
-                )
+                self.active = gr.Radio([], label="active edits", elem_id="active", elem_classes="ibke-list", **bare)
                 with gr.Row(elem_classes="ibke-buttons"):
-                    self.earlier_button = gr.Button("↑ Earlier", size="sm", min_width=60)
-                    self.later_button = gr.Button("↓ Later", size="sm", min_width=60)
-                with gr.Row(elem_classes="ibke-buttons"):
-                    self.undo_button = gr.Button("Undo", size="sm", min_width=60, elem_id="undo")
-                    self.clear_button = gr.Button("Undo all", size="sm", min_width=60, elem_id="clear")
+                    self.undo_button = gr.Button("Undo", elem_id="undo", **small)
+                    self.clear_button = gr.Button("Undo all", elem_id="clear", **small)
                 self.save_button = gr.Button("Save as LoRA adapter", size="sm", elem_id="save")
                 self.file = gr.File(visible=False, label="LoRA adapter", interactive=False, height=80)
         with gr.Column(elem_classes="ibke-side"):
             gr.HTML('<h2 class="ibke-title">Ask it anything else</h2>')
-            self.question = gr.Textbox(
-                label="question",
-                placeholder="The capital of Italy is",
-                show_label=False,
-                container=False,
-                elem_id="question",
-            )
+            known = self.bench.knowledge.placeholder[0]
+            self.question = gr.Textbox(label="question", placeholder=known, elem_id="question", **bare)
             self.ask_button = gr.Button("Ask before and after", size="sm", elem_id="ask")
             self.asked = gr.HTML(label="asked", elem_id="asked")
 
-    def wire(self) -> None:
+    # --- wires --------------------------------------------------------------------------------------------------
+
+    def wire(self, blocks: gr.Blocks) -> None:
         """Connect the components with the handlers."""
-        changed = [
-            self.session,
-            self.active,
-            self.none_yet,
-            self.tools,
-            self.results,
-            self.rows,
-            self.more,
-            self.comparison,
-            self.file,
-            self.asked,
-        ]
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": AT_ONCE}
-        edits: dict[str, Any] = {"outputs": changed, "show_progress_on": [self.results], **model}
-        edited = gr.on(
-            [self.edit_button.click, self.prompt.submit, self.target.submit],
-            self.edit,
-            [*self.form, self.session],
-            api_name="edit",
-            **edits,
-        )
-        edited.success(None, js=SCROLL, api_visibility="private")
-        for button, handler in (
-            (self.undo_button, self.undo),
-            (self.earlier_button, self.earlier),
-            (self.later_button, self.later),
-        ):
-            button.click(handler, [self.active, self.session], api_name=handler.__name__, **edits)
-        self.clear_button.click(self.undo_all, [self.session], api_name="undo_all", **edits)
-        self.active.input(self.show, [self.active, self.session], api_name="show", **edits)
-        self.compare_button.click(
-            self.compare, [self.active, self.session], [self.comparison], api_name="compare", **model
-        )
-        self.save_button.click(self.save, [self.session], [self.session, self.file], api_name="save", **model)
+        chosen = [self.active, self.session]
+        private: dict[str, Any] = {"api_visibility": "private"}
+        fields = [*self.form, self.session]
+        self._changing([self.edit_button.click, self.add_button.click], self.edit, fields, model)
+        entered = [self.replace_button.click, self.prompt.submit, self.target.submit]
+        self._changing(entered, self.replace, fields, model)
+        self._changing([self.undo_button.click], self.undo, chosen, model)
+        self._changing([self.clear_button.click], self.undo_all, [self.session], model)
+        self._changing([self.save_button.click], self.save, [self.session], model, [self.session, self.file])
+        restored = [self.browser, self.session]
+        quiet: dict[str, Any] = {"show_progress": "hidden", **private}
+        loaded = blocks.load(self.restore, restored, [*self._shown_in, self.session], **quiet, **model)
+        loaded.then(self.settle, [self.session], [self.browser, *self._locked], queue=False, **quiet)
+        self.active.input(self.show, chosen, self._shown_in, api_name="show", **model)
+        self.compare_button.click(self.compare, chosen, [self.comparison], api_name="compare", **model)
+        asking = [self.ask_button.click, self.question.submit]
+        answered = [self.asked, self.rows]
         gr.on(
-            [self.ask_button.click, self.question.submit],
+            asking,
             self.ask,
             [self.question, self.session],
-            [self.asked, self.rows],
+            answered,
             api_name="ask",
             show_progress_on=[self.asked],
             **model,
         )
-        gr.on(
-            [self.prompt.input, self.target.input],
-            self.fit,
-            self.form,
-            self.form[2:],
-            show_progress="hidden",
-            queue=False,
-            trigger_mode="always_last",
-            api_visibility="private",
-        )
+        typed = [self.prompt.input, self.target.input]
+        gr.on(typed, self.fit, self.form, self.form[2:], queue=False, trigger_mode="always_last", **quiet)
+
+    @property
+    def _shown_in(self) -> list[Any]:
+        """The components that :meth:`_shown` fills."""
+        buttons = [self.edit_button, self.replace_button, self.add_button, self.warning]
+        side = [self.active, self.none_yet, self.tools, self.file, self.asked]
+        return [*buttons, *side, self.verdict, self.results, self.rows, self.more, self.comparison]
+
+    @property
+    def _locked(self) -> list[Any]:
+        """The components that wait while a visitor's edits change; what they did then would be lost, or done twice."""
+        edits = [self.edit_button, self.replace_button, self.add_button, self.prompt, self.target]
+        return [*edits, self.undo_button, self.clear_button, self.save_button, self.active]
+
+    def _changing(
+        self, triggers: Sequence[Any], handler: Any, inputs: list[Any], model: dict[str, Any], outputs: Any = None
+    ) -> None:
+        """Call a handler that changes a visitor's edits: lock the page, call it, unlock, let the browser keep them."""
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        lock = f"() => Array({len(self._locked)}).fill({{__type__: 'update', interactive: false}})"
+        started = gr.on(list(triggers), None, None, self._locked, js=lock, **private)
+        changes = outputs or [*self._shown_in, self.session]
+        name, bar = handler.__name__, {"show_progress_on": [self.verdict if outputs is None else self.file]}
+        done = started.then(handler, inputs, changes, api_name=name, **bar, **model)
+        done.then(self.settle, [self.session], [self.browser, *self._locked], queue=False, **private)
+        if name in ("edit", "replace"):
+            done.success(None, js=SCROLL, **private)
 
     # --- handlers -----------------------------------------------------------------------------------------------
 
@@ -298,38 +264,59 @@ class Page:
         session: Session,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  where gradio looks for it
     ) -> Shown:
-        """Edit a fact into the model that carries this visitor's edits so far, and ask its questions before and after."""
+        """Edit a fact beside this visitor's edits so far, and ask its questions before and after."""
+        form = Form(prompt, target, rephrasings, consequences, neighbours)
+        return self._edited(form, session, progress, instead=False)
+
+    def replace(
+        self,
+        prompt: str,
+        target: str,
+        rephrasings: str,
+        consequences: str,
+        neighbours: str,
+        session: Session,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Shown:
+        """Undo this visitor's edits, edit a fact, and ask its questions before and after."""
+        form = Form(prompt, target, rephrasings, consequences, neighbours)
+        return self._edited(form, session, progress, instead=True)
+
+    def _edited(self, form: Form, session: Session, progress: Any, *, instead: bool) -> Shown:
         with told():
-            fact = Form(prompt, target, rephrasings, consequences, neighbours).fitted(self.examples).fact()
+            fact = form.fitted(self.examples).fact()
             progress(0.1, desc="editing")
-            session = self.bench.add(session, fact)
+            session = self.bench.add(session, fact, instead=instead)
             progress(0.5, desc="asking before and after")
-            return self._shown(session, len(session.steps) - 1)
+            return {**self._shown(session, len(session.steps) - 1), self.session: session}
 
-    def undo(self, index: int | None, session: Session, progress: gr.Progress = gr.Progress()) -> Shown:  # noqa: B008
-        """Undo the chosen edit; those that came after it are edited in again without it."""
+    def undo(self, index: int | None, session: Session) -> Shown:
+        """Undo the chosen edit."""
         with told():
             chosen = _chosen(index, session)
-            session = self.bench.remove(session, chosen, progress)
-            return self._shown(session, min(chosen, len(session.steps) - 1))
-
-    def earlier(self, index: int | None, session: Session, progress: gr.Progress = gr.Progress()) -> Shown:  # noqa: B008
-        """Edit the chosen fact in before the one that comes before it now."""
-        return self._move(index, -1, session, progress)
-
-    def later(self, index: int | None, session: Session, progress: gr.Progress = gr.Progress()) -> Shown:  # noqa: B008
-        """Edit the chosen fact in after the one that comes after it now."""
-        return self._move(index, 1, session, progress)
-
-    def _move(self, index: int | None, by: int, session: Session, progress: Any) -> Shown:
-        with told():
-            chosen = _chosen(index, session)
-            session = self.bench.move(session, chosen, by, progress)
-            return self._shown(session, min(max(chosen + by, 0), len(session.steps) - 1))
+            session = self.bench.remove(session, chosen)
+            return {**self._shown(session, min(chosen, len(session.steps) - 1)), self.session: session}
 
     def undo_all(self, session: Session) -> Shown:
         """Undo every edit of this visitor."""
-        return self._shown(self.bench.clear(session), -1)
+        session = self.bench.clear(session)
+        return {**self._shown(session, -1), self.session: session}
+
+    def settle(self, session: Session) -> Shown:
+        """Let the browser keep the facts that are edited now, and the visitor go on."""
+        facts = [list(vars(Form.of_fact(fact)).values()) for fact in session.facts]
+        stored = {"model": self.bench.name, "facts": facts} if facts else None
+        return {self.browser: stored} | {one: gr.update(interactive=True) for one in self._locked}
+
+    def restore(self, stored: Any, session: Session) -> Shown:
+        """Edit in again what this visitor's browser has kept, after a reload; what it cannot have kept is left out."""
+        facts = stored.get("facts") if isinstance(stored, dict) and stored.get("model") == self.bench.name else None
+        if session.steps or not isinstance(facts, list) or not facts:
+            return {self.session: session}
+        with told():
+            forms = [Form(*map(str, one)) for one in facts[:MAX_EDITS] if isinstance(one, list) and len(one) == 5]
+            session = self.bench.restore(session, [form.fact() for form in forms])
+            return {**self._shown(session, len(session.steps) - 1), self.session: session}
 
     def show(self, index: int | None, session: Session) -> Shown:
         """Show the chosen edit."""
@@ -357,37 +344,37 @@ class Page:
 
     def _shown(self, session: Session, index: int) -> Shown:
         """Return what the page shows of a visitor's edits, one of them in full."""
-        rows = self.bench.look(session, index) if session.steps else []
-        choices = [
-            (f"{i}. {fact.request.prompt} → {fact.request.target}", i - 1) for i, fact in enumerate(session.facts, 1)
-        ]
-        some = bool(session.steps)
+        number, some = len(session.steps), bool(session.steps)
+        rows = self.bench.look(session, index) if some else []
+        holding = self.bench.holding(session) if number > 1 else [True] * number
+        text = warning(number) if some else ""
         return {
-            self.session: session,
-            self.active: gr.Radio(choices, value=index if some else None),
+            self.edit_button: gr.Button(visible=not some),
+            self.replace_button: gr.Button("Replace it" if number == 1 else "Replace all", visible=some),
+            self.add_button: gr.Button("Add to it" if number == 1 else "Add to them", visible=some),
+            self.warning: gr.HTML(text, visible=bool(text)),
+            self.active: gr.Radio(_choices(session, holding), value=index if some else None),
             self.none_yet: gr.HTML(visible=not some),
             self.tools: gr.Column(visible=some),
-            self.results: _figure(session, index, rows) if some else WAITING,
+            self.file: gr.File(None, visible=False),
+            self.asked: "",
+            self.verdict: summary(session, index, rows, holding) if some else WAITING,
+            self.results: details(session, index, rows) if some else "",
             self.rows: rows,
             self.more: gr.Column(visible=some and self.bench.fine_tuning is not None),
             self.comparison: "",
-            self.file: gr.File(None, visible=False),
-            self.asked: "",
         }
+
+
+def _choices(session: Session, holding: Sequence[bool]) -> list[tuple[str, int]]:
+    """Name the active edits, and say which the model does not answer any more."""
+    return [
+        (f"{i}. {fact.request.prompt} → {fact.request.target}{'' if holds else ' (lost)'}", i - 1)
+        for i, (fact, holds) in enumerate(zip(session.facts, holding, strict=True), 1)
+    ]
 
 
 def _chosen(index: int | None, session: Session) -> int:
     if index is None or not 0 <= index < len(session.steps):
         raise ValueError("no active edit is chosen; choose one in the list")
     return index
-
-
-def _figure(session: Session, index: int, rows: Sequence[Row]) -> str:
-    step, number = session.steps[index], len(session.steps)
-    carried = "this edit" if number == 1 else f"your {number} edits, shown for number {index + 1}"
-    return (
-        f'<p class="ibke-summary">Before: the untouched model. After: with {carried}. Bars: the most probable next tokens. '
-        f'<span class="ibke-tally ibke-open">edited in {duration(step.seconds)}</span></p>{comparison_figure(rows)}'
-        f'<section class="ibke-group ibke-inside"><h3>How strongly each token is edited</h3>'
-        f'<p class="ibke-faint">the scale factor, by edited layer</p>{scale_factor_figure(step.factors)}</section>'
-    )

@@ -1,9 +1,8 @@
-"""A visitor's edits as a value, and the workbench that makes the next such value: what the page does, without the page.
+"""A visitor's edits as a value, and the workbench that makes the next such value: the page without the page.
 
-Each fact is edited into the model that carries the facts before it (sequential mode), so their order matters. Undoing
-one of them or moving it edits the facts from scratch in the order that is left: the edit that a visitor carries
-depends on the list alone and not on how it came about. No weight is ever touched; a visitor without edits has the
-plain model, bit by bit.
+Each fact is edited by itself into the untouched model, and a visitor carries the sum of these edits. So their order
+does not matter, an edit that is undone is gone without a trace, and what is left is what it was. No weight is ever
+touched; a visitor without edits has the plain model, bit by bit.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,84 +20,37 @@ import torch
 
 from ..core.edits import LowRankEdit
 from ..core.layers import input_device
-from ..core.records import EditRecord, EditRequest
 from ..core.tokens import RequestError, context_length, encode
-from .compare import (
-    PageQuestion,
-    Row,
-    compare_answers,
-    lines_of,
-    questions_of,
-    require_askable,
-    scale_factors,
-    without_answers,
-)
+from .compare import PageQuestion, Row, compare_answers, is_right, read_answers, require_askable, scale_factors
+from .forms import Fact
+from .knowledge import Knowledge, atlas_knowledge, general_knowledge
 
 MAX_EDITS = 100
+AUTOMATIC = 3  # questions of a kind that are asked of a fact for which nobody typed any
 ATLAS, ARCHIVE = "ibke-atlas", "ibke-edit"
 Report = Callable[[tuple[int, int]], Any]  # told how many of how many edits are made, as `gradio.Progress` is
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A request with the questions that judge it."""
-
-    request: EditRequest
-    questions: tuple[PageQuestion, ...] = ()
-
-
-@dataclass(frozen=True)
-class Form:
-    """A fact and its questions as they are typed: one question a line, see :func:`~ibke_hf.app.compare.questions_of`."""
-
-    prompt: str
-    target: str
-    rephrasings: str = ""
-    consequences: str = ""
-    neighbours: str = ""
-
-    @classmethod
-    def of_record(cls, record: EditRecord) -> Form:
-        """Type in the first request of a record, and its cases."""
-        request = record.requests[0]
-        return cls(request.prompt, request.target, *lines_of(record))
-
-    def fact(self) -> Fact:
-        """Read what was typed.
-
-        Raises:
-            RequestError: If a question cannot be read.
-        """
-        request = EditRequest(self.prompt.strip(), self.target.strip())
-        return Fact(request, questions_of(request, self.rephrasings, self.consequences, self.neighbours))
-
-    @property
-    def asked(self) -> tuple[str, ...]:
-        """The questions without their answers."""
-        return tuple(map(without_answers, (self.rephrasings, self.consequences, self.neighbours)))
-
-    def fitted(self, examples: Sequence[Form]) -> Form:
-        """Drop what belongs to an example that this fact no longer is: its questions, or their answers if only the target is another."""
-        example = next((one for one in examples if one.asked == self.asked), None)
-        if example is None or (example.prompt, example.target) == (self.prompt, self.target):
-            return self
-        if example.prompt != self.prompt:
-            return Form(self.prompt, self.target)
-        return replace(self, rephrasings=self.asked[0], consequences=self.asked[1])
-
-
-@dataclass(frozen=True)
 class Step:
-    """A fact as it was edited in: seconds that the edit took, and the scale factors of its tokens, if the editor has any."""
+    """A fact as it was edited in.
+
+    Attributes:
+        fact: With its questions.
+        edit: Of this fact alone, on the CPU so that any process can take it over.
+        seconds: That the edit took.
+        factors: The scale factors of its tokens, if the editor has any.
+    """
 
     fact: Fact
+    edit: LowRankEdit
     seconds: float
     factors: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Session:
-    """What one visitor has done, in order; `edit` does all of it, on the CPU so that any process can take it over.
+    """What one visitor has done.
 
     Attributes:
         steps: The active edits.
@@ -112,8 +64,15 @@ class Session:
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        """The facts, in order."""
+        """The facts, in the order in which they were edited."""
         return tuple(step.fact for step in self.steps)
+
+    def carrying(self, steps: Iterable[Step]) -> Session:
+        """Return the session with other active edits."""
+        steps = tuple(steps)
+        edits = [step.edit for step in steps]
+        whole = edits[0].compose(*edits[1:]) if len(edits) > 1 else next(iter(edits), None)
+        return replace(self, steps=steps, edit=whole)
 
 
 class Workbench:
@@ -125,75 +84,99 @@ class Workbench:
         editor: Any editor whose edits are low-rank.
         fine_tuning: The editor to compare with; None for no comparison.
         name: How the model is called.
+        knowledge: What it knows.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, editor: Any, fine_tuning: Any = None, name: str = "") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        editor: Any,
+        fine_tuning: Any = None,
+        name: str = "",
+        knowledge: Knowledge | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.editor, self.fine_tuning = model, tokenizer, editor, fine_tuning
+        self.knowledge = knowledge or Knowledge()
         self.name = name or getattr(model.config, "name_or_path", "") or "the model"
 
     # --- active edits -------------------------------------------------------------------------------------------
 
-    def add(self, session: Session, fact: Fact) -> Session:
-        """Edit one more fact.
+    def add(self, session: Session, fact: Fact, *, instead: bool = False) -> Session:
+        """Edit one more fact; an active edit of the same prompt makes way for it.
+
+        Args:
+            session: The visitor's.
+            fact: Without rephrasings or neighbours it gets some that the model understands, see :meth:`completed`.
+            instead: All active edits make way for it.
 
         Raises:
             RequestError: If the fact or a question is unusable, or there are too many edits; the session is as it was.
-            NonFiniteError: If the edits before have broken the model.
+            NonFiniteError: If the edit is not finite.
         """
-        if len(session.steps) >= MAX_EDITS:
+        kept = [] if instead else [step for step in session.steps if step.fact.request.prompt != fact.request.prompt]
+        if len(kept) >= MAX_EDITS:
             raise RequestError(f"{MAX_EDITS} edits are active, which is as many as this page keeps; undo one first")
         self.check(fact)
-        step, edit = self._edit(fact, session.edit)
-        return replace(session, steps=(*session.steps, step), edit=edit)
+        started = time.perf_counter()
+        edit = self.editor.edit(self.model, self.tokenizer, [fact.request]).to("cpu")
+        seconds = time.perf_counter() - started
+        factors = scale_factors(self.editor, self.model, self.tokenizer, fact.request)
+        return session.carrying((*kept, Step(self.completed(fact), edit, seconds, factors)))
 
-    def remove(self, session: Session, index: int, report: Report | None = None) -> Session:
+    def restore(self, session: Session, facts: Sequence[Fact]) -> Session:
+        """Edit facts in again, those that a visitor had before."""
+        for fact in facts[:MAX_EDITS]:
+            session = self.add(session, fact)
+        return session
+
+    def remove(self, session: Session, index: int) -> Session:
         """Undo one edit, whichever it is.
 
         Raises:
             RequestError: If there is no such edit.
-            NonFiniteError: If the edits that are left break the model; the session is as it was.
         """
         self._require(session, index)
-        return self._again(session, session.facts[:index] + session.facts[index + 1 :], report)
-
-    def move(self, session: Session, index: int, by: int, report: Report | None = None) -> Session:
-        """Edit one fact earlier (`by` < 0) or later than now, as far as that goes.
-
-        Raises:
-            RequestError: If there is no such edit.
-            NonFiniteError: If the edits break the model in the new order; the session is as it was.
-        """
-        self._require(session, index)
-        facts = list(session.facts)
-        facts.insert(min(max(index + by, 0), len(facts) - 1), facts.pop(index))
-        return session if tuple(facts) == session.facts else self._again(session, facts, report)
+        return session.carrying(step for i, step in enumerate(session.steps) if i != index)
 
     def clear(self, session: Session) -> Session:
         """Undo all edits."""
-        return replace(session, steps=(), edit=None)
+        return session.carrying(())
 
-    def _again(self, session: Session, facts: Sequence[Fact], report: Report | None) -> Session:
-        """Edit facts from scratch."""
-        steps: list[Step] = []
-        edit: LowRankEdit | None = None
-        for fact in facts:
-            if report is not None:
-                report((len(steps), len(facts)))
-            step, edit = self._edit(fact, edit)
-            steps.append(step)
-        return replace(session, steps=tuple(steps), edit=edit)
+    def completed(self, fact: Fact) -> Fact:
+        """Add the same question in other words, and neighbours, to a fact for which nobody typed any.
 
-    def _edit(self, fact: Fact, previous: LowRankEdit | None) -> tuple[Step, LowRankEdit]:
-        started = time.perf_counter()
-        edit = self.editor.edit(self.model, self.tokenizer, [fact.request], mode="sequential", previous=previous).to(
-            "cpu"
-        )
-        seconds = time.perf_counter() - started
-        requests = (*(() if previous is None else previous.info.requests), fact.request)
-        edit = replace(edit, info=replace(edit.info, requests=requests))
-        return Step(
-            fact, seconds, scale_factors(self.editor, self.model, self.tokenizer, fact.request, previous)
-        ), edit
+        Guessed rephrasings are asked only if the untouched model answers them as it answers the fact's prompt, and
+        neighbours only if it knows them: anything else would judge the question and not the edit.
+        """
+        roles = {question.role for question in fact.questions}
+        prompt, target = fact.request.prompt, fact.request.target
+        texts, certain = self.knowledge.rephrasings(prompt) if "rephrase" not in roles else ((), False)
+        candidates = [PageQuestion("rephrase", text, (target,), automatic=True) for text in texts]
+        if "neighbour" not in roles:
+            candidates += [replace(one, automatic=True) for one in self.knowledge.neighbours(prompt)]
+        candidates = [one for one in candidates if self._is_askable(one)]
+        if not candidates or not fact.questions:
+            return fact
+        first, *readings = read_answers(self.model, self.tokenizer, [fact.questions[0], *candidates])
+        chosen: dict[str, list[PageQuestion]] = {"rephrase": [], "neighbour": []}
+        for question, reading in zip(candidates, readings, strict=True):
+            same = certain or reading["answer"] == first["answer"]
+            usable = (
+                same
+                if question.role == "rephrase"
+                else is_right(replace(question, role="question"), "", reading["answer"])
+            )
+            if usable and len(chosen[question.role]) < AUTOMATIC:
+                chosen[question.role].append(question)
+        return replace(fact, questions=(*fact.questions, *chosen["rephrase"], *chosen["neighbour"]))
+
+    def _is_askable(self, question: PageQuestion) -> bool:
+        try:
+            require_askable(self.model, self.tokenizer, [question])
+        except RequestError:
+            return False
+        return True
 
     def check(self, fact: Fact) -> None:
         """Refuse a fact that cannot be edited or asked about, before anything is done.
@@ -212,9 +195,17 @@ class Workbench:
     # --- what the model answers ---------------------------------------------------------------------------------
 
     def look(self, session: Session, index: int) -> list[Row]:
-        """Ask the questions of one active fact, of the untouched model and of the one that carries all of the visitor's edits."""
+        """Ask the questions of one active fact, of the untouched model and of the one that carries all edits."""
         self._require(session, index)
         return self._compare(session.facts[index].questions, session.edit)
+
+    def holding(self, session: Session) -> list[bool]:
+        """Tell of each active fact whether the model that carries all of them answers it as it was edited to."""
+        if len(session.steps) == 0:
+            return []
+        questions = [PageQuestion("request", f.request.prompt, (f.request.target,)) for f in session.facts]
+        readings = read_answers(self.model, self.tokenizer, questions, self._here(session.edit))
+        return [bool(is_right(q, "", reading["answer"])) for q, reading in zip(questions, readings, strict=True)]
 
     def ask(self, session: Session, prompt: str) -> list[Row]:
         """Ask anything, of the untouched model and of the one that carries all of the visitor's edits.
@@ -229,7 +220,7 @@ class Workbench:
         return self._compare(questions, session.edit)
 
     def side_by_side(self, fact: Fact, report: Report | None = None) -> dict[str, dict[str, Any]]:
-        """Edit one fact alone into the untouched model, by the editor and by fine-tuning, and ask its questions of both.
+        """Edit one fact alone into the untouched model, by the editor and by fine-tuning, and ask both its questions.
 
         Returns:
             By name of the editor: ``rows`` (see :func:`~ibke_hf.app.compare.compare_answers`), ``seconds``, ``nbytes``
@@ -241,6 +232,7 @@ class Workbench:
         if self.fine_tuning is None:
             raise RequestError("no fine-tuning editor was given to compare with")
         self.check(fact)
+        fact = self.completed(fact)
         columns: dict[str, dict[str, Any]] = {}
         editors = {"IBKE": self.editor, "fine-tuning": self.fine_tuning}
         for name, editor in editors.items():
@@ -253,13 +245,16 @@ class Workbench:
         return columns
 
     def _compare(self, questions: Sequence[PageQuestion], edit: Any) -> list[Row]:
-        here = None if edit is None else edit.to(input_device(self.model))
-        return compare_answers(self.model, self.tokenizer, questions, here)
+        return compare_answers(self.model, self.tokenizer, questions, self._here(edit))
+
+    def _here(self, edit: Any) -> Any:
+        """Return an edit on the model's device."""
+        return None if edit is None else edit.to(input_device(self.model))
 
     # --- files --------------------------------------------------------------------------------------------------
 
     def save(self, session: Session) -> tuple[Session, Path]:
-        """Write all active edits as one LoRA adapter, zipped, to the visitor's own folder; the file before it is replaced.
+        """Write all active edits as one LoRA adapter, zipped, to the visitor's own folder, over the file before it.
 
         Raises:
             RequestError: If there are none.
@@ -286,6 +281,8 @@ def forget(session: Session) -> None:
 def load_workbench(editor: str | None = None, backbone: str | None = None) -> Workbench:
     """Load a model and its editor to the accelerator, if there is one: by default Atlas's, without a download.
 
+    The model is asked what it knows before it goes to the accelerator, which may be lent for single calls only.
+
     Args:
         editor: Folder or Hub id of a trained editor.
         backbone: Folder or Hub id of its model; by default the one that the editor was trained for.
@@ -297,29 +294,29 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
     """
     from ..atlas import load_backbone, load_editor, load_rival
 
-    if editor is None:
-        if backbone is not None:
-            raise ValueError(f"a backbone ({backbone}) needs an editor that was trained for it; give both")
-        model, tokenizer = load_backbone()
-        return _placed(model, tokenizer, load_editor("ibke"), load_rival("ft", model), "Atlas")
-    made = _load_editor(editor)
-    name = backbone or made.config.base_model_name_or_path
+    if editor is None and backbone is not None:
+        raise ValueError(f"a backbone ({backbone}) needs an editor that was trained for it; give both")
+    trained = load_editor("ibke") if editor is None else _load_editor(editor)
+    name = ATLAS if editor is None else backbone or trained.config.base_model_name_or_path
     if name == ATLAS:
         model, tokenizer = load_backbone()
-        return _placed(model, tokenizer, made, load_rival("ft", model), "Atlas")
+        knowledge = atlas_knowledge(model, tokenizer)
+        return _placed(
+            model, trained, tokenizer, fine_tuning=load_rival("ft", model), name="Atlas", knowledge=knowledge
+        )
     if not name:
         raise ValueError(f"{editor}: does not say which backbone it was trained for; give the backbone too")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..editors.ft import FineTuningEditor
 
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval(),
-        AutoTokenizer.from_pretrained(name),
-    )
-    made.modules_of(model)
-    tuned = FineTuningEditor.for_backbone(model, made.config.edited_layers, made.config.edited_modules)
-    return _placed(model, tokenizer, made, tuned, name.rstrip("/").rpartition("/")[2])
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    trained.modules_of(model)
+    tuned = FineTuningEditor.for_backbone(model, trained.config.edited_layers, trained.config.edited_modules)
+    knowledge = general_knowledge(model, tokenizer)
+    name = name.rstrip("/").rpartition("/")[2]
+    return _placed(model, trained, tokenizer, fine_tuning=tuned, name=name, knowledge=knowledge)
 
 
 def _load_editor(name: str) -> Any:
@@ -338,8 +335,8 @@ def _load_editor(name: str) -> Any:
     return editor
 
 
-def _placed(model: Any, tokenizer: Any, editor: Any, fine_tuning: Any, name: str) -> Workbench:
+def _placed(model: Any, editor: Any, tokenizer: Any, **options: Any) -> Workbench:
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         model, editor = model.to(device), editor.to(device)
-    return Workbench(model, tokenizer, editor, fine_tuning, name)
+    return Workbench(model, tokenizer, editor, **options)

@@ -17,10 +17,14 @@ from paths import ROOT  # noqa: E402
 from small_workbench import FORM, PROMPTS, TARGETS, small_workbench  # noqa: E402
 
 from ibke_hf.app import page as app  # noqa: E402
-from ibke_hf.app.workbench import Form, Session  # noqa: E402
+from ibke_hf.app.compare import PageQuestion  # noqa: E402
+from ibke_hf.app.forms import Form  # noqa: E402
+from ibke_hf.app.knowledge import Example, Knowledge  # noqa: E402
+from ibke_hf.app.workbench import Session  # noqa: E402
 from ibke_hf.cli import main  # noqa: E402
 
 SPACE = ROOT / "spaces" / "ibke-editor"
+EXAMPLES = (Example(FORM, "Paris", knows=True), Example(Form("Iron is a", "metal"), "bird", knows=False))
 FIELDS = ("prompt", "target", "rephrasings", "consequences", "neighbours")
 
 
@@ -32,7 +36,7 @@ def bench(tiny_model, tiny_tokenizer):
 @pytest.fixture
 def page(bench):
     with gr.Blocks(analytics_enabled=False):
-        return app.Page(bench, [FORM, Form("Iron is a", "metal")])
+        return app.Page(bench, EXAMPLES)
 
 
 def edit(page, form, session):
@@ -46,7 +50,7 @@ def edited(page, number):
     return shown
 
 
-# --- handlers ---------------------------------------------------------------------------------------------------------
+# --- handlers -------------------------------------------------------------------------------------------------------
 
 
 def test_an_edit_is_shown_and_kept(page, bench):
@@ -59,34 +63,34 @@ def test_an_edit_is_shown_and_kept(page, bench):
     assert shown[page.results].count("<article") == 5
     assert shown[page.results].count('class="ibke-layer"') == len(bench.editor.config.edited_layers)
     assert (shown[page.tools].visible, shown[page.none_yet].visible, shown[page.more].visible) == (True, False, True)
+    for title, score in (("Did it take?", "reliability"), ("Does it carry over?", "generality")):
+        assert f'title="{score}">{title}' in shown[page.verdict]
     assert shown[page.comparison] == shown[page.asked] == ""
 
 
 def test_a_visitor_goes_through_everything(page, bench):
     shown = edited(page, 3)
-    assert [label for label, _ in shown[page.active].choices] == [
+    assert [label.removesuffix(" (lost)") for label, _ in shown[page.active].choices] == [
         f"{i + 1}. {PROMPTS[i]} → {TARGETS[i]}" for i in range(3)
     ]
     assert shown[page.active].value == 2
-    shown = page.earlier(2, shown[page.session])
-    assert (shown[page.active].value, shown[page.active].choices[1][0]) == (1, f"2. {PROMPTS[2]} → {TARGETS[2]}")
-    shown = page.later(1, shown[page.session])
-    assert shown[page.active].value == 2
-    shown = page.show(0, shown[page.session])
+    made = shown[page.session]
+    shown = page.show(0, made)
+    assert page.session not in shown  # what only shows cannot bring an older list of edits back
     assert (shown[page.active].value, shown[page.rows][0]["prompt"]) == (0, PROMPTS[0])
-    figure, rows = page.ask("Berlin is in", shown[page.session])
+    figure, rows = page.ask("Berlin is in", made)
     assert "Berlin is in" in figure
-    assert rows == bench.ask(shown[page.session], "Berlin is in")
-    assert page.compare(0, shown[page.session]).count("<tr") == 1 + 1 + 1
-    made, file = page.save(shown[page.session])
+    assert rows == bench.ask(made, "Berlin is in")
+    assert page.compare(0, made).count("<tr") >= 1 + 1 + 1
+    saved, file = page.save(made)
     assert Path(file.value["path"]).name == "ibke-edit.zip"
-    app.forget(made)
-    shown = page.undo(1, shown[page.session])
+    app.forget(saved)
+    shown = page.undo(1, made)
     assert [fact.request.prompt for fact in shown[page.session].facts] == [PROMPTS[0], PROMPTS[2]]
     assert shown[page.active].value == 1
     shown = page.undo_all(shown[page.session])
     assert shown[page.session].edit is None
-    assert shown[page.results] == app.WAITING
+    assert (shown[page.verdict], shown[page.results]) == (app.WAITING, "")
     assert (shown[page.tools].visible, shown[page.none_yet].visible, shown[page.rows]) == (False, True, [])
 
 
@@ -107,7 +111,7 @@ def test_bad_input_gives_the_message_without_a_traceback(page, form, message):
 
 
 def test_handlers_that_need_an_edit_say_so(page):
-    for handler in (page.undo, page.earlier, page.later, page.show, page.compare):
+    for handler in (page.undo, page.show, page.compare):
         for index in (None, 0, 7, -1):
             with pytest.raises(gr.Error, match="no active edit is chosen"):
                 handler(index, Session())
@@ -120,16 +124,113 @@ def test_handlers_that_need_an_edit_say_so(page):
 def test_questions_of_an_example_go_with_its_fact(page):
     assert page.fit("The capital of Spain is", *[getattr(FORM, name) for name in FIELDS[1:]]) == ("", "", "")
     shown = edit(page, Form("Iron is a", "tree", FORM.rephrasings, FORM.consequences, FORM.neighbours), Session())
-    assert len(shown[page.rows]) == 1
+    assert {row["automatic"] for row in shown[page.rows][1:]} <= {True}
 
 
-# --- the whole page ---------------------------------------------------------------------------------------------------
+# --- many edits, a reload -------------------------------------------------------------------------------------------
+
+
+def test_the_second_edit_is_warned_of_and_can_take_the_place_of_the_first(page):
+    shown = edited(page, 1)
+    assert (shown[page.edit_button].visible, shown[page.warning].visible) == (False, True)
+    assert (shown[page.replace_button].visible, shown[page.add_button].visible) == (True, True)
+    assert "One edit is active" in shown[page.warning].value
+    fields = [getattr(Form("Berlin is in", "Oslo"), name) for name in FIELDS]
+    replaced = page.replace(*fields, shown[page.session])
+    assert [fact.request.target for fact in replaced[page.session].facts] == ["Oslo"]
+    added = page.edit(*fields, shown[page.session])
+    assert [fact.request.target for fact in added[page.session].facts] == [TARGETS[0], "Oslo"]
+    assert "2 edits are active" in added[page.warning].value
+    shown = page.undo_all(added[page.session])
+    assert (shown[page.edit_button].visible, shown[page.replace_button].visible) == (True, False)
+    assert (shown[page.warning].visible, shown[page.add_button].visible) == (False, False)
+
+
+def test_edits_that_the_model_has_lost_are_marked(page, bench, monkeypatch):
+    made = edited(page, 3)[page.session]
+    monkeypatch.setattr(bench, "holding", lambda _: [True, False, True])
+    shown = page.show(0, made)
+    assert [label.endswith("(lost)") for label, _ in shown[page.active].choices] == [False, True, False]
+    assert "Of your 3 edits the model answers 2" in shown[page.verdict]
+    assert "undo some of them" in shown[page.verdict]
+
+
+def test_a_reload_brings_the_same_edits_back(page, bench):
+    made = edit(page, FORM, edited(page, 2)[page.session])[page.session]
+    kept = page.settle(made)[page.browser]
+    assert len(str(kept)) < 2000  # facts, not factors
+    shown = page.restore(kept, Session())
+    assert (shown[page.session].facts, shown[page.session].edit) == (made.facts, made.edit)
+    assert page.settle(Session())[page.browser] is None
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        7,
+        [],
+        {"model": "<tiny>"},
+        {"model": "<tiny>", "facts": 3},
+        {"model": "<tiny>", "facts": [["a"], 3, None]},
+        {"model": "another", "facts": [["a", "b", "", "", ""]]},
+    ],
+)
+def test_what_no_page_has_stored_brings_nothing_back(page, stored):
+    assert page.restore(stored, Session())[page.session] == Session()
+
+
+def test_a_page_with_edits_is_not_overwritten_by_what_the_browser_keeps(page):
+    made = edited(page, 1)[page.session]
+    assert page.restore({"model": "<tiny>", "facts": [["a", "b", "", "", ""]]}, made) == {page.session: made}
+
+
+def test_stored_facts_are_checked_as_typed_ones_are(page):
+    with pytest.raises(gr.Error, match="the target is empty"):
+        page.restore({"model": "<tiny>", "facts": [["France", " ", "", "", ""]]}, Session())
+
+
+def test_everything_that_changes_edits_waits_while_they_change(page):
+    waiting = set(page._locked)
+    assert {page.edit_button, page.replace_button, page.add_button, page.prompt, page.target} <= waiting
+    assert {page.undo_button, page.clear_button, page.save_button, page.active} <= waiting
+    settled = page.settle(Session())
+    assert all(settled[one]["interactive"] for one in waiting)
+
+
+# --- what the page says of the model ------------------------------------------------------------------------------
+
+
+def _texts(blocks, kind, name):
+    return [str(getattr(block, name)) for block in blocks.blocks.values() if isinstance(block, kind)]
+
+
+def test_placeholders_are_what_the_model_knows(bench, monkeypatch):
+    known = (
+        PageQuestion("question", "Berlin is in", ("Germany",)),
+        PageQuestion("question", "Berlin is in the", ("west",)),
+    )
+    monkeypatch.setattr(bench, "knowledge", Knowledge("a <tiny> one", known=known, asked=3))
+    blocks = app.build_app(bench, [])
+    assert {"Berlin is in", "west"} <= set(_texts(blocks, gr.Textbox, "placeholder"))
+    said = "".join(_texts(blocks, gr.HTML, "value"))
+    assert "a &lt;tiny&gt; one" in said
+    assert "Asked 3 facts before you came, it answered 2 right" in said
+
+
+def test_a_model_that_knows_nothing_gets_no_fact_suggested(bench):
+    blocks = app.build_app(bench, [])
+    assert set(_texts(blocks, gr.Textbox, "placeholder")) <= {"", "None"}
+    assert not _texts(blocks, gr.Dataset, "label")
+
+
+# --- the whole page -------------------------------------------------------------------------------------------------
 
 
 def test_every_handler_is_wired_to_one_queue(bench):
-    blocks = app.build_app(bench, [FORM])
+    blocks = app.build_app(bench, EXAMPLES)
     wired = {dependency.api_name: dependency for dependency in blocks.fns.values()}
-    for name in ("edit", "undo", "earlier", "later", "undo_all", "show", "compare", "save", "ask"):
+    for name in ("edit", "replace", "undo", "undo_all", "show", "compare", "save", "ask"):
         assert (wired[name].concurrency_id, wired[name].concurrency_limit) == ("model", app.AT_ONCE)
     assert not blocks.analytics_enabled
     texts = [block.value for block in blocks.blocks.values() if isinstance(block, gr.HTML)]
@@ -151,7 +252,7 @@ def test_a_visitor_who_leaves_takes_the_files_along(page, bench):
     assert not file.exists()
 
 
-# --- launching --------------------------------------------------------------------------------------------------------
+# --- launching ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -162,7 +263,7 @@ def launched(bench, monkeypatch):
     monkeypatch.setattr(gr.Blocks, "launch", lambda blocks, **options: seen.update(options=options, blocks=blocks))
     monkeypatch.delenv("IBKE_EDITOR", raising=False)
     monkeypatch.delenv("IBKE_BACKBONE", raising=False)
-    for name in ("add", "remove", "move", "look", "ask", "side_by_side"):
+    for name in app.MODEL_CALLS:
         monkeypatch.setattr(bench, name, getattr(bench, name))  # puts them back
     return seen
 
@@ -198,7 +299,7 @@ def test_zerogpu_lends_its_accelerator_to_what_runs_the_model(launched, bench, m
 
     monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=lend))
     app.launch()
-    assert lent == ["add", "remove", "move", "look", "ask", "side_by_side"]
+    assert lent == ["add", "restore", "look", "holding", "ask", "side_by_side"]
     monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace())  # a folder of that name on the path
     assert app.accelerated()(len) is len
     monkeypatch.setitem(sys.modules, "spaces", None)

@@ -16,7 +16,7 @@ from ibke_hf.app.compare import (
     scale_factors,
     token_texts,
 )
-from ibke_hf.app.workbench import Form
+from ibke_hf.app.forms import Form
 from ibke_hf.atlas.examples import NEIGHBOURS, RELATIONS, example_records
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
@@ -32,7 +32,7 @@ def bench(tiny_model, tiny_tokenizer):
     return small_workbench(tiny_model, tiny_tokenizer)
 
 
-# --- questions --------------------------------------------------------------------------------------------------------
+# --- questions ------------------------------------------------------------------------------------------------------
 
 
 def test_questions_are_read_a_line_each():
@@ -100,7 +100,7 @@ def test_examples_survive_being_typed_in():
         assert not any(YES_NO in question.prompt for question in questions)
 
 
-# --- before and after -------------------------------------------------------------------------------------------------
+# --- before and after -----------------------------------------------------------------------------------------------
 
 
 def test_rows_agree_with_the_model_asked_directly(bench):
@@ -153,7 +153,7 @@ def test_marks(role, answers, before, after, right):
     assert is_right(PageQuestion(role, "prompt", answers), before, after) is right
 
 
-# --- scale factors ----------------------------------------------------------------------------------------------------
+# --- scale factors --------------------------------------------------------------------------------------------------
 
 
 def test_scale_factors_are_the_gates_of_the_edit(bench):

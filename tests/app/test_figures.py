@@ -63,6 +63,7 @@ class Elements(HTMLParser):
     "figure",
     [
         lambda: figures.comparison_figure(ROWS),
+        lambda: figures.comparison_figure(ROWS) + figures.verdict_figure(ROWS),
         lambda: figures.answer_card(ROWS[-1]),
         lambda: figures.scale_factor_figure(FACTORS),
         lambda: figures.editors_figure(
@@ -79,14 +80,23 @@ def test_texts_stay_texts(figure):
 
 def test_groups_count_what_is_right():
     text = figures.comparison_figure(ROWS)
-    assert re.findall(r"([✓✗]) (\w+) (\d/\d)<", text) == [
-        ("✓", "reliability", "1/1"),
-        ("✗", "generality", "0/1"),
-        ("✗", "locality", "1/2"),
+    marks = [
+        ("reliability: 1 of 1", "✓", "yes"),
+        ("generality: 0 of 1", "✗", "no"),
+        ("locality: 1 of 2", "✗", "1 of 2"),
     ]
+    tally = r'title="(\w+: \d of \d)">([✓✗])  ?(\d of \d|yes|no)<'
+    assert re.findall(tally, text) == re.findall(tally, figures.verdict_figure(ROWS)) == marks
+    titles = ["Did it take?", "Does it carry over?", "Did the rest stay?"]
+    assert re.findall(r"<h3[^>]*>([^<]*\?)", text) == titles
     assert text.count("<article") == 5  # questions without a role belong to no group
     assert text.count('title="wrong">✗') == 2
-    assert "generality: not judged" in figures.comparison_figure([ROWS[2]])
+    assert re.search(r'title="generality"> not judged', figures.comparison_figure([ROWS[2]]))
+
+
+def test_questions_of_the_page_itself_are_told_from_typed_ones():
+    assert "asked by itself" in figures.answer_card(a_row("rephrase", automatic=True))
+    assert "asked by itself" not in figures.answer_card(a_row("rephrase"))
 
 
 def test_wrong_answers_say_what_is_right():
@@ -122,4 +132,4 @@ def test_editors_stand_side_by_side():
     assert text.count("<tr") == 1 + 2 + 1
     assert "21 ms, 79 kB" in text
     assert "3.2 s, 0 kB" in text
-    assert "✗ locality 0/1" in text
+    assert 'title="locality: 0 of 1">✗ stayed 0 of 1<' in text

@@ -1,4 +1,4 @@
-"""A visitor's edits: what is undone is gone bit by bit, what is left is as if it alone had been edited, errors change nothing."""
+"""A visitor's edits: what is undone is gone bit by bit, what is left is as if it alone had been edited."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from small_workbench import FORM, PROMPTS, TARGETS, small_workbench
 
 from ibke_hf import LowRankEdit
 from ibke_hf.app import workbench as session
-from ibke_hf.app.workbench import Fact, Form, Session, forget, load_workbench
+from ibke_hf.app.forms import Fact, Form
+from ibke_hf.app.workbench import Session, forget, load_workbench
 from ibke_hf.core.capture import NonFiniteError
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError
@@ -44,10 +45,10 @@ def logits(bench, edit=None):
             return bench.model(input_ids=ids).logits
 
 
-def test_edits_add_up_as_in_sequential_mode(bench):
+def test_edits_add_up_as_in_joint_mode(bench):
     made = edited(bench, FACTS[:3])
     requests = [fact.request for fact in FACTS[:3]]
-    whole = bench.editor.edit(bench.model, bench.tokenizer, requests, mode="sequential")
+    whole = bench.editor.edit(bench.model, bench.tokenizer, requests, mode="joint")
     torch.testing.assert_close(logits(bench, made.edit), logits(bench, whole), rtol=1e-4, atol=1e-4)
     assert made.edit.info.requests == tuple(requests)
     assert made.facts == FACTS[:3]
@@ -73,28 +74,47 @@ def test_what_is_left_is_as_if_it_alone_had_been_edited(bench, index):
     assert [step.factors for step in made.steps] == [step.factors for step in alone.steps]
 
 
-@pytest.mark.parametrize(
-    ("index", "by", "order"), [(0, 1, (1, 0, 2)), (2, -1, (0, 2, 1)), (2, -9, (2, 0, 1)), (0, 9, (1, 2, 0))]
-)
-def test_moving_edits_in_the_new_order(bench, index, by, order):
-    before = edited(bench, FACTS[:3])
-    moved = bench.move(before, index, by)
-    assert moved.facts == tuple(FACTS[i] for i in order)
-    assert moved.edit == edited(bench, moved.facts).edit
-    assert moved.edit != before.edit
+def test_the_order_of_edits_does_not_matter(bench):
+    """Why the page has no way to change it."""
+    one, other = edited(bench, FACTS[:3]), edited(bench, [FACTS[i] for i in (2, 0, 1)])
+    torch.testing.assert_close(logits(bench, one.edit), logits(bench, other.edit), rtol=1e-5, atol=1e-5)
 
 
-def test_moving_beyond_the_ends_changes_nothing(bench):
-    made = edited(bench, FACTS[:2])
-    assert bench.move(made, 0, -1) is made
-    assert bench.move(made, 1, 1) is made
+def test_one_edit_can_take_the_place_of_all(bench):
+    instead = bench.add(edited(bench, FACTS[:3]), FACTS[3], instead=True)
+    alone = edited(bench, FACTS[3:4])
+    assert (instead.facts, instead.edit) == (alone.facts, alone.edit)
+    with pytest.raises(RequestError, match="the target is empty"):
+        bench.add(instead, Form("France", " ").fact(), instead=True)
+
+
+def test_a_prompt_is_edited_to_one_answer_at_a_time(bench):
+    again = Form(PROMPTS[0], "Oslo").fact()
+    made = bench.add(edited(bench, FACTS[:2]), again)
+    assert [fact.request.target for fact in made.facts] == [TARGETS[1], "Oslo"]
+    assert made.edit == edited(bench, [FACTS[1], again]).edit
+
+
+def test_edits_that_are_lost_among_others_are_told(bench, monkeypatch):
+    made = edited(bench, FACTS[:3])
+    told = [bench.look(made, i)[0]["right"] for i in range(3)]
+    assert bench.holding(made) == told
+    monkeypatch.setattr(session, "read_answers", lambda *_: [{"answer": TARGETS[0]}, {"answer": ""}, {"answer": "x"}])
+    assert bench.holding(made) == [True, False, False]
+    assert bench.holding(Session()) == []
+
+
+def test_what_a_browser_has_kept_is_edited_in_again(bench):
+    made = edited(bench, [*FACTS[:3], FORM.fact()])
+    forms = [Form.of_fact(fact) for fact in made.facts]
+    again = bench.restore(Session(), [form.fact() for form in forms])
+    assert (again.facts, again.edit) == (made.facts, made.edit)
 
 
 def test_progress_is_reported(bench):
     told = []
-    bench.remove(edited(bench, FACTS[:4]), 0, told.append)
     bench.side_by_side(FACTS[0], told.append)
-    assert told == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2)]
+    assert told == [(0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -119,12 +139,12 @@ def test_there_is_an_end_to_edits_and_to_the_list(bench, monkeypatch):
     made = edited(bench, FACTS[:2])
     with pytest.raises(RequestError, match="2 edits are active"):
         bench.add(made, FACTS[2])
-    for act in (bench.remove, bench.look, lambda one, index: bench.move(one, index, 1)):
+    for act in (bench.remove, bench.look):
         with pytest.raises(RequestError, match="no edit 3; 2 are active"):
             act(made, 2)
 
 
-def test_a_broken_recomputation_leaves_the_session(bench, monkeypatch):
+def test_a_broken_edit_leaves_the_session(bench, monkeypatch):
     made = edited(bench, FACTS[:3])
     kept = replace(made)
 
@@ -134,7 +154,7 @@ def test_a_broken_recomputation_leaves_the_session(bench, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(bench.editor, "edit", fail)
         with pytest.raises(NonFiniteError):
-            bench.remove(made, 0)
+            bench.add(made, FACTS[3])
     assert made == kept
 
 
@@ -198,7 +218,7 @@ def test_forms_drop_what_belongs_to_another_fact():
     assert Fact(EditRequest("a", "b")).questions == ()
 
 
-# --- which model ------------------------------------------------------------------------------------------------------
+# --- which model ----------------------------------------------------------------------------------------------------
 
 
 def test_atlas_is_the_default():

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ibke_hf.app.workbench import Form, Workbench
+from ibke_hf.app.forms import Form
+from ibke_hf.app.workbench import Workbench
 from ibke_hf.core.modeling_ibke import IBKEEditor
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import encode_requests
