@@ -80,10 +80,10 @@ def test_trained_editors_had_equal_steps_and_as_many_trials_as_the_others(name: 
     assert chosen == max(trials, key=lambda trial: trial["avg"])
 
 
-def test_the_readme_shows_the_committed_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_the_committed_table() -> None:
+    page = (ROOT / "model_cards" / "atlas" / "TABLE.md").read_text(encoding="utf-8")
     for file, marker in (("table.json", "table"), ("sequential.json", "sequential")):
-        shown = readme.split(f"<!-- {marker} -->\n")[1].split("\n<!-- end -->")[0]
+        shown = page.split(f"<!-- {marker} -->\n")[1].split("\n<!-- end -->")[0]
         assert shown == as_markdown(table_of(committed(file))).strip()
 
 

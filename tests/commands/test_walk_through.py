@@ -1,4 +1,4 @@
-"""The README's walk through of push and pull, run as it is written: commands and Python, against a stand-in for the Hub."""
+"""The walk through of push and pull, run as it is written: commands and Python, against a stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paths import ROOT
 
 from ibke_hf.cli import main
 
-README = ROOT / "README.md"
+GUIDE = ROOT / "model_cards" / "PUBLISH.md"
 SECTION = re.compile(r"<!-- walk through -->\n(.*?)<!-- end -->", re.S)
 MADE = {
     ("models", "me/geforce"),
@@ -31,12 +31,12 @@ MADE = {
 def test_everything_that_is_pushed_is_pulled_again(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not README.exists():
-        pytest.skip("README.md is not beside the tests")
+    if not GUIDE.exists():
+        pytest.skip("PUBLISH.md is not beside the tests")
     for module in ("datasets", "evaluate", "peft"):
         pytest.importorskip(module)
-    section = SECTION.search(README.read_text(encoding="utf-8"))
-    assert section is not None, "README.md has no walk through"
+    section = SECTION.search(GUIDE.read_text(encoding="utf-8"))
+    assert section is not None, "PUBLISH.md has no walk through"
     place = tmp_path / "clone"
     place.mkdir()
     for name in ("spaces", "ibke_hf"):
