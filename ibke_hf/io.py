@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .core.files import FileError, read_json, written_file
+
+__all__ = ["FileError", "locked", "read_json", "write_json", "write_text", "written_file"]
+
 LOCK = ".lock"  # the file of :func:`locked`; it stays, since removing it would let two processes hold two locks
-
-
-class FileError(ValueError):
-    """A file that does not hold what it should; the message names it, what was found and the cure."""
-
-
-@contextmanager
-def written_file(file: str | Path) -> Iterator[Path]:
-    """Write a file under a temporary name that becomes its own at the end, so that no reader finds half of it.
-
-    Args:
-        file: What is replaced once the block has ended; an exception leaves it as it was.
-    """
-    target = Path(file)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager
@@ -87,23 +69,3 @@ def write_json(
         value, indent=None if compact else indent, allow_nan=False, ensure_ascii=ensure_ascii, separators=separators
     )
     write_text(file, text if compact else f"{text}\n")
-
-
-def read_json(file: str | Path, *, cure: str = "remove it and make it again") -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        file: The file.
-        cure: What the error tells the user to do.
-
-    Raises:
-        FileError: If the file holds something else.
-        OSError: If it cannot be read.
-    """
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file}: not valid JSON ({error}); {cure}") from error
-    if not isinstance(value, dict):
-        raise FileError(f"{file}: holds no JSON object; {cure}")
-    return value

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .edit_values import EditInfo, info_json
+from .files import FileError, read_json, written_together
 from .records import EditRequest
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ NETWORK_ERRORS: tuple[type[Exception], ...] = tuple(  # of the HTTP library that
 _INFO_FIELDS = ("editor", "backbone", "fingerprint", "transposed", "scores")
 
 
-class AdapterError(ValueError):
+class AdapterError(FileError):
     """A saved edit or adapter that cannot be read as a low-rank edit; the message names the file and the key."""
 
 
@@ -87,7 +86,7 @@ def save_edit(
         "base_model_name_or_path": edit.info.backbone or None,
     }
 
-    with written_whole(folder) as scratch:
+    with written_together(folder) as scratch:
         save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         (scratch / INFO).write_text(info_json(edit.info, relative_error=dict(edit.relative_error)), encoding="utf-8")
@@ -96,7 +95,7 @@ def save_edit(
 def save_tensors(tensors: Mapping[str, Tensor], folder: str | Path, file: str, info: EditInfo, **more: Any) -> None:
     """Save an edit that is no adapter as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with written_whole(folder) as scratch:
+    with written_together(folder) as scratch:
         save_file(weights, scratch / file, metadata={"format": "pt"})
         (scratch / INFO).write_text(info_json(info, **more), encoding="utf-8")
 
@@ -144,17 +143,6 @@ def read_edit(
     except MissingFileError:
         info, content = EditInfo(backbone=config.get("base_model_name_or_path") or ""), {}
     return inputs, outputs, info, content.get("relative_error", {})
-
-
-@contextmanager
-def written_whole(folder: str | Path) -> Iterator[Path]:
-    """Yield a scratch folder whose files move into `folder`, each by one rename, once all are written."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target) as scratch:
-        yield Path(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            path.replace(target / path.name)
 
 
 def read_weights(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -244,14 +232,8 @@ def _known_missing(name_or_path: str | Path, name: str, hub_arguments: Mapping[s
 
 
 def _read_json(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, Any]:
-    text = _file(name_or_path, name, hub_arguments).read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise AdapterError(f"{name_or_path}/{name}: not complete JSON ({error}); save or download it again") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{name_or_path}/{name}: expected a JSON object, found {type(content).__name__}")
-    return content
+    file = _file(name_or_path, name, hub_arguments)
+    return read_json(file, name=f"{name_or_path}/{name}", cure="save or download it again", error=AdapterError)
 
 
 def _factors(

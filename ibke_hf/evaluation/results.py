@@ -98,7 +98,7 @@ class ResultsFolder:
         """
         results = results_of(evaluation, unread, self.settings)
         if results["edit_seconds"] is None and (self.folder / RESULTS).exists():  # nothing was left to be edited
-            results["edit_seconds"] = read_json(self.folder / RESULTS).get("edit_seconds")
+            results["edit_seconds"] = read_json(self.folder / RESULTS, error=ResultsError).get("edit_seconds")
         write_json(self.folder / RESULTS, results)
         with written_file(self.folder / PAGE) as temporary:
             write_page(evaluation.rows, results, temporary)
@@ -107,7 +107,7 @@ class ResultsFolder:
     def _found_settings(self) -> dict[str, Any] | None:
         """Return the settings of an earlier run; None in a new folder."""
         if (self.folder / SETTINGS).exists():
-            return read_json(self.folder / SETTINGS)
+            return read_json(self.folder / SETTINGS, error=ResultsError)
         others = [name for name in (ROWS, SKIPPED, RESULTS, PAGE) if (self.folder / name).exists()]
         if others:
             raise ResultsError(

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ...core.adapter_files import written_whole
 from ...core.attachment import LayerHook, hooked
 from ...core.capture import evaluating, target_logits
 from ...core.edit_values import fingerprint, same_backbone
+from ...core.files import written_together
 from ...core.layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ...core.tokens import TokenBatch, context_length, pad_and_label
 
@@ -114,7 +114,7 @@ class KeyStatistics:
             "fingerprint": dict(self.fingerprint or {}),
         }
         target = Path(file)
-        with written_whole(target.parent) as scratch:
+        with written_together(target.parent) as scratch:
             tensors = {name: moment.cpu().contiguous() for name, moment in self.moments.items()}
             save_file(tensors, scratch / target.name, metadata={"format": "pt", "keys": json.dumps(content)})
 

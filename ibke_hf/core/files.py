@@ -1,0 +1,99 @@
+"""Files as they are written and read everywhere: whole or not at all, and checked before anyone uses what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+class FileError(ValueError):
+    """A file that does not hold what it should; the message names it, what was found and the cure."""
+
+
+@contextmanager
+def written_file(file: str | Path) -> Iterator[Path]:
+    """Write a file under a temporary name that becomes its own at the end, so that no reader finds half of it.
+
+    Args:
+        file: What is replaced once the block has ended; an exception leaves it as it was.
+    """
+    target = Path(file)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def written_together(folder: str | Path) -> Iterator[Path]:
+    """Yield a scratch folder whose files move into `folder`, each by one rename, once all are written."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        yield Path(scratch)
+        for path in sorted(Path(scratch).iterdir()):
+            path.replace(target / path.name)
+
+
+def read_json(
+    file: str | Path,
+    *,
+    cure: str = "remove it and make it again",
+    name: str | None = None,
+    error: type[FileError] = FileError,
+) -> dict[str, Any]:
+    """Read a JSON object of UTF-8 text.
+
+    Args:
+        file: The file.
+        cure: What the error tells the user to do.
+        name: What the error calls the file, such as an id on the Hub; by default its path.
+        error: What is raised.
+
+    Raises:
+        FileError: If the file holds something else, is nested too deeply to be read, or holds half of a character.
+        OSError: If it cannot be read.
+    """
+    name = str(file) if name is None else name
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        value = json.loads(text)
+    except UnicodeDecodeError as reason:
+        raise error(f"{name}: not a text in UTF-8 ({reason.reason} at byte {reason.start}); {cure}") from reason
+    except RecursionError as reason:
+        raise error(f"{name}: lists and objects nested too deeply to be read; {cure}") from reason
+    except ValueError as reason:
+        raise error(f"{name}: not valid JSON ({reason}); {cure}") from reason
+    if not isinstance(value, dict):
+        raise error(f"{name}: expected a JSON object, found {type(value).__name__}; {cure}")
+    surrogate = (
+        next((part for part in _strings(value) if not _is_text(part)), None) if "\\ud" in text.lower() else None
+    )
+    if surrogate is not None:
+        raise error(f"{name}: {surrogate!r} holds half of a surrogate pair, which is no character; {cure}")
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string of a JSON value, keys too."""
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            pending += [*part, *part.values()]
+        elif isinstance(part, list):
+            pending += part
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
