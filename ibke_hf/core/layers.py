@@ -5,15 +5,19 @@ The only place with Linear/Conv1D orientation: it comes from the module's type, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 MOST_NAMES = 16  # that an error lists
+FEW = 4  # FFN outputs in fewer than one of so many blocks are passed over
+
+logger = logging.get_logger(__name__)
 
 
 class BackboneError(ValueError):
@@ -100,11 +104,7 @@ def modules_to_edit(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
         candidates = sorted({_template(name) for name in projections})
         found = f"its linear layers are {_listed(candidates)}"
         if _template(missing) in candidates:
-            layers = [
-                name.split(".")[_layer_index(name) or 0]
-                for name in projections
-                if _template(name) == _template(missing)
-            ]
+            layers = [str(_block_of(name)) for name in projections if _template(name) == _template(missing)]
             found = f"it has {_template(missing)} for i = {_listed(layers)}"
         raise BackboneError(f"{type(model).__name__} has no linear layer named {missing!r}; {found}")
     return {name: projections[name] for name in names}
@@ -113,56 +113,120 @@ def modules_to_edit(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
 def find_ffn_output(model: Any) -> str:
     """Return the name template of the FFN output projection, such as ``model.layers.{i}.mlp.down_proj``.
 
-    Structure alone decides: within a decoder block, outside of whatever mixes tokens (attention, convolutions), the
-    last registered projection of a sub-module that maps to the hidden size.
+    Structure alone decides: within a decoder block, outside of whatever mixes tokens (attention, convolutions) and of
+    routed experts, the last registered projection of a sub-module that maps to the hidden size. Of templates that
+    share no block, as where the first blocks have a plain FFN and the others a shared expert, the one of most blocks.
 
     Raises:
         BackboneError: If none or several templates qualify; lists the candidates.
     """
+    return _only_candidate(model, _output_projections(model, mixing=False), "FFN output projection")
+
+
+def projection_to_edit(model: Any) -> str:
+    """Return the name template that is edited by default: the FFN's output, else that of attention or a like mixer.
+
+    Models whose FFNs are routed experts, held in one tensor for all, have no FFN output that can be edited (or in few
+    blocks only); the output projection of what mixes their tokens is edited there, and a warning says so once.
+
+    Raises:
+        BackboneError: If neither is found, or several are; lists the candidates and what to name.
+    """
+    outputs = _output_projections(model, mixing=False)
+    blocks = {layer for layers in outputs.values() for layer in layers}
+    if len(blocks) * FEW < number_of_layers(model) and (mixers := _output_projections(model, mixing=True)):
+        template = _only_candidate(model, mixers, "output projection of attention")
+        logger.warning_once(
+            f"{type(model).__name__}: {'few' if blocks else 'none'} of its blocks has an FFN output that can be "
+            f"edited (routed experts cannot yet); {template} is edited in its place, which may store facts less well. "
+            "Choose another with edited_modules"
+        )
+        return template
+    return _only_candidate(model, outputs, "FFN output projection")
+
+
+def _only_candidate(model: Any, candidates: Mapping[str, Sequence[int]], what: str) -> str:
+    """Return the one template, or of several that share no block the one of most blocks."""
+    layers = [layer for of_one in candidates.values() for layer in of_one]
+    ranked = sorted(candidates, key=lambda template: -len(candidates[template]))
+    apart = len(set(layers)) == len(layers)
+    if ranked and (len(ranked) == 1 or (apart and len(candidates[ranked[0]]) > len(candidates[ranked[1]]))):
+        return ranked[0]
+    candidates = candidates or _output_projections(model, mixing=False, routed=True)
+    raise BackboneError(
+        f"{type(model).__name__}: {len(candidates)} candidates for the {what} "
+        f"({_listed(list(candidates)) or 'none'}); "
+        'name the one to edit, such as edited_modules="model.layers.{i}.mlp.down_proj"'
+    )
+
+
+def _output_projections(model: Any, *, mixing: bool, routed: bool = False) -> dict[str, list[int]]:
+    """Return the templates of projections that end a part of a decoder block, with the blocks that have each.
+
+    Args:
+        model: Any decoder of the transformers library.
+        mixing: Those within what mixes tokens, else those outside of it.
+        routed: Those of the numbered parts of a block, such as routed experts, which see some tokens only.
+    """
     hidden = getattr(model.config.get_text_config(), "hidden_size", None)
-    mixers = [f"{plain_name(name)}." for name, module in model.named_modules() if _mixes_tokens(name, module)]
+    text = _text_decoder(model)
+    mixers = tuple(f"{plain_name(name)}." for name, module in model.named_modules() if _mixes_tokens(name, module))
     last: dict[str, str] = {}
     for name, module in named_projections(model).items():
-        if _layer_index(name) is not None and not name.startswith(tuple(mixers)) and dimensions(module)[1] == hidden:
-            last[name.rpartition(".")[0]] = name
-    candidates = list(dict.fromkeys(map(_template, last.values())))
-    if len(candidates) != 1:
-        raise BackboneError(
-            f"{type(model).__name__}: {len(candidates)} candidates for the FFN output projection "
-            f"({_listed(candidates) or 'none'}); "
-            'name the one to edit, such as edited_modules="model.layers.{i}.mlp.down_proj"'
-        )
-    return candidates[0]
+        numbers = sum(part.isdigit() for part in name.split(".")[:-1])  # of the block, and of a routed expert in it
+        if numbers == 0 or (numbers > 1) != routed or not name.startswith(text) or dimensions(module)[1] != hidden:
+            continue
+        if mixing and "gate" in name.rpartition(".")[2]:
+            continue  # scales what a mixer returns, and may be registered behind its output
+        mixer = next((mixer for mixer in mixers if name.startswith(mixer)), None)
+        if (mixer is not None) == mixing:
+            last[mixer or name.rpartition(".")[0]] = name
+    templates: dict[str, list[int]] = {}
+    for name in last.values():
+        templates.setdefault(_template(name), []).append(_block_of(name))
+    return templates
+
+
+def _text_decoder(model: Any) -> str:
+    """Return the prefix of the names of the decoder's modules, which leaves out towers for images and sound."""
+    inner = getattr(model, "get_decoder", lambda: None)()
+    if not isinstance(inner, nn.Module) or inner is model or is_projection(inner):  # some call their LM head a decoder
+        return ""
+    return next((f"{plain_name(name)}." for name, module in model.named_modules() if name and module is inner), "")
 
 
 def _mixes_tokens(name: str, module: nn.Module) -> bool:
     """Tell attention by its names, state-space and gated convolution layers by the convolution that they hold."""
-    kind = type(module).__name__.rstrip(
-        "0123456789"
-    )  # FlashAttention2; a LinearAttentionDecoderLayer is a whole block
+    kind = type(module).__name__.rstrip("0123456789")  # FlashAttention2; LinearAttentionDecoderLayer is a whole block
     if kind.endswith("Attention") or name.endswith(("attn", "attention")):
         return True
     return any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
 def layers_to_edit(
-    model: Any, layers: Sequence[int] | None = None, edited_modules: str | None = None
+    model: Any,
+    layers: Sequence[int] | None = None,
+    edited_modules: str | None = None,
+    *,
+    default: Sequence[int] | None = None,
 ) -> tuple[str, list[int]]:
     """Return the name template and the indices of the layers that an editor of this model edits.
 
     Args:
         model: Any decoder of the transformers library.
-        layers: The wanted layers; by default three that end just before the middle.
-        edited_modules: Name template with ``{i}``; by default the FFN output projection found by structure.
+        layers: The layers that the user asks for.
+        edited_modules: Name template with ``{i}``; by default the projection found by structure.
+        default: The editor's own choice where the user makes none, each moved to the nearest layer that has the
+            projection; three that end just before the middle if not given.
 
     Raises:
         BackboneError: If a layer doesn't exist or is named twice, or the projection is ambiguous.
     """
-    template = edited_modules or find_ffn_output(model)
+    template = edited_modules or projection_to_edit(model)
     if "{i}" not in template:
         raise BackboneError(f"edited_modules must contain {{i}} in place of the layer's index, found {template!r}")
     depth = number_of_layers(model)
-    chosen = list(layers) if layers is not None else list(range(max(depth // 2 - 2, 0), max(depth // 2 + 1, 1)))
+    chosen = _default_layers(model, template, default) if layers is None else list(layers)
     if not chosen or min(chosen) < 0 or max(chosen) >= depth:
         raise BackboneError(f"layers must be between 0 and {depth - 1} for this backbone, found {chosen}")
     if len(set(chosen)) < len(chosen):
@@ -170,9 +234,25 @@ def layers_to_edit(
     return template, chosen
 
 
+def _default_layers(model: Any, template: str, default: Sequence[int] | None) -> list[int]:
+    depth = number_of_layers(model)
+    having = sorted({_block_of(name) for name in named_projections(model) if _template(name) == template})
+    having = having or list(range(depth))  # whoever looks the modules up says which name is missing
+    if default is None:
+        return [layer for layer in having if layer <= depth // 2][-3:] or having[:3]
+    return sorted({min(having, key=lambda layer: abs(layer - wanted)) for wanted in default})
+
+
 def number_of_layers(model: Any) -> int:
-    """Return the number of decoder blocks that the config states."""
-    return int(model.config.get_text_config().num_hidden_layers)
+    """Return the number of decoder blocks that the config states.
+
+    Raises:
+        BackboneError: If it states none.
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth is None:
+        raise BackboneError(f"{type(model).__name__}: its config states no num_hidden_layers, so it cannot be edited")
+    return int(depth)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -187,6 +267,11 @@ def input_device(model: Any) -> torch.device:
 
 def _layer_index(name: str) -> int | None:
     return next((i for i, part in enumerate(name.split(".")) if part.isdigit()), None)
+
+
+def _block_of(name: str) -> int:
+    """Return the number of the decoder block in a module's name."""
+    return int(name.split(".")[_layer_index(name) or 0])
 
 
 def _listed(names: Sequence[str]) -> str:

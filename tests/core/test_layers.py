@@ -179,9 +179,73 @@ def test_an_ambiguous_ffn_output_is_refused_with_candidates(family: str, config:
 def test_a_long_list_of_candidates_is_cut(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
-        layer.mlp.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32)) for _ in range(30))
-    with pytest.raises(BackboneError, match=r"31 candidates .*experts.14.1 and 15 more\)"):
+        for place in range(30):
+            layer.mlp.add_module(f"side_{place}", nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32)))
+    with pytest.raises(BackboneError, match=r"31 candidates .*side_14.1 and 15 more\)"):
         find_ffn_output(model)
+
+
+def test_routed_experts_in_a_list_are_no_candidates_beside_a_shared_one(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32)) for _ in range(30))
+    assert find_ffn_output(model) == "model.layers.{i}.mlp.down_proj"
+    del model.model.layers[0].mlp.experts
+    for layer in model.model.layers:
+        del layer.mlp.down_proj
+    with pytest.raises(BackboneError, match=r"30 candidates .*experts.0.1"):
+        find_ffn_output(model)
+
+
+SHARED = {**WIDE, "num_hidden_layers": 4, "num_key_value_heads": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "template", "layers"),
+    [
+        ("mixtral", {"num_local_experts": 2}, "model.layers.{i}.self_attn.o_proj", [0, 1, 2]),
+        ("qwen3_moe", {"num_experts": 2}, "model.layers.{i}.self_attn.o_proj", [0, 1, 2]),
+        ("olmoe", {"num_experts": 2}, "model.layers.{i}.self_attn.o_proj", [0, 1, 2]),
+        ("gpt_oss", {"num_local_experts": 2, "head_dim": 16}, "model.layers.{i}.self_attn.o_proj", [0, 1, 2]),
+        ("qwen2_moe", {"num_experts": 2}, "model.layers.{i}.mlp.shared_expert.down_proj", [0, 1, 2]),
+        (
+            "deepseek_v3",
+            {"n_routed_experts": 8, "first_k_dense_replace": 1},  # the first block has a plain FFN, the others none
+            "model.layers.{i}.mlp.shared_experts.down_proj",
+            [1, 2],
+        ),
+        ("mamba", {"state_size": 4}, "backbone.layers.{i}.mixer.out_proj", [0, 1, 2]),
+        ("jamba", {"num_experts": 2, "use_mamba_kernels": False}, "model.layers.{i}.feed_forward.down_proj", [0, 2]),
+    ],
+)
+def test_what_is_edited_where_ffns_are_routed_or_absent(
+    family: str, config: dict[str, Any], template: str, layers: list[int]
+) -> None:
+    model = on_meta(family, **{**SHARED, **config})
+    assert layers_to_edit(model) == (template, layers)
+    assert modules_to_edit(model, [template.format(i=i) for i in layers])
+
+
+def test_an_editors_own_layer_moves_to_the_nearest_that_has_the_projection() -> None:
+    model = on_meta("jamba", **{**SHARED, "num_experts": 2, "use_mamba_kernels": False})
+    assert layers_to_edit(model, default=[3])[1] == [2]
+    assert layers_to_edit(model, default=[0, 1, 2])[1] == [0, 2]
+    assert layers_to_edit(model, [3], default=[0])[1] == [3]  # what the user asks for stays, and is refused by name
+    with pytest.raises(BackboneError, match="for i = 0, 2"):
+        modules_to_edit(model, ["model.layers.3.feed_forward.down_proj"])
+
+
+def test_an_attention_that_is_edited_for_want_of_an_ffn_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    model = on_meta("olmoe", **{**SHARED, "num_experts": 2, "num_hidden_layers": 6})
+    logging.get_logger("ibke_hf.core.layers").warning_once.cache_clear()
+    for _ in range(2):
+        layers_to_edit(model)
+    said = [record for record in caplog.records if "is edited in its place" in record.message]
+    assert len(said) == 1
+    assert "model.layers.{i}.self_attn.o_proj" in said[0].message
 
 
 def test_an_unknown_layer_is_refused_with_what_there_is(tiny_model: Callable[..., Any]) -> None:
@@ -189,10 +253,9 @@ def test_an_unknown_layer_is_refused_with_what_there_is(tiny_model: Callable[...
     with pytest.raises(BackboneError) as caught:
         modules_to_edit(model, ["transformer.h.1.mlp.c_proj", "transformer.h.1.mlp.down_proj"])
     assert str(caught.value) == (
-        "GPT2LMHeadModel has no linear layer named 'transformer.h.1.mlp.down_proj'; its linear layers are lm_head, "(
-            "transformer.h.{i}.attn.c_attn, transformer.h.{i}.attn.c_proj, transformer.h.{i}.mlp.c_fc, "
-            "transformer.h.{i}.mlp.c_proj"
-        )
+        "GPT2LMHeadModel has no linear layer named 'transformer.h.1.mlp.down_proj'; its linear layers are lm_head, "
+        "transformer.h.{i}.attn.c_attn, transformer.h.{i}.attn.c_proj, transformer.h.{i}.mlp.c_fc, "
+        "transformer.h.{i}.mlp.c_proj"
     )
 
 

@@ -107,7 +107,7 @@ class GRACEEditor:
                 f"layers=[{max(layers, default=0)}]"
             )
         template, (layer,) = layers_to_edit(
-            model, layers or [max(number_of_layers(model) // 2 - 1, 0)], edited_modules
+            model, layers or None, edited_modules, default=[max(number_of_layers(model) // 2 - 1, 0)]
         )
         modules_to_edit(model, [template.format(i=layer)])
         return cls(GRACEConfig(template, layer, **config))

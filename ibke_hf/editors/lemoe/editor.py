@@ -97,7 +97,7 @@ class LEMoEEditor:
             BackboneError: If the layer doesn't exist, there is more than one, or the projection is ambiguous.
         """
         depth = number_of_layers(model)
-        template, chosen = layers_to_edit(model, [depth // 2] if layers is None else layers, edited_modules)
+        template, chosen = layers_to_edit(model, layers, edited_modules, default=[depth // 2])
         if len(chosen) != 1:
             raise BackboneError(f"LEMoE lies beside one layer, found {chosen}; give one, such as layers=[{chosen[0]}]")
         name = template.format(i=chosen[0])

@@ -62,7 +62,7 @@ class LocatingEditor(ABC):
             ValueError: If a field is out of range, or the statistics lack a layer.
         """
         template, chosen = layers_to_edit(
-            model, default_layers(model, cls.layers_by_default) if layers is None else layers, edited_modules
+            model, layers, edited_modules, default=default_layers(model, cls.layers_by_default)
         )
         editor = cls(cls.config_class(template, tuple(chosen), **config), statistics)
         statistics.require(modules_to_edit(model, editor.config.module_names()))

@@ -89,7 +89,7 @@ class KeyStatistics:
         """
         if batch_tokens < 1 or max_length < 1:
             raise ValueError(f"batch_tokens and max_length must be at least 1, found {batch_tokens} and {max_length}")
-        template, chosen = layers_to_edit(model, default_layers(model) if layers is None else layers, edited_modules)
+        template, chosen = layers_to_edit(model, layers, edited_modules, default=default_layers(model))
         modules = modules_to_edit(model, [template.format(i=i) for i in sorted(chosen)])
         max_length = min(max_length, batch_tokens, context_length(model) or max_length)
         corpus, number, openings = _survey(texts)

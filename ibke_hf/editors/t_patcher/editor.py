@@ -138,7 +138,9 @@ class TPatcherEditor:
                 f"T-Patcher patches one layer, found layers={list(layers)}; give one, such as "
                 f"[{number_of_layers(model) - 1}]"
             )
-        template, (layer,) = layers_to_edit(model, layers or [number_of_layers(model) - 1], edited_modules)
+        template, (layer,) = layers_to_edit(
+            model, layers or None, edited_modules, default=[number_of_layers(model) - 1]
+        )
         texts: Any = memory if isinstance(memory, str) else tuple(memory)  # the config refuses a bare text
         settings = TPatcherConfig(template, layer, texts, **config)
         patched_ffn(model, settings.module)
