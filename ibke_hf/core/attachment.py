@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from threading import Lock, _DummyThread, current_thread
 from typing import Any
 
@@ -26,6 +27,7 @@ SidePath = Callable[[Tensor], Tensor]
 LayerHook = Callable[[Tensor, Tensor], Tensor]
 CallHook = Callable[[Mapping[str, Any], Any], Any]
 _running: ContextVar[tuple[object, ...]] = ContextVar("ibke_hf_attached", default=())
+_columns: ContextVar[MovedColumns | None] = ContextVar("ibke_hf_columns", default=None)
 _attached: dict[int, list[object]] = {}
 _registry = Lock()  # torch hands out hook ids without one
 _eager: list[Any] = []  # the compiler's stance, set by the first open block and put back by the last one
@@ -34,18 +36,81 @@ _eager: list[Any] = []  # the compiler's stance, set by the first open block and
 def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, LayerHook]) -> AbstractContextManager[None]:
     """Replace the output y of ``modules[name]`` by ``hooks[name](x, y)``, x its input, while the block runs.
 
-    Blocks nest: the inner hook gets what the outer one returned. Hooks are removed when the block ends, also by an
-    exception; no weight is touched, and other threads that run the same model are left alone.
+    Of a layer that returns a tuple, y is the first entry. Blocks nest: the inner hook gets what the outer one
+    returned. Hooks are removed when the block ends, also by an exception; no weight is touched, and other threads that
+    run the same model are left alone.
+    """
+    return _open(modules, {name: _on_first(hook) for name, hook in hooks.items()}, with_kwargs=True)
+
+
+def _on_first(hook: LayerHook) -> Callable[..., Any]:
+    """Call a hook with a layer's first argument and first output, their columns as in the caller's batch."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        y, *rest = output if isinstance(output, tuple) else (output,)
+        columns = _columns.get()
+        if columns is None:
+            changed = hook(x, y)
+        else:
+            changed = _gathered(
+                hook(_gathered(x, columns.of_caller), _gathered(y, columns.of_caller)), columns.of_model
+            )
+        if changed is y or (changed.is_leaf and changed.requires_grad):
+            changed = changed.clone()  # some models add to a layer's output in place; what a hook has kept stays
+        return (changed, *rest) if isinstance(output, tuple) else changed
+
+    return run
+
+
+@dataclass(frozen=True)
+class MovedColumns:
+    """Where the columns of a batch are, if the model reads its rows otherwise than its caller has padded them.
+
+    Attributes:
+        of_caller: (b, l) the model's column that holds each of the caller's.
+        of_model: (b, l) the caller's column that holds each of the model's.
     """
 
-    def run(hook: LayerHook) -> Callable[..., Any]:
-        return lambda args, output: hook(args[0], output)
+    of_caller: Tensor
+    of_model: Tensor
 
-    return _open(modules, {name: run(hook) for name, hook in hooks.items()})
+
+@contextmanager
+def columns_moved(columns: MovedColumns | None) -> Iterator[None]:
+    """Show the hooks of layers their batch as the caller padded it, while the model reads it otherwise."""
+    token = _columns.set(columns)
+    try:
+        yield
+    finally:
+        _columns.reset(token)
+
+
+def _gathered(x: Tensor, columns: Tensor) -> Tensor:
+    """Rearrange the columns of (b, l, d) or of (b·l, d); what has other columns, such as the last ones only, stays."""
+    flat = x.ndim == 2 and len(x) == columns.numel()
+    if not flat and x.shape[:2] != columns.shape:
+        return x
+    rows = x.view(*columns.shape, -1)
+    moved = rows.gather(1, columns.to(x.device).unsqueeze(-1).expand_as(rows))
+    return moved.view(x.shape[0], -1) if flat else moved
+
+
+@contextmanager
+def detached() -> Iterator[None]:
+    """Run a model as if no block were open around this one."""
+    token = _running.set(())
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 def call_hooked(model: nn.Module, hook: CallHook) -> AbstractContextManager[None]:
-    """Replace what a whole model returns by ``hook(arguments, output)``, arguments by name, while the block runs; see :func:`hooked`."""
+    """Replace what a whole model returns by ``hook(arguments, output)`` while the block runs, arguments by name.
+
+    See :func:`hooked`.
+    """
     called = getattr(model, "_orig_mod", model)  # what torch.compile wraps, and calls while a block is open
     signature = inspect.signature(called.forward)
 

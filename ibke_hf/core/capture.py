@@ -5,9 +5,8 @@ Only activations get gradients: the graph starts at the output of the lowest edi
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .attachment import LayerHook, hooked
+from .forward import evaluating, target_logits
 from .layers import input_device
 from .tokens import IGNORED, TokenBatch
+
+__all__ = [
+    "GradientFactors",
+    "NonFiniteError",
+    "capture_factors",
+    "case_losses",
+    "evaluating",
+    "graph_starting_at",
+    "mean_per_row",
+    "require_finite",
+    "target_logits",
+]
 
 
 class NonFiniteError(ArithmeticError):
@@ -95,24 +107,6 @@ def capture_factors(
     return factors
 
 
-def target_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Run the model, with the vocabulary projection on the columns that hold targets only.
-
-    Returns:
-        Logits (b, k, vocabulary) of the last k columns, in the model's dtype, and their labels (b, k).
-    """
-    batch = batch.to(input_device(model))
-    accepted = _accepted_arguments(model)
-    extra: dict[str, Any] = {"position_ids": batch.position_ids} if "position_ids" in accepted else {}
-    kept = batch.kept
-    if "logits_to_keep" in accepted:
-        width = batch.input_ids.shape[1]
-        extra["logits_to_keep"] = torch.arange(width - kept, width)
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra)
-    labels = batch.labels[:, -kept:].to(output.logits.device)
-    return output.logits[:, -kept:], labels
-
-
 def case_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over each row's target positions, in fp32: (b, k, vocabulary), (b, k) -> (b,)."""
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
@@ -126,21 +120,6 @@ def mean_per_row(values: Tensor, rows: Tensor, number: int) -> Tensor:
     return total / torch.bincount(rows, minlength=number).clamp(min=1)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and back; GPT-2 has dropout."""
-    if not model.training:
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def graph_starting_at(modules: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
     """Build the autograd graph from the first of these layers to run upwards; for use inside of `torch.no_grad`.
 
@@ -150,7 +129,7 @@ def graph_starting_at(modules: Mapping[str, nn.Module]) -> AbstractContextManage
 
 
 def _start_graph(_: Tensor, output: Tensor) -> Tensor:
-    torch._C._set_grad_enabled(True)  # not `torch.enable_grad`, which would end with this hook
+    torch.set_grad_enabled(True)  # called as a function it outlives this hook; the no_grad around the pass ends it
     return output
 
 
@@ -175,12 +154,6 @@ def _recorder(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) 
 def _rows(x: Tensor, mask: Tensor) -> Tensor:
     """Give fp32 (b, l, d) also for models such as OPT that flatten batch and tokens."""
     return x.float().reshape(*mask.shape, -1)
-
-
-def _accepted_arguments(model: Any) -> set[str]:
-    base = getattr(model, "_orig_mod", model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    return set(inspect.signature(base.forward).parameters)
 
 
 def require_finite(values: Tensor, what: str, names: Sequence[str]) -> None:

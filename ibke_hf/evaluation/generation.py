@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..core.forward import padding_of
 from ..core.layers import input_device
 from ..core.tokens import context_length, encode_prompt, pad_and_label
 
@@ -26,7 +27,7 @@ def generate_texts(
     """Continue prompts greedily, up to target length + 3 tokens each.
 
     Prompts with targets of similar length share a batch; each answer is cut to its own length, so that the batch it is
-    in does not matter.
+    in does not matter. Of a model that reads padding as text, prompts of one length share a batch.
 
     Args:
         model: The backbone.
@@ -36,16 +37,28 @@ def generate_texts(
         attach: Called with the model and the questions of a batch; edits the model for them.
     """
     prompts = {i: encode_prompt(tokenizer, prompt) for i, (prompt, _) in asked.items()}
-    order = sorted(asked, key=lambda i: (asked[i][1], len(prompts[i])))
     texts: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
+    for members in _batches(model, asked, prompts, batch_size):
         budgets = [asked[i][1] + MORE_TOKENS for i in members]
         with attach(model, members):
             generated = _generate(model, tokenizer, [prompts[i] for i in members], max(budgets))
         for i, ids, budget in zip(members, generated, budgets, strict=True):
             texts[i] = str(tokenizer.decode(ids[:budget], skip_special_tokens=True))
     return texts
+
+
+def _batches(
+    model: Any, asked: Mapping[int, tuple[str, int]], prompts: Mapping[int, Sequence[int]], batch_size: int
+) -> Iterator[list[int]]:
+    """Yield questions that are answered together: with targets of similar length, or with prompts of one length."""
+    order = sorted(asked, key=lambda i: (asked[i][1], len(prompts[i])))
+    if padding_of(model) == "left":
+        groups = [order]
+    else:
+        lengths = sorted({len(prompts[i]) for i in order})
+        groups = [[i for i in order if len(prompts[i]) == length] for length in lengths]
+    for group in groups:
+        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
 
 def _generate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ...core.adapter_files import publisher
-from ...core.capture import evaluating, target_logits
 from ...core.configuration_ibke import Mode, require_mode
 from ...core.edit_values import describe, require_length
 from ...core.editor_model import EditorModel
+from ...core.forward import evaluating, last_states, target_logits
 from ...core.layers import BackboneError
 from ...core.records import EditRequest
 from ...core.tokens import IGNORED, RequestError, TokenBatch, context_length, encode
@@ -213,11 +212,7 @@ class SERACEditor(EditorModel):
         """Project each token's state beside the mean state so far: (b, l) -> (b, l, embedding_dim or 1), fp32."""
         batch = batch.to(self.device)
         mask = batch.attention_mask.unsqueeze(-1)
-        accepted = inspect.signature(self.scope.forward).parameters
-        extra = {"position_ids": batch.position_ids} if "position_ids" in accepted else {}
-        states = self.scope(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
-        ).last_hidden_state
+        states = last_states(self.scope, batch)
         means = (states * mask).float().cumsum(1) / mask.cumsum(1).clamp(min=1)
         return self.project(torch.cat((states, means.to(states.dtype)), -1)).float()
 
