@@ -40,28 +40,44 @@ def load_editor(name: str = "ibke") -> Any:
     return editor.eval()
 
 
-def load_rival(name: str, model: Any = None, statistics: Any = None) -> Any:
-    """Return an editor without weights for the Atlas backbone, its hyper-parameters as chosen on the validation records.
+def load_rival(name: str, model: Any = None, statistics: Any = None, *, edits: int = 1) -> Any:
+    """Return an editor without weights for the Atlas backbone, its hyper-parameters as chosen on validation records.
 
     Args:
         name: One of :data:`RIVALS`.
-        model: The backbone; loaded if it is not given.
-        statistics: Its key statistics, where the editor needs them; :func:`atlas_statistics` if they are not given.
+        model: The backbone; by default it is loaded.
+        statistics: Its key statistics, where the editor needs them; by default :func:`atlas_statistics`.
+        edits: Number of edits that the model will carry at once; see :func:`tuned_at`.
 
     Raises:
         ValueError: If there is no such editor.
     """
-    import json
-
     from ..editors.catalogue import build_editor, kind_of
 
-    if name not in RIVALS:
-        raise ValueError(f"Atlas has hyper-parameters for {', '.join(RIVALS)}, found {name!r}")
-    settings = json.loads((ASSETS / HYPER_PARAMETERS).read_text(encoding="utf-8"))[name]
+    settings = chosen_settings()[str(tuned_at(name, edits))][name]
     model = load_backbone()[0] if model is None else model
     if statistics is None and kind_of(name).needs_statistics:
         statistics = atlas_statistics(model)
     return build_editor(name, model, statistics=statistics, **settings)
+
+
+def chosen_settings() -> dict[str, dict[str, Any]]:
+    """Return the hyper-parameters of :data:`RIVALS` by the number of edits they were chosen at, then by editor."""
+    import json
+
+    chosen: dict[str, dict[str, Any]] = json.loads((ASSETS / HYPER_PARAMETERS).read_text(encoding="utf-8"))
+    return chosen
+
+
+def tuned_at(name: str, edits: int) -> int:
+    """Return the number of edits at once that the settings for `edits` were chosen at: the largest up to it.
+
+    Raises:
+        ValueError: If there is no such editor.
+    """
+    if name not in RIVALS:
+        raise ValueError(f"Atlas has hyper-parameters for {', '.join(RIVALS)}, found {name!r}")
+    return max(int(count) for count, by_name in chosen_settings().items() if name in by_name and int(count) <= edits)
 
 
 def atlas_statistics(model: Any = None, tokenizer: Any = None, cache: str | Path | None = None) -> Any:
@@ -88,7 +104,7 @@ def atlas_statistics(model: Any = None, tokenizer: Any = None, cache: str | Path
 
 
 def load_records(split: str) -> list[Any]:
-    """Return the committed evaluation records of a split: ``test``, ``held_out`` or ``validation``, in their seeded order."""
+    """Return the committed records of a split, ``test``, ``held_out`` or ``validation``, in their seeded order."""
     return sorted(_read(ASSETS / "records" / split), key=lambda record: int(record.id.rpartition("-")[2]))
 
 

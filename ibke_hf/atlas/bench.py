@@ -10,10 +10,11 @@ from typing import Any
 from ..benchmark import Bench, BenchmarkError
 from ..core.records import EditRecord
 from ..editors.catalogue import editor_class, kind_of
-from ..io import read_json
+from ..io import read_json, write_json
 from ..training.trainer import last_complete_checkpoint
-from . import ASSETS, HYPER_PARAMETERS, atlas_statistics, load_backbone, load_records, load_rival
-from .editors import LOG, TRAINING, train_atlas_editor
+from . import atlas_statistics, chosen_settings, load_backbone, load_records, load_rival, tuned_at
+from .editors import LOG, TRAINING, choose_strength, set_strength, train_atlas_editor
+from .tuning import TUNING_RECORDS
 
 STEPS = 700  # of each training run: 10 minutes of one core for IBKE and MEND, 15 for SERAC
 TRIALS = {
@@ -22,6 +23,13 @@ TRIALS = {
     "mend": (1.0, 0.9, 0.8, 0.7),
     "serac": (0.3, 0.5, 0.7, 0.9),
 }  # as many as the others have
+STEP_FACTORS_OF_MANY = (1.0, 0.5, 0.25, 0.1)  # relative to the choice for single edits
+TRIALS_OF_MANY = {
+    "ibke": STEP_FACTORS_OF_MANY,
+    "ibke_paper": STEP_FACTORS_OF_MANY,
+    "mend": STEP_FACTORS_OF_MANY,
+    "serac": (0.5, 0.9, 0.99, 0.999),
+}
 SPLITS = ("test", "held_out")
 
 
@@ -35,8 +43,7 @@ class AtlasBench(Bench):
 
     def __init__(self, steps: int = STEPS, cache: str | Path | None = None) -> None:
         self.steps, self.cache = steps, cache
-        chosen = read_json(ASSETS / HYPER_PARAMETERS)
-        self.settings = {"backbone": "ibke-atlas", "steps": steps, "hyper_parameters": chosen}
+        self.settings = {"backbone": "ibke-atlas", "steps": steps, "hyper_parameters": chosen_settings()}
 
     def load(self) -> tuple[Any, Any]:
         """Load the Atlas backbone and its tokenizer."""
@@ -77,16 +84,34 @@ class AtlasBench(Bench):
             resume=started is not None,
         )
 
-    def editor(self, name: str, folder: Path) -> Any:
-        """Load a trained editor, or build one with the hyper-parameters that were chosen on the validation records."""
+    def editor(self, name: str, folder: Path, edits: int = 1) -> Any:
+        """Load a trained editor, or build one; what is chosen on validation records is chosen for so many edits."""
         import torch
 
         if kind_of(name).trained:
-            return editor_class(name).from_pretrained(folder, dtype=torch.float32).eval()
-        model, _ = self.loaded
-        return (
-            None if name == "none" else load_rival(name, model, self._keys if kind_of(name).needs_statistics else None)
-        )
+            editor = editor_class(name).from_pretrained(folder, dtype=torch.float32).eval()
+            if edits > 1:
+                self._tune(name, editor, folder / f"strength-{edits}.json", edits)
+            return editor
+        if name == "none":
+            return None
+        statistics = self._keys if kind_of(name).needs_statistics else None
+        return load_rival(name, self.loaded[0], statistics, edits=edits)
+
+    def tuned_at(self, name: str, edits: int) -> int | None:
+        """Return the number of edits at once that an editor's settings for `edits` were chosen at."""
+        if name == "none":
+            return None
+        return edits if kind_of(name).trained else tuned_at(name, edits)
+
+    def _tune(self, name: str, editor: Any, file: Path, edits: int) -> None:
+        """Set a trained editor's step sizes or threshold to what does best with so many edits, tried once and kept."""
+        if file.exists():
+            set_strength(editor, read_json(file)["trials"][-1])
+            return
+        trials = TRIALS_OF_MANY[name]
+        tried = choose_strength(editor, *self.loaded, trials, None, edits=edits, number=TUNING_RECORDS)
+        write_json(file, {"editor": name, "edits": edits, "records": TUNING_RECORDS, "trials": tried})
 
     @cached_property
     def _keys(self) -> Any:

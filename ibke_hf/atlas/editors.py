@@ -167,6 +167,9 @@ def choose_strength(
     tokenizer: Any,
     trials: Sequence[float] = STEP_FACTORS,
     locality_floor: float | None = LOCALITY_FLOOR,
+    *,
+    edits: int = 1,
+    number: int | None = None,
 ) -> list[dict[str, float]]:
     """Set how much an editor moves, by trials on the validation records: a factor of η, or SERAC's threshold.
 
@@ -180,6 +183,8 @@ def choose_strength(
         trials: Factors or thresholds, tried in turn.
         locality_floor: Locality in percent that ends the trials; the best Avg of all is chosen where none reaches it.
             None: no floor.
+        edits: Number of edits that the model carries at once.
+        number: How many validation records; by default all.
 
     Returns:
         What was tried, with validation scores in percent; the chosen one comes last.
@@ -188,11 +193,11 @@ def choose_strength(
         parameter.data = parameter.data.half().float()
     editor.eval()
     name, use = _strength(editor)
-    records, tried = load_records("validation"), []
+    records, tried = load_records("validation")[:number], []
     for value in trials:
         use(value)
         summary = evaluate_records(
-            editor, backbone, tokenizer, records, batch_size=100, progress=False, generate=False
+            editor, backbone, tokenizer, records, sequential=edits, batch_size=100, progress=False, generate=False
         ).summary
         tried.append(
             {name: value, **{score: summary[score] for score in ("reliability", "generality", "locality", "avg")}}
@@ -202,6 +207,12 @@ def choose_strength(
     best = max(tried, key=lambda trial: trial["avg"])
     use(best[name])
     return [*tried, best]
+
+
+def set_strength(editor: GradientEditor | SERACEditor, trial: dict[str, float]) -> None:
+    """Set how much an editor, loaded as it was saved, moves: to what a trial of :func:`choose_strength` tried."""
+    name, use = _strength(editor)
+    use(trial[name])
 
 
 def _strength(editor: GradientEditor | SERACEditor) -> tuple[str, Callable[[float], None]]:

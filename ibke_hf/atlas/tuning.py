@@ -1,11 +1,16 @@
-"""`ibke atlas tune`: the hyper-parameters of the editors without weights, chosen on the validation records by as many trials each."""
+"""`ibke atlas tune`: hyper-parameters of the editors without weights, by as many trials each on validation records.
+
+An editor that keeps one edit apart from everything else need not carry a hundred: how far a value may go, and how much
+of the space is left to the corpus, are chosen anew for each number of edits that the model carries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..editors.catalogue import build_editor, kind_of
@@ -15,15 +20,20 @@ from . import HYPER_PARAMETERS, RIVALS, atlas_statistics, load_backbone, load_re
 from .editors import LAYERS
 
 TUNING_RECORDS = 100
+EDITS = (1, 10, 100)  # that the model carries at once
 TRIALS_FILE = "trials.json"
 SCORES = ("reliability", "generality", "locality", "avg")
+Settings = dict[str, Any]
 # ROME's and AlphaEdit's search for a value: the papers' 20 steps end before a model this small says the target. What
-# keeps the value small
-# matters as much, since keys of 512 dimensions are alike enough that a large change shows at other tokens too. Texts
-# in front of the
-# prompts gain less generality here than they cost reliability: the model has seen single sentences alone.
+# keeps the value small matters as much, since keys of 512 dimensions are alike enough that a large change shows at
+# other tokens too. Texts in front of the prompts gain less generality here than they cost reliability: the model has
+# seen single sentences alone.
 VALUE = {"prefixes": 0, "learning_rate": 0.5, "clamp": 4.0}
-TRIALS: Mapping[str, tuple[dict[str, Any], ...]] = {
+# With many edits each value has to stay smaller still: jointly, AlphaEdit says 7 of 100 targets and keeps 35 of 100
+# neighbours at a clamp of 4 and λ = 0.01, and 49 and 90 at a clamp of 1.5 and λ = 0.1.
+SMALL_VALUE = {"prefixes": 0, "learning_rate": 0.5, "clamp": 1.5, "steps": 30, "weight_decay": 0.1}
+PAPER_VALUE = {**SMALL_VALUE, "clamp": 0.75}
+TRIALS: Mapping[str, tuple[Settings, ...]] = {
     "ft": tuple({"layers": LAYERS, "learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2)),
     "rome": (
         {"layers": [0], **VALUE, "steps": 20, "weight_decay": 0.02},
@@ -53,52 +63,71 @@ TRIALS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"layers": [layer], "initial_radius": radius} for layer, radius in ((2, 0.75), (2, 1.0), (0, 0.75), (0, 1.0))
     ),
 }
+TRIALS_OF_MANY: Mapping[str, tuple[Settings, ...]] = {
+    **TRIALS,
+    "rome": (
+        {"layers": [0], **SMALL_VALUE},
+        {"layers": [0], **SMALL_VALUE, "clamp": 2.5},
+        {"layers": [0], **PAPER_VALUE},
+        {"layers": [1], **SMALL_VALUE},
+    ),
+    "alphaedit": (
+        {"layers": [0, 1], **SMALL_VALUE, "regularisation": 0.1, "null_threshold": 3.0},
+        {"layers": [0, 1], **SMALL_VALUE, "regularisation": 0.1, "null_threshold": 1.0},
+        {"layers": [0, 1, 2, 3], **SMALL_VALUE, "regularisation": 0.1, "null_threshold": 1.0},
+        {"layers": [0, 1], **PAPER_VALUE, "regularisation": 0.01, "null_threshold": 1.0},
+    ),
+}
 
 
-def tune(out: str | Path, names: Sequence[str] = RIVALS, number: int = TUNING_RECORDS) -> dict[str, Any]:
+def trials_of(name: str, edits: int) -> tuple[Settings, ...]:
+    """Return the settings that are tried for an editor where the model carries so many edits."""
+    return (TRIALS if edits == 1 else TRIALS_OF_MANY)[name]
+
+
+def tune(
+    out: str | Path, names: Sequence[str] = RIVALS, edits: Sequence[int] = EDITS, number: int = TUNING_RECORDS
+) -> dict[str, Any]:
     """Try the settings of each editor on the first validation records; keep those with the best Avg, and all trials.
 
-    `out` receives ``hyper_parameters.json``, the chosen settings by editor, and ``trials.json``. Both are written
-    after each editor, and keep what they hold of the others.
+    `out` receives ``trials.json``, written after each trial, so that a run that was stopped goes on there, and
+    ``hyper_parameters.json``, the settings chosen by number of edits and editor, written once all trials of an editor
+    are done. Both keep what they hold of others, also what another run adds meanwhile.
 
     Args:
         out: Folder, made if it is missing.
         names: The editors.
+        edits: Numbers of edits that the model carries at once, each tuned for itself.
         number: How many validation records; the first ones.
 
     Returns:
-        The chosen settings of the editors that were tuned.
+        The chosen settings by number of edits (as text, as JSON has it) and editor.
 
     Raises:
-        ValueError: If an editor has no trials, or `out` holds trials on another number of records.
+        ValueError: If an editor has no trials, a number of edits is out of range, or `out` holds trials on another
+            number of records.
     """
     unknown = [name for name in names if name not in TRIALS]
     if unknown or not names:
         raise ValueError(f"editors without weights are {', '.join(TRIALS)}; found {', '.join(unknown) or 'none'}")
-    target = Path(out)
+    if not edits or not all(1 <= count <= number for count in edits):
+        raise ValueError(f"edits at once must be between 1 and the {number} records, found {list(edits)}")
+    folder = Path(out)
     records = load_records("validation")[:number]
-    _earlier(target, len(records))
-    target.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_backbone()
-    needed = any(kind_of(name).needs_statistics for name in names)
-    statistics = atlas_statistics(model, tokenizer) if needed else None
-    chosen: dict[str, Any] = {}
-    with tqdm(total=sum(len(TRIALS[name]) for name in names), unit="trial") as bar:
-        for name in names:
-            found = []
-            for settings in TRIALS[name]:
-                bar.set_description(name)
-                editor = build_editor(name, model, statistics=statistics, **settings)
-                found.append({"settings": settings, **_scores(editor, model, tokenizer, records)})
-                bar.update()
-            chosen[name] = best_of(found)["settings"]
-            earlier_trials, earlier_choice = _earlier(
-                target, len(records)
-            )  # read again: another run may have added its editors
-            write_json(
-                target / TRIALS_FILE, {"records": len(records), "editors": _in_order(earlier_trials | {name: found})}
-            )
-            write_json(target / HYPER_PARAMETERS, _in_order(earlier_choice | {name: chosen[name]}))
+    _trials_in(folder, len(records))
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = _Bench(records, any(kind_of(name).needs_statistics for name in names))
+    chosen: dict[str, dict[str, Settings]] = {}
+    with tqdm(total=len(edits) * sum(len(TRIALS[name]) for name in names), unit="trial") as bar:
+        for count in edits:
+            for name in names:
+                bar.set_description(f"{name}, {count} at once")
+                for trial in _missing(folder, name, count, len(records)):
+                    _add_trial(
+                        folder, len(records), name, count, {"settings": trial, **bench.try_out(name, trial, count)}
+                    )
+                chosen.setdefault(str(count), {})[name] = _choose(folder, name, count, len(records))
+                bar.update(len(TRIALS[name]))
     return chosen
 
 
@@ -107,28 +136,89 @@ def best_of(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max(trials, key=lambda trial: trial["avg"])
 
 
-def _scores(editor: Any, model: Any, tokenizer: Any, records: Sequence[Any]) -> dict[str, float | None]:
-    """Return the scores of an editor in percent; reliability once more on the edits that contradict what the model knows."""
-    found = evaluate_records(editor, model, tokenizer, records, batch_size=50, progress=False, generate=False)
-    contradict = [
-        row["score"] for row in found.rows if row["role"] == "reliability" and row["kind"] == "counterfactual"
-    ]
-    scores = {name: found.summary[name] for name in SCORES}
-    counterfactual = 100 * sum(contradict) / len(contradict) if contradict else None
-    return {"reliability": scores.pop("reliability"), "counterfactual_reliability": counterfactual, **scores}
+class _Bench:
+    """The backbone and the records that trials are made on."""
 
+    def __init__(self, records: Sequence[Any], needs_statistics: bool) -> None:
+        self.records = records
+        self.model, self.tokenizer = load_backbone()
+        self.statistics = atlas_statistics(self.model, self.tokenizer) if needs_statistics else None
 
-def _earlier(folder: Path, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the trials and the chosen settings that a folder holds."""
-    trials, chosen = folder / TRIALS_FILE, folder / HYPER_PARAMETERS
-    earlier: dict[str, Any] = read_json(trials) if trials.exists() else {"records": number, "editors": {}}
-    if earlier["records"] != number:
-        raise ValueError(
-            f"{trials}: its trials are on {earlier['records']} records, these would be on {number}; choose "
-            f"another folder"
+    def try_out(self, name: str, settings: Mapping[str, Any], edits: int) -> dict[str, float | None]:
+        """Return the scores in percent; reliability once more on edits that contradict what the model knows.
+
+        With several edits at once no supporting hops are edited in, which would take longer than the edits
+        themselves: multi-hop cases count as the edits alone leave them.
+        """
+        evaluation = evaluate_records(
+            build_editor(name, self.model, statistics=self.statistics, **settings),
+            self.model,
+            self.tokenizer,
+            self.records,
+            sequential=edits,
+            supporting_hops=edits == 1,
+            batch_size=50 if edits == 1 else 100,
+            progress=False,
+            generate=False,
         )
-    return earlier["editors"], read_json(chosen) if chosen.exists() else {}
+        contradict = [
+            row["score"] for row in evaluation.rows if row["role"] == "reliability" and row["kind"] == "counterfactual"
+        ]
+        scores = {score: evaluation.summary[score] for score in SCORES}
+        counterfactual = 100 * sum(contradict) / len(contradict) if contradict else None
+        return {"reliability": scores.pop("reliability"), "counterfactual_reliability": counterfactual, **scores}
 
 
-def _in_order(by_editor: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: by_editor[name] for name in TRIALS if name in by_editor}
+# --- the files ---
+
+
+def _missing(folder: Path, name: str, edits: int, number: int) -> Iterator[Settings]:
+    """Yield the settings that no trial in the folder has, looking again before each."""
+    for settings in trials_of(name, edits):
+        trials = _trials_in(folder, number).get(str(edits), {}).get(name, [])
+        if settings not in [trial["settings"] for trial in trials]:
+            yield settings
+
+
+def _add_trial(folder: Path, number: int, name: str, edits: int, trial: Mapping[str, Any]) -> None:
+    """Write a trial among those that the folder holds, which another run may have added to."""
+    with FileLock(folder / ".tuning.lock"):
+        by_edits = _trials_in(folder, number)
+        trials = [*by_edits.get(str(edits), {}).get(name, []), dict(trial)]
+        order = trials_of(name, edits)
+        by_edits.setdefault(str(edits), {})[name] = sorted(
+            (trial for trial in trials if trial["settings"] in order), key=lambda trial: order.index(trial["settings"])
+        )
+        write_json(folder / TRIALS_FILE, {"records": number, "edits": _in_order(by_edits)})
+
+
+def _choose(folder: Path, name: str, edits: int, number: int) -> Settings:
+    """Write the best of an editor's trials among the chosen settings; return it."""
+    with FileLock(folder / ".tuning.lock"):
+        best: Settings = dict(best_of(_trials_in(folder, number)[str(edits)][name])["settings"])
+        file = folder / HYPER_PARAMETERS
+        by_edits = read_json(file) if file.exists() else {}
+        by_edits.setdefault(str(edits), {})[name] = best
+        write_json(file, _in_order(by_edits))
+    return best
+
+
+def _trials_in(folder: Path, number: int) -> dict[str, dict[str, list[Any]]]:
+    """Return the trials that a folder holds, by number of edits and editor."""
+    file = folder / TRIALS_FILE
+    content: dict[str, Any] = read_json(file) if file.exists() else {"records": number, "edits": {}}
+    if content["records"] != number:
+        raise ValueError(
+            f"{file}: its trials are on {content['records']} records, these would be on {number}; "
+            "choose another folder"
+        )
+    by_edits: dict[str, dict[str, list[Any]]] = content["edits"]
+    return by_edits
+
+
+def _in_order(by_edits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sort by number of edits, then as the editors are."""
+    return {
+        edits: {name: by_edits[edits][name] for name in TRIALS if name in by_edits[edits]}
+        for edits in sorted(by_edits, key=int)
+    }

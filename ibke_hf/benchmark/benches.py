@@ -52,8 +52,18 @@ class Bench(ABC):
         """
 
     @abstractmethod
-    def editor(self, name: str, folder: Path) -> Any:
-        """Return an editor that fits the model; None for the unedited model."""
+    def editor(self, name: str, folder: Path, edits: int = 1) -> Any:
+        """Return an editor that fits the model; None for the unedited model.
+
+        Args:
+            name: Its id.
+            folder: Where it is, if it is trained.
+            edits: Number of edits that the model will carry at once.
+        """
+
+    def tuned_at(self, name: str, edits: int) -> int | None:
+        """Return the number of edits at once that an editor's settings for `edits` were chosen at; None: unknown."""
+        return None
 
     def source(self, name: str) -> str | None:
         """Return where an editor that is given comes from, so that a table never mixes two of one id."""
@@ -142,8 +152,8 @@ class ModelBench(Bench):
         if not (folder / DONE).exists():
             write_json(folder / DONE, {"editor": name, "seed": seed, "report": self._train(settings)})
 
-    def editor(self, name: str, folder: Path) -> Any:
-        """Load or build an editor."""
+    def editor(self, name: str, folder: Path, edits: int = 1) -> Any:
+        """Load or build an editor, with the same hyper-parameters whatever the number of edits."""
         if kind_of(name).trained:
             editor = self._load_saved(self._saved.get(name, str(folder)))
             if not isinstance(editor, editor_class(name)):

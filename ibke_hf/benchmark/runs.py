@@ -70,14 +70,15 @@ def run_cells(
             with _noting(failed, [cell]):
                 _require_enough(cell, bench.records(cell, plan.records))  # before anything is trained for it
         _train_missing(bench, [cell for cell in missing if cell not in failed], home, failed, progress=progress)
-        editors: dict[tuple[str, int], Any] = {}
+        editors: dict[tuple[str, int, int], Any] = {}
         for cell in tqdm(missing, unit="cell", disable=not progress):
-            unit = (cell.editor, cell.seed)
+            unit = (cell.editor, cell.seed, cell.sequential)
             if cell in failed:
                 continue
             with _noting(failed, [cell]):
                 if unit not in editors:
-                    editors = {unit: bench.editor(cell.editor, home / f"{cell.editor}-{cell.seed}")}  # one at a time
+                    folder = home / f"{cell.editor}-{cell.seed}"
+                    editors = {unit: bench.editor(cell.editor, folder, cell.sequential)}  # one at a time
                 _make(bench, cell, editors[unit], target / CELLS / cell.name, plan.records, batch_size)
     if failed:
         reasons = "; ".join(
@@ -139,6 +140,8 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
         "edit_seconds": results["edit_seconds"],
         "edit_bytes": size,
     }
+    if (tuned_at := bench.tuned_at(cell.editor, cell.sequential)) is not None:
+        line["tuned_at"] = tuned_at
     write_json(folder / CELL, line)
 
 

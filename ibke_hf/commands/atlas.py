@@ -46,6 +46,14 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help=f"default: all, {', '.join(RIVALS)}; the results of the others stay as they are",
     )
+    command.add_argument(
+        "--sequential",
+        nargs="+",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="edits that the model carries, each number tuned for itself (default: 1 10 100)",
+    )
     command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
     command = add_command(
         actions, "report", "score the embedded editors on all test and held-out records", _run_report
@@ -91,9 +99,9 @@ def _run_build_backbone(given: argparse.Namespace) -> None:
 
 def _run_tune(given: argparse.Namespace) -> None:
     from ..atlas import ASSETS
-    from ..atlas.tuning import tune
+    from ..atlas.tuning import EDITS, tune
 
-    print(json.dumps(tune(given.out or ASSETS, given.editors), indent=2))
+    print(json.dumps(tune(given.out or ASSETS, given.editors, given.sequential or EDITS), indent=2))
 
 
 def _run_report(given: argparse.Namespace) -> None:

@@ -13,9 +13,28 @@ from typing import Any
 import pytest
 import torch
 
-from ibke_hf.atlas import ASSETS, HYPER_PARAMETERS, RIVALS, atlas_statistics, load_backbone, load_records, load_rival
+from ibke_hf.atlas import (
+    ASSETS,
+    HYPER_PARAMETERS,
+    RIVALS,
+    atlas_statistics,
+    load_backbone,
+    load_records,
+    load_rival,
+    tuned_at,
+)
+from ibke_hf.atlas.bench import AtlasBench
 from ibke_hf.atlas.editors import LAYERS
-from ibke_hf.atlas.tuning import TRIALS, TRIALS_FILE, TUNING_RECORDS, best_of, tune
+from ibke_hf.atlas.tuning import (
+    EDITS,
+    TRIALS,
+    TRIALS_FILE,
+    TRIALS_OF_MANY,
+    TUNING_RECORDS,
+    best_of,
+    trials_of,
+    tune,
+)
 from ibke_hf.core.layers import layers_to_edit, modules_to_edit
 from ibke_hf.editors.catalogue import TRAINED, editor_class
 from ibke_hf.editors.locate.key_statistics import KeyStatistics
@@ -41,20 +60,27 @@ def statistics(backbone: tuple[Any, Any]) -> KeyStatistics:
 # --- what is committed ---
 
 
+def tuned() -> list[tuple[int, str]]:
+    """Numbers of edits and editors that were tuned at them."""
+    return [(int(count), name) for count, by_name in committed(HYPER_PARAMETERS).items() for name in by_name]
+
+
 def test_every_editor_without_weights_has_four_trials_of_different_settings() -> None:
-    assert set(RIVALS) == set(TRIALS) == set(committed(TRIALS_FILE)["editors"])
+    assert set(RIVALS) == set(TRIALS) == set(TRIALS_OF_MANY) == set(committed(TRIALS_FILE)["edits"]["1"])
     assert not set(RIVALS) & set(TRAINED)
-    for name, trials in TRIALS.items():
-        assert len({json.dumps(settings, sort_keys=True) for settings in trials}) == len(trials) == 4, name
+    for name in RIVALS:
+        for edits in EDITS:
+            trials = trials_of(name, edits)
+            assert len({json.dumps(settings, sort_keys=True) for settings in trials}) == len(trials) == 4, name
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_the_committed_trials_are_those_of_the_code_and_the_choice_is_the_best_of_them(name: str) -> None:
+@pytest.mark.parametrize(("edits", "name"), tuned())
+def test_the_committed_trials_are_those_of_the_code_and_the_choice_is_the_best_of_them(edits: int, name: str) -> None:
     report = committed(TRIALS_FILE)
-    trials = report["editors"][name]
+    trials = report["edits"][str(edits)][name]
     assert report["records"] == TUNING_RECORDS == 100
-    assert [trial["settings"] for trial in trials] == [dict(settings) for settings in TRIALS[name]]
-    assert committed(HYPER_PARAMETERS)[name] == max(trials, key=lambda trial: trial["avg"])["settings"]
+    assert [trial["settings"] for trial in trials] == [dict(settings) for settings in trials_of(name, edits)]
+    assert committed(HYPER_PARAMETERS)[str(edits)][name] == max(trials, key=lambda trial: trial["avg"])["settings"]
     for trial in trials:
         assert set(trial) == {"settings", "reliability", "counterfactual_reliability", "generality", "locality", "avg"}
         assert trial["avg"] == pytest.approx((trial["reliability"] + trial["generality"] + trial["locality"]) / 3)
@@ -64,12 +90,25 @@ def test_the_committed_trials_are_those_of_the_code_and_the_choice_is_the_best_o
 @pytest.mark.parametrize("name", RIVALS)
 def test_the_chosen_settings_make_edits_that_contradict_the_model(name: str) -> None:
     """What an editor's row of the table rests on: a baseline that does not edit is no baseline."""
-    chosen = best_of(committed(TRIALS_FILE)["editors"][name])
+    chosen = best_of(committed(TRIALS_FILE)["edits"]["1"][name])
     assert chosen["counterfactual_reliability"] >= 95 - 1e-9, chosen
 
 
 def test_fine_tuning_keeps_its_choice() -> None:
-    assert committed(HYPER_PARAMETERS)["ft"] == {"layers": LAYERS, "learning_rate": 3e-3}
+    assert committed(HYPER_PARAMETERS)["1"]["ft"] == {"layers": LAYERS, "learning_rate": 3e-3}
+
+
+def test_settings_are_those_of_the_largest_number_of_edits_that_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 100 edits AlphaEdit with the settings for one says a third of the targets: the number decides."""
+    rates = {"1": 1e-3, "10": 2e-3, "100": 3e-3}
+    chosen = {count: {"ft": {"layers": LAYERS, "learning_rate": rate}} for count, rate in rates.items()}
+    del chosen["10"]["ft"]
+    monkeypatch.setattr("ibke_hf.atlas.chosen_settings", lambda: chosen)
+    assert [tuned_at("ft", edits) for edits in (1, 9, 10, 100, 1000)] == [1, 1, 1, 100, 100]
+    assert [load_rival("ft", edits=edits).config.learning_rate for edits in (1, 10, 100)] == [1e-3, 1e-3, 3e-3]
+    bench = AtlasBench()
+    assert bench.editor("ft", Path(), 100).config.learning_rate == 3e-3
+    assert [bench.tuned_at(name, 10) for name in ("none", "ft", "mend")] == [None, 1, 10]
 
 
 # --- loading ---
@@ -82,7 +121,7 @@ def test_an_editor_loads_with_its_committed_hyper_parameters_and_edits(
     model, tokenizer = backbone
     editor = load_rival(name, model, statistics)
     assert type(editor) is editor_class(name)
-    config, wanted = asdict(editor.config), committed(HYPER_PARAMETERS)[name]
+    config, wanted = asdict(editor.config), committed(HYPER_PARAMETERS)["1"][name]
     layers = wanted.pop("layers")
     template, _ = layers_to_edit(model, layers)
     where = config.get("edited_layers", config.get("edited_layer", config.get("edited_module")))
@@ -137,28 +176,35 @@ def test_the_package_of_the_embedded_world_is_imported_without_torch() -> None:
 # --- the trials ---
 
 
-def test_a_run_of_one_editor_keeps_the_results_of_the_others(tmp_path: Path) -> None:
+def test_a_run_of_one_editor_keeps_the_results_of_the_others_and_its_own_trials(tmp_path: Path) -> None:
     old = {
         "records": 3,
-        "editors": {
-            "ft": [{"settings": {"learning_rate": 1.0}, "avg": 1.0}],
-            "grace": [{"settings": {}, "avg": 99.0}],
+        "edits": {
+            "1": {
+                "ft": [{"settings": {"learning_rate": 1.0}, "avg": 1.0}],
+                "grace": [{"settings": TRIALS["grace"][2], "avg": 101.0}],
+            }
         },
     }
     (tmp_path / TRIALS_FILE).write_text(json.dumps(old), encoding="utf-8")
-    (tmp_path / HYPER_PARAMETERS).write_text('{"ft": {"learning_rate": 1.0}, "grace": {}}', encoding="utf-8")
-    chosen = tune(tmp_path, names=("grace",), number=3)
+    (tmp_path / HYPER_PARAMETERS).write_text('{"1": {"ft": {"learning_rate": 1.0}}}', encoding="utf-8")
+    chosen = tune(tmp_path, names=("grace",), edits=(1, 2), number=3)
     trials, settings = (
         json.loads((tmp_path / file).read_text(encoding="utf-8")) for file in (TRIALS_FILE, HYPER_PARAMETERS)
     )
     assert trials["records"] == 3
-    assert trials["editors"]["ft"] == old["editors"]["ft"]
-    assert settings["ft"] == {"learning_rate": 1.0}
-    assert [trial["settings"] for trial in trials["editors"]["grace"]] == list(TRIALS["grace"])
-    assert settings["grace"] == chosen["grace"] == best_of(trials["editors"]["grace"])["settings"]
-    assert {file.name for file in tmp_path.iterdir()} == {TRIALS_FILE, HYPER_PARAMETERS}
+    assert trials["edits"]["1"]["ft"] == old["edits"]["1"]["ft"]
+    assert settings["1"]["ft"] == {"learning_rate": 1.0}
+    for edits in ("1", "2"):
+        assert [trial["settings"] for trial in trials["edits"][edits]["grace"]] == list(TRIALS["grace"])
+        assert settings[edits]["grace"] == chosen[edits]["grace"]
+    assert trials["edits"]["1"]["grace"][2]["avg"] == 101.0  # a trial that is there is not made again
+    assert chosen["1"]["grace"] == TRIALS["grace"][2]
+    assert chosen["2"]["grace"] == best_of(trials["edits"]["2"]["grace"])["settings"]
     with pytest.raises(ValueError, match="trials are on 3 records, these would be on 2"):
-        tune(tmp_path, names=("grace",), number=2)
+        tune(tmp_path, names=("grace",), edits=(1,), number=2)
+    with pytest.raises(ValueError, match=r"between 1 and the 3 records, found \[4\]"):
+        tune(tmp_path, names=("grace",), edits=(4,), number=3)
 
 
 @pytest.mark.parametrize("names", [(), ("ft", "mend")])

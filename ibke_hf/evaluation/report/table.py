@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...editors.catalogue import KINDS
@@ -87,6 +87,7 @@ class Entry:
         records: The numbers of records that the runs were scored on, each once.
         edit_seconds: Median over runs; None without an edit.
         edit_bytes: Median over runs; None without an edit.
+        tuned_at: Numbers of edits at once that the runs' hyper-parameters were chosen at; none where that is unknown.
     """
 
     values: Mapping[str, Value]
@@ -94,6 +95,7 @@ class Entry:
     records: tuple[int, ...]
     edit_seconds: float | None
     edit_bytes: float | None
+    tuned_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ def _entry(runs: Sequence[Cell]) -> Entry:
         tuple(sorted({run["records"] for run in runs if run.get("records") is not None})),
         _median(run.get("edit_seconds") for run in runs),
         _median(run.get("edit_bytes") for run in runs),
+        tuple(sorted({run["tuned_at"] for run in runs if run.get("tuned_at") is not None})),
     )
 
 
@@ -255,10 +258,7 @@ def _marked(
             values[editor][name] = Value(
                 value.mean, value.std, "" if editor == UNEDITED else mark_of(value.mean, best)
             )
-    return {
-        (editor, column): Entry(values[editor], entry.seeds, entry.records, entry.edit_seconds, entry.edit_bytes)
-        for editor, entry in found.items()
-    }
+    return {(editor, column): replace(entry, values=values[editor]) for editor, entry in found.items()}
 
 
 def mark_of(value: float | None, best: float | None) -> str:
@@ -300,7 +300,7 @@ def notes_of(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[str, ...]:
         notes.append(
             f"{missing} of {len(rows) * len(columns)} cells {verb} missing ({MISSING}): no run there is finished."
         )
-    return (*notes, *_seeds_note(rows, columns), *_records_notes(rows, columns))
+    return (*notes, *_seeds_note(rows, columns), *_records_notes(rows, columns), *_tuning_note(rows, columns))
 
 
 def _seeds_note(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
@@ -336,3 +336,21 @@ def _records_notes(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
             )
     each = "; ".join(f"{number:,} in {', '.join(titles)}" for number, titles in equal.items())
     return ([f"Records: {each}."] if equal else []) + unequal
+
+
+def _tuning_note(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """Say at how many edits hyper-parameters were chosen: what suits one edit may not suit a hundred."""
+    others: dict[tuple[int, str], list[str]] = {}
+    known = False
+    for number, column in enumerate(columns):
+        for row in rows:
+            for tuned_at in entry.tuned_at if (entry := row.entries[number]) else ():
+                known = True
+                if tuned_at != column.sequential:
+                    others.setdefault((tuned_at, f'"{column.title}"'), []).append(row.name)
+    if not known:
+        return []
+    each = "; ".join(f"in {title} at {count} for {', '.join(names)}" for (count, title), names in others.items())
+    but = f", but {each}" if others else ""
+    note = "Hyper-parameters were chosen on validation records, with as many edits at once as the column has"
+    return [f"{note}{but}."]

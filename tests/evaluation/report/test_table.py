@@ -158,6 +158,17 @@ def test_notes_name_what_is_missing_unequal_or_of_other_records():
     assert "3 seeds, but 1 for W/O, FT." in "\n".join(table_of([a_cell("none"), a_cell("ft"), *often]).notes)
 
 
+def test_a_note_says_at_how_many_edits_each_editor_was_tuned():
+    cells = [
+        a_cell(editor, sequential=sequential, tuned_at=tuned_at)
+        for editor, sequential, tuned_at in (("ft", 1, 1), ("ft", 100, 100), ("mend", 1, 1), ("mend", 100, 1))
+    ]
+    chosen = "Hyper-parameters were chosen on validation records, with as many edits at once as the column has"
+    assert table_of(cells).notes[-1] == f'{chosen}, but in "test, 100 sequential edits" at 1 for MEND.'
+    assert table_of(cells[:2]).notes[-1] == f"{chosen}."
+    assert "Hyper-parameters" not in "\n".join(table_of([a_cell("ft")]).notes)
+
+
 def test_editors_and_columns_that_are_planned_show_before_they_are_finished():
     table = table_of([a_cell()], editors=["mend", "none"], columns=[Column("zsre"), Column("test")])
     assert [row.editor for row in table.rows] == ["none", "mend", "ibke"]
