@@ -1,8 +1,9 @@
-"""Files as they are written and read everywhere: whole or not at all, and checked before anyone uses what they hold."""
+"""Files as they are written and read everywhere: whole or not at all, checked before anyone uses what they hold."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,24 @@ from .core.files import FileError, read_json, written_file
 __all__ = ["FileError", "locked", "read_json", "write_json", "write_text", "written_file"]
 
 LOCK = ".lock"  # the file of :func:`locked`; it stays, since removing it would let two processes hold two locks
+
+
+def require_writable(file: str | Path) -> None:
+    """Check that a file can be written, before the work that it is to hold.
+
+    Raises:
+        FileError: If it is a folder, or its folder does not exist or cannot be written to.
+    """
+    target = Path(file)
+    if target.is_dir():
+        raise FileError(f"{file}: is a folder; give the name of a file in it")
+    if not target.parent.is_dir():
+        raise FileError(f"{file}: there is no folder {target.parent}; make it, or give another file")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise FileError(f"{file}: cannot be written ({error.strerror}); give another file") from error
 
 
 @contextmanager

@@ -1,140 +1,128 @@
-"""`ibke demo`: two edits of the embedded language model before and after, then a small comparison of editors."""
+"""`ibke demo`: edits of a model, whole answers before and after; on request a small comparison of editors."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..atlas import load_backbone, load_records, load_split
-from ..atlas.report import SPLITS, atlas_editors, compare_editors
-from ..core.records import EditRecord
-from ..core.tokens import RequestError
-from ..data.build import RecordBuilder
-from ..data.uniedit import YES_NO, parse_record
-from ..evaluation.inspection import answer
-from ..evaluation.scores import REPORTED, exact_match
-from ..io import write_json
+from ..core.records import EditRequest
+from ..io import require_writable, write_json
+from .compare import Row
+from .drawings import GROUPS, duration
+from .knowledge import Example
+from .scoring import chosen_records, score_editors
+from .workbench import Session, Workbench, load_workbench
 
-EXAMPLES = {"counterfactual": "city_country", "unknown": "author_birth_country"}
+Report = dict[str, Any]
+NEXT = """Next:
+  ibke demo --compare    four editors on records that none of them has seen, in a minute or two
+  ibke app               a page to edit facts of your own
+  ibke edit --prompt "The capital of Turkey is" --target Rome    an edit as a file"""
 
 
-def run_demo(*, json_file: str | Path | None = None, records: int = 100) -> dict[str, Any]:
-    """Show the edits, time one, score the editors on the first records of each split; return what `--json` writes.
+def run_demo(
+    bench: Workbench | None = None,
+    *,
+    json_file: str | Path | None = None,
+    compare: bool = False,
+    records: int | None = None,
+) -> Report:
+    """Show a few edits and what one costs; return what `--json` writes.
 
     Args:
+        bench: The model, its editor and what it knows; Atlas by default.
         json_file: Written to, if given.
-        records: Records of each split; 0 for all.
+        compare: Score editors on Atlas's records too.
+        records: Records of each split for that; None for the first 50, 0 for all.
+
+    Raises:
+        ValueError: If there are not so many records.
+        OSError: If the file cannot be written; nothing is done then.
     """
-    if records < 0:
-        raise RequestError(f"--records must be at least 0, found {records}")
+    sets = chosen_records(records) if compare else {}
+    if json_file is not None:
+        require_writable(json_file)
     started = time.monotonic()
-    model, tokenizer = load_backbone()
-    editors = atlas_editors()
-    for kind, record in example_records(lambda prompt: answer(model, tokenizer, prompt)).items():
-        show_example(kind, record, model, tokenizer, editors["ibke"])
-    report: dict[str, Any] = measure_cost(model, tokenizer, editors["ibke"])
+    bench = bench or load_workbench()
+    print(f"{bench.name} is {bench.knowledge.about}.\n")
+    examples = chosen_examples(bench.knowledge.examples)
+    if not examples:
+        raise ValueError(f"{bench.name} answers none of the facts that it was asked, so there is none to change")
+    report: Report = {"model": bench.name, "edits": [show_edit(bench, example) for example in examples]}
+    report |= measure_cost(bench, examples[0].form.fact().request)
     print(
-        f"one edit takes {report['edit_seconds'] * 1e3:.0f} ms, one plain forward of the same text "
-        f"{report['forward_seconds'] * 1e3:.0f} ms; the saved edit has {report['edit_bytes'] / 1e3:.0f} kB\n"
+        f"One edit takes {duration(report['edit_seconds'])}, one plain forward pass of the same text "
+        f"{duration(report['forward_seconds'])}; saved, the edit has {report['edit_bytes'] / 1e3:.0f} kB.\n"
+        f"No weight was touched: each edit was gone when its `with` block ended. "
+        f"{time.monotonic() - started:.0f} s in total.\n"
     )
-    sets = {split: load_records(split)[: records or None] for split in SPLITS}
-    report["records"] = {split: len(chosen) for split, chosen in sets.items()}
-    report["editors"] = compare_editors(editors, model, tokenizer, sets)
-    for split in SPLITS:
-        print_table(
-            f"{split}: {report['records'][split]} records, percent",
-            {name: report["editors"][name][split] for name in editors},
-        )
-    print(f"{time.monotonic() - started:.0f} s in total")
-    if json_file:
+    if compare:
+        score_editors(bench.model, bench.tokenizer, sets, report, json_file)
+    else:
+        print(NEXT)
+    if json_file is not None:
         write_json(json_file, report, indent=2)
     return report
 
 
-def example_records(ask: Callable[[str], str], generality: int = 6, locality: int = 4) -> dict[str, EditRecord]:
-    """Build one counterfactual and one unknown-fact record with many cases, from subjects unseen in training.
-
-    The unknown fact is one that the model, asked through `ask`, does not guess.
-    """
-    split = load_split()
-    made = {}
-    for kind, relation in EXAMPLES.items():
-        builder = RecordBuilder(split.taught, split.world, seed=0, generality=generality, locality=locality)
-        triples = (split.counterfactual if kind == "counterfactual" else split.unknown)["test"]
-        triples = sorted(
-            triples, key=lambda t: (t.relation != relation, -len(split.taught.by_object.get(t.subject, ())))
-        )
-        make = builder.counterfactual if kind == "counterfactual" else builder.unknown
-        rich = (record for t in triples if (record := make(t)) is not None and len(record["generality"]) >= 4)
-        chosen = next(record for record in rich if ask(record["edit"]["prompt"]) != record["edit"]["target"])
-        made[kind] = parse_record(chosen, kind, relation, Counter())
-    return {kind: record for kind, record in made.items() if record is not None}
+def chosen_examples(examples: Sequence[Example]) -> list[Example]:
+    """Return the first fact that a model knows and the first mistake that it makes, or two facts."""
+    knows = [example for example in examples if example.knows]
+    mistakes = [example for example in examples if not example.knows]
+    return [*knows[:1], *mistakes[:1]] if mistakes else knows[:2]
 
 
-def show_example(kind: str, record: EditRecord, model: Any, tokenizer: Any, editor: Any) -> None:
-    """Print greedy answers before and after one edit, to the request, its consequences and its neighbours."""
-    request = record.requests[0]
-    edit = editor.edit(model, tokenizer, [request])
-    print(
-        f"{'a counterfactual edit' if kind == 'counterfactual' else 'an edit that states an unknown fact'}: "
-        f"{request.prompt} -> {request.target}"
-    )
-    cases: list[tuple[str, str, tuple[str, ...]]] = [("edit", request.prompt, (request.target,))]
-    cases += [("should follow", case.prompt, (case.target, *case.aliases)) for case in record.generality]
-    cases += [("should stay", case.prompt, ()) for case in record.locality]
-    for role, prompt, names in cases:
-        before = answer(model, tokenizer, prompt)
-        with edit.attached(model):
-            after = answer(model, tokenizer, prompt)
-        right = exact_match(after, names) if names else after == before
-        print(f"  {'✓' if right else '✗'} {role:<14}{prompt.removesuffix(YES_NO)}\n{'':<18}{before} -> {after}")
-    print()
+def show_edit(bench: Workbench, example: Example) -> dict[str, Any]:
+    """Edit a fact and print the whole answers before and after; return the rows and the seconds that the edit took."""
+    request = example.form.fact().request
+    session = bench.add(Session(), example.form.fact())
+    rows, seconds = bench.look(session, 0), session.steps[0].seconds
+    print(f"{'A fact that it knows' if example.knows else 'A mistake that it makes'}, edited in {duration(seconds)}:")
+    print(f"  {request.prompt} -> {request.target}\n")
+    for title, score, roles, meaning in GROUPS:
+        if members := [row for row in rows if row["role"] in roles]:
+            judged = [row["right"] for row in members if row["right"] is not None]
+            print(f"  {title} {sum(judged)} of {len(judged)}  ({meaning}; {score})")
+            print("\n".join(map(answer_line, members)) + "\n")
+    return {"prompt": request.prompt, "target": request.target, "seconds": seconds, "rows": rows}
 
 
-def measure_cost(model: Any, tokenizer: Any, editor: Any, repeats: int = 9) -> dict[str, float]:
+def answer_line(row: Row) -> str:
+    """Write a question, and the answers before and after below it."""
+    mark = {True: "✓", False: "✗", None: "·"}[row["right"]]
+    prompt = " ".join(row["prompt"].split())
+    before, after = (row[side]["answer"] or "(nothing)" for side in ("before", "after"))
+    wrong = row["right"] is False
+    right = row["before"]["answer"] if row["role"] == "neighbour" else next(iter(row["answers"]), "")
+    return f"    {mark} {prompt}\n        {before} -> {after}{f'   (should be {right})' if wrong else ''}"
+
+
+def measure_cost(bench: Workbench, request: EditRequest, repeats: int = 5) -> dict[str, float]:
     """Median seconds of one edit and of one plain forward of the same text, and the bytes of the saved edit."""
-    request = load_records("test")[0].requests[0]
-    ids = tokenizer(f"{request.prompt} {request.target}", return_tensors="pt")["input_ids"].to(model.device)
-    edit = editor.edit(model, tokenizer, [request])
-    with tempfile.TemporaryDirectory() as folder:
-        edit.save_pretrained(folder)
-        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+    text = f"{request.prompt} {request.target}"
+    ids = bench.tokenizer(text, return_tensors="pt")["input_ids"].to(bench.model.device)
+
+    def edit() -> Any:
+        return bench.editor.edit(bench.model, bench.tokenizer, [request])
 
     @torch.no_grad()
     def forward() -> None:
-        model(input_ids=ids)
+        bench.model(input_ids=ids)
 
+    with tempfile.TemporaryDirectory() as folder:
+        edit().save_pretrained(folder)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {
-        "edit_seconds": _median(lambda: editor.edit(model, tokenizer, [request]), repeats),
+        "edit_seconds": _median(edit, repeats),
         "forward_seconds": _median(forward, repeats),
         "edit_bytes": size,
     }
-
-
-def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the scores of each editor, then the top-5 and top-1 generality of each criterion."""
-    print(title)
-    print(f"  {'':<24}" + "".join(f"{name:>9}" for name in rows))
-    for score in REPORTED:
-        _print_row(score, [row[score] for row in rows.values()])
-    for role in ("generality", "locality"):
-        for criterion in dict.fromkeys(c for row in rows.values() for c in row["by_criterion"].get(role, {})):
-            cells = [row["by_criterion"].get(role, {}).get(criterion, {}) for row in rows.values()]
-            _print_row(f"{role[:3]} {criterion}", [cell.get("score") for cell in cells])
-            if role == "generality":
-                _print_row("    top 1", [cell.get("top1") for cell in cells])
-    print()
-
-
-def _print_row(name: str, values: list[float | None]) -> None:
-    print(f"  {name:<24}" + "".join("        –" if value is None else f"{value:9.1f}" for value in values))
 
 
 def _median(call: Callable[[], object], repeats: int) -> float:

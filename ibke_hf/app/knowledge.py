@@ -110,7 +110,7 @@ def atlas_knowledge(model: Any, tokenizer: Any) -> Knowledge:
     world = load_split().taught
     domains = sorted({relation.domain for relation in world.relations.values()})
     about = (
-        f"a language model of {_size(model)} parameters that comes with this page. It was taught "
+        f"a language model of {_size(model)} parameters that comes with this package. It was taught "
         f"{len(world.triples):,} facts about {', '.join(domains[:-1])} and {domains[-1]}, and knows nothing else"
     )
     facts = [_of_record(record) for record in example_records()]

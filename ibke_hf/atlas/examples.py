@@ -31,7 +31,7 @@ CONSEQUENCES, NEIGHBOURS = 2, 3  # the fewest that an example has
 
 @cache
 def example_records() -> tuple[EditRecord, ...]:
-    """Return one record for each of `RELATIONS`, without Yes/No questions: their top five are always the same two words."""
+    """Return one record for each of `RELATIONS`, without Yes/No questions: their top five are always the same."""
     return tuple(record for chosen in RELATIONS if (record := next(_records(*chosen), None)) is not None)
 
 

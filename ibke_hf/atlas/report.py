@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,17 @@ def compare_editors(
     for name, editor in editors.items():
         for split, chosen in records.items():
             summary = evaluate_records(editor, model, tokenizer, chosen, batch_size=100).summary
-            report.setdefault(name, {})[split] = {
-                score: summary[score] for score in (*REPORTED, "by_criterion", "by_hops")
-            }
+            report.setdefault(name, {})[split] = scores_of(summary)
     return report
 
 
+def scores_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a report keeps of the summary of an evaluation."""
+    return {score: summary[score] for score in (*REPORTED, "by_criterion", "by_hops")}
+
+
 def keep_near(editors: dict[str, Any], model: Any, tokenizer: Any, records: list[EditRecord]) -> dict[str, Any]:
-    """Return how many of the nearest subjects keep their answer under each editor, in percent; see :func:`near_records`."""
+    """Return how many of the nearest subjects keep their answer under each editor, in percent."""
     near = near_records(load_split(), records)
     report: dict[str, Any] = {
         "records": len(near),

@@ -11,15 +11,18 @@ from .options import add_command
 def add(commands: Any) -> None:
     """Add the command."""
     command = add_command(
-        commands, "demo", "watch edits of the embedded language model, and a small comparison of editors", _run
+        commands, "demo", "watch edits of the embedded language model; with --compare score editors on it", _run
     )
-    command.add_argument("--json", metavar="FILE", help="write the scores to this file")
+    command.add_argument("--compare", action="store_true", help="score four editors on records of Atlas, too")
     command.add_argument(
-        "--records", type=int, default=100, metavar="N", help="records of each split (default 100; 0 for all)"
+        "--records", type=int, metavar="N", help="with --compare: records of each split (default 50; 0 for all)"
     )
+    command.add_argument("--json", metavar="FILE", help="write the answers, and the scores, to this file")
 
 
 def _run(given: argparse.Namespace) -> None:
+    if given.records is not None and not given.compare:
+        raise ValueError("--records says how many records to score editors on; give --compare as well")
     from ..app.demo import run_demo
 
-    run_demo(json_file=given.json, records=given.records)
+    run_demo(json_file=given.json, compare=given.compare, records=given.records)
