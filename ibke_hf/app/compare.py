@@ -26,7 +26,7 @@ from ..core.tokens import (
     with_leading_space,
 )
 from ..evaluation.generation import MORE_TOKENS, generate_texts
-from ..evaluation.scores import exact_match
+from ..evaluation.wording import exact_match
 
 Role = Literal["request", "rephrase", "consequence", "neighbour", "question"]
 ARROWS = ("->", "→")

@@ -18,7 +18,7 @@ from ..atlas import load_split
 from ..atlas.examples import example_records
 from ..core.records import EditRecord
 from ..data.facts import Triple, World
-from ..evaluation.scores import exact_match
+from ..evaluation.wording import exact_match
 from .compare import PageQuestion, read_answers, typed_lines
 from .forms import Form
 from .rephrasings import english_rephrasings, template_of, template_rephrasings

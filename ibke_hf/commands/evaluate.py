@@ -20,8 +20,21 @@ from .options import (
     read_dataset,
     statistics_of,
 )
+from .prompt_options import prompt_changes, prompt_options
 
-SELECTION = ("dataset", "format", "split", "domains", "criteria", "hops", "limit", "seed", "chat")
+SELECTION = (
+    "dataset",
+    "format",
+    "split",
+    "domains",
+    "criteria",
+    "hops",
+    "limit",
+    "seed",
+    "chat",
+    "chat_options",
+    "leading_space",
+)
 ATLAS, ATLAS_EDITORS = "atlas", ("ibke", "mend")
 WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if not kind.trained)
 
@@ -62,7 +75,10 @@ def add(commands: Any) -> None:
     how.add_argument(
         "--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit"
     )
-    how.add_argument("--chat", action="store_true", help="ask through the tokenizer's chat template")
+    prompt_options(how)
+    how.add_argument(
+        "--strict", action="store_true", help="stop at the first record that cannot be used (default: leave it out)"
+    )
     how.add_argument(
         "--collision-scope",
         choices=("set", "group"),
@@ -88,7 +104,6 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..core.tokens import chat_record
     from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
 
     _require_editor_for_model(given)
@@ -96,8 +111,8 @@ def _run(given: argparse.Namespace) -> None:
     records = list(_records(given, unread))
     model, tokenizer = load_model(given)
     editor = _editor(given, model, tokenizer)
-    if given.chat:
-        records = [chat_record(tokenizer, record) for record in records]
+    changes = prompt_changes(given, tokenizer)
+    records = [record.formatted(**changes) for record in records]
     settings = {name: getattr(given, name) for name in SELECTION}
     results = evaluate_to_folder(
         given.out,
@@ -113,6 +128,7 @@ def _run(given: argparse.Namespace) -> None:
         locality_match=given.locality_match,
         span=given.span,
         generate=not given.no_generate,
+        strict=given.strict,
         progress=sys.stderr.isatty(),
         settings={
             **settings,

@@ -163,7 +163,10 @@ def same_backbone(mine: Mapping[str, Sequence[float]], other: Mapping[str, Seque
 
 def info_json(info: EditInfo, **more: Any) -> str:
     """Serialise what ``edit.json`` holds."""
-    return json.dumps({"format_version": 1, **asdict(info), **more}, indent=2, ensure_ascii=False)
+    requests = [request.to_json() for request in info.requests]
+    return json.dumps(
+        {"format_version": 1, **asdict(info), "requests": requests, **more}, indent=2, ensure_ascii=False
+    )
 
 
 def require_length(previous: Edit, number: int) -> None:

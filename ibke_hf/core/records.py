@@ -6,27 +6,85 @@ yields :class:`EditRecord`, and training, evaluation and the Space consume nothi
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+LeadingSpace = Literal["auto", "protocol", "always", "never"]
 
 
 @dataclass(frozen=True)
-class EditRequest:
+class PromptFormat:
+    """How a prompt is put to a model, and what stands between it and its target.
+
+    Args:
+        chat: The prompt is a user's turn of the tokenizer's chat template, the target the assistant's answer.
+        chat_options: What the template is given beside the turn, such as ``{"enable_thinking": False}``.
+        leading_space: ``"auto"``: one space unless the target begins with one, but none where the text at hand is
+            written without (scripts without spaces, after an opening quote or bracket, after a blank), and in a chat
+            what the template itself puts before an answer; ``"protocol"``: one space unless the target begins with a
+            blank character, whatever the text (in a chat as ``"auto"``); ``"always"``; or ``"never"``: the target as
+            it is.
+
+    Raises:
+        ValueError: For another rule, or options that are no mapping.
+    """
+
+    chat: bool = False
+    chat_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    leading_space: LeadingSpace = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what no encoder would understand."""
+        if self.leading_space not in get_args(LeadingSpace):
+            raise ValueError(
+                f"leading_space must be one of {', '.join(get_args(LeadingSpace))}, found {self.leading_space!r}"
+            )
+        if not isinstance(self.chat, bool) or not isinstance(self.chat_options, Mapping):
+            raise ValueError(
+                "chat must be True or False and chat_options a mapping of the template's options, found "
+                f"{self.chat!r} and {self.chat_options!r}"
+            )
+
+
+PLAIN = PromptFormat()
+PROTOCOL = PromptFormat(leading_space="protocol")  # as the benchmarks' own evaluators put prompt and target together
+
+
+class _Formatted:
+    """What a model is asked, with the format it is asked in; of a saved file the format may be a mapping."""
+
+    format: PromptFormat
+
+    def __post_init__(self) -> None:
+        """Accept the format as a saved file has it."""
+        if isinstance(self.format, Mapping):
+            object.__setattr__(self, "format", PromptFormat(**self.format))
+
+
+@dataclass(frozen=True)
+class EditRequest(_Formatted):
     """One edit request e = (q_e, o_e): after the edit, the model answers `prompt` with `target`.
 
     Args:
         prompt: The query q_e, without a trailing space.
-        target: The wanted continuation o_e; one leading space is added on tokenisation if it has none.
+        target: The continuation o_e; what stands before it is added on tokenisation, see :class:`PromptFormat`.
         subject: The entity that the request is about, for editors that need to find it in the prompt.
+        format: How the prompt is put to the model.
     """
 
     prompt: str
     target: str
     subject: str | None = None
+    format: PromptFormat = PLAIN
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the request as plain values; the format only where it is not the default."""
+        return {name: value for name, value in asdict(self).items() if name != "format" or self.format != PLAIN}
 
 
 @dataclass(frozen=True)
-class Hop:
+class Hop(_Formatted):
     """One triple (head, property, tail) that a case runs through, with the prompt that asks for it.
 
     `tail` is an entity id for item tails and ``"datatype:value"`` otherwise; `tail_is_item` tells which.
@@ -39,6 +97,7 @@ class Hop:
     tail: str
     tail_is_item: bool = True
     subject: str | None = None
+    format: PromptFormat = PLAIN
 
     def key(self) -> Hashable:
         """Return what PROTOCOL's collision rule compares, so that many edits can be looked up at once.
@@ -50,11 +109,11 @@ class Hop:
 
     def request(self) -> EditRequest:
         """Return the hop as an edit request, for supporting hops that the model does not know."""
-        return EditRequest(self.prompt, self.target, self.subject)
+        return EditRequest(self.prompt, self.target, self.subject, self.format)
 
 
 @dataclass(frozen=True)
-class EditCase:
+class EditCase(_Formatted):
     """One generality or locality case: `prompt` must be answered by `target`.
 
     Args:
@@ -67,6 +126,7 @@ class EditCase:
         supporting: The hops other than the edit itself, in order.
         facts: Every triple that the case runs through, the edit included; what collisions are judged on.
         name: The dataset's list that the case belongs to, such as ``"uni_gen"``.
+        format: How the prompt is put to the model.
     """
 
     prompt: str
@@ -78,6 +138,7 @@ class EditCase:
     supporting: tuple[Hop, ...] = ()
     facts: tuple[Hop, ...] = ()
     name: str = ""
+    format: PromptFormat = PLAIN
 
 
 @dataclass(frozen=True)
@@ -103,6 +164,29 @@ class EditRecord:
         """Refuse a record that edits nothing."""
         if not self.requests:
             raise ValueError(f"record {self.id!r} of {self.dataset!r} has no edit request; give it at least one")
+
+    def formatted(self, **changes: Any) -> EditRecord:
+        """Return the record with all that a model is asked of it put in another format.
+
+        Requests with their triples, cases and supporting hops change; facts, which are compared but not asked, stay.
+
+        Args:
+            changes: Fields of :class:`PromptFormat`; what is not given stays as each request or case has it.
+        """
+
+        def asked(one: Any) -> Any:
+            return replace(one, format=replace(one.format, **changes))
+
+        def case(one: EditCase) -> EditCase:
+            return replace(asked(one), supporting=tuple(map(asked, one.supporting)))
+
+        return replace(
+            self,
+            requests=tuple(map(asked, self.requests)),
+            generality=tuple(map(case, self.generality)),
+            locality=tuple(map(case, self.locality)),
+            edits=tuple(map(asked, self.edits)),
+        )
 
 
 def collides(case: EditCase, edits: Iterable[Hop]) -> bool:

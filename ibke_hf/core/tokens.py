@@ -1,30 +1,42 @@
 """Prompt and target -> token ids, labels, masks and positions: the only padding and leading-space code.
 
-PROTOCOL's rule: the target gets one leading space unless it has one, prompt + target is tokenised once, and the
-target span starts at ``len(tokenise(prompt))``. The last target token predicts nothing and is not fed, so a request
-has l_e = prompt + target - 1 tokens (SPEC §2.3).
+Prompt + target is tokenised once, and the target span starts at ``len(tokenise(prompt))`` (PROTOCOL); what stands
+between them is :mod:`.prompts`' matter. A chat turn has its template's own ids. The last target token predicts
+nothing and is not fed, so a request has l_e = prompt + target - 1 tokens (SPEC §2.3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .records import EditCase, EditRecord, EditRequest, Hop
+from .prompts import RequestError, chat_ids, encode_chat, is_unspaced_text, spaced_target, with_leading_space
+from .records import PLAIN, EditRequest, PromptFormat
 
+__all__ = [
+    "IGNORED",
+    "RequestError",
+    "Side",
+    "Span",
+    "TokenBatch",
+    "context_length",
+    "encode",
+    "encode_prompt",
+    "encode_requests",
+    "pad_and_label",
+    "with_leading_space",
+]
+
+logger = logging.get_logger(__name__)
 IGNORED = -100
 Span = Literal["prompt", "offsets"]
 Side = Literal["left", "right"]
-Asked = TypeVar("Asked", EditRequest, EditCase, Hop)
-
-
-class RequestError(ValueError):
-    """A request or case that cannot be used; the message names it by its index and says what to change."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +102,6 @@ class TokenBatch:
         )
 
 
-def with_leading_space(target: str) -> str:
-    """Give the target one leading space unless it has one."""
-    return target if target[:1].isspace() else f" {target}"
-
-
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -103,6 +110,7 @@ def encode(
     name: str = "request 0",
     span: Span = "prompt",
     max_length: int | None = None,
+    prompt_format: PromptFormat = PLAIN,
 ) -> tuple[list[int], int]:
     """Tokenise prompt + target once; return the ids and the index of the first target token.
 
@@ -112,7 +120,9 @@ def encode(
         target: Text to be predicted.
         name: Names the request or case in errors.
         span: ``"prompt"`` for PROTOCOL's rule, ``"offsets"`` to let the token that covers the seam start the span.
+            Of a chat turn, which has ids of its own, the span is known.
         max_length: The model's context in tokens, if it is limited.
+        prompt_format: Plain or a chat turn, and what stands between prompt and target.
 
     Raises:
         RequestError: If a text is empty, the target span is empty, the text is longer than the context, or the
@@ -121,7 +131,28 @@ def encode(
     if not prompt.strip() or not target.strip():
         missing = "prompt" if not prompt.strip() else "target"
         raise RequestError(f"{name}: the {missing} is empty ({prompt!r} -> {target!r}); give it at least one word")
-    text = prompt + with_leading_space(target)
+    _require_unicode(prompt + target, name)
+    ids, start = (
+        _named(name, encode_chat, tokenizer, prompt, target, prompt_format)
+        if prompt_format.chat
+        else _encode_plain(tokenizer, prompt, target, name, span, prompt_format.leading_space)
+    )
+    if max_length is not None and len(ids) - 1 > max_length:
+        raise RequestError(
+            f"{name}: {len(ids) - 1} tokens do not fit the model's context of {max_length}; shorten prompt or target"
+        )
+    return ids, start
+
+
+def _encode_plain(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, name: str, span: Span, rule: str
+) -> tuple[list[int], int]:
+    text = prompt + spaced_target(prompt, target, rule)
+    if rule == "protocol" and target[:1] != " " and is_unspaced_text(prompt):
+        logger.warning_once(  # type: ignore[attr-defined]
+            f"{name}: by PROTOCOL's rule a space stands before {target!r}, where its script has none; the leading "
+            'space "auto" leaves it out'
+        )
     ids = encode_prompt(tokenizer, text)
     if not ids:
         raise RequestError(
@@ -134,20 +165,39 @@ def encode(
             f"{target!r}); "
             'end the prompt at a word boundary or use span="offsets"'
         )
-    if max_length is not None and len(ids) - 1 > max_length:
-        raise RequestError(
-            f"{name}: {len(ids) - 1} tokens do not fit the model's context of {max_length}; shorten prompt or target"
-        )
     return ids, start
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokenise a text to be continued: with the special tokens that the tokenizer adds by default, without an appended EOS."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_format: PromptFormat = PLAIN) -> list[int]:
+    """Tokenise a text to be continued.
+
+    A chat turn has its template's own ids; a plain text has the special tokens that the tokenizer adds by default, but
+    no appended EOS.
+
+    Raises:
+        RequestError: If the text is no Unicode, or the chat template cannot render it.
+    """
+    _require_unicode(prompt, "the prompt")
+    if prompt_format.chat:
+        return chat_ids(tokenizer, prompt, prompt_format.chat_options)
     ids: list[int] = tokenizer(prompt)["input_ids"]
     ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
     return (
         ids[:-1] if ended and tokenizer("a")["input_ids"][-1] == ids[-1] else ids
     )  # unless the text itself ends in it
+
+
+def _require_unicode(text: str, name: str) -> None:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise RequestError(f"{name}: {text[:80]!r} holds half of a character (a lone surrogate); write it again")
+
+
+def _named(name: str, call: Any, *arguments: Any) -> Any:
+    """Call, and let an error begin with the name of the request or case."""
+    try:
+        return call(*arguments)
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}") from error
 
 
 def pad_and_label(encoded: Sequence[tuple[list[int], int]], *, side: Side = "left", pad: int = 0) -> TokenBatch:
@@ -182,7 +232,15 @@ def encode_requests(
     if not requests:
         raise RequestError("no edit request was given; pass at least one EditRequest(prompt, target)")
     encoded = [
-        encode(tokenizer, r.prompt, r.target, name=f"{name} {i}", span=span, max_length=max_length)
+        encode(
+            tokenizer,
+            r.prompt,
+            r.target,
+            name=f"{name} {i}",
+            span=span,
+            max_length=max_length,
+            prompt_format=r.format,
+        )
         for i, r in enumerate(requests)
     ]
     return pad_and_label(encoded, side=side)
@@ -192,46 +250,6 @@ def context_length(model: Any) -> int | None:
     """Return the number of positions of a model, None where its config states none."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
-def through_chat_template(tokenizer: PreTrainedTokenizerBase, request: Asked) -> Asked:
-    """Render the prompt of a request, case or hop as a user's turn of the chat template, the target as the assistant's answer.
-
-    Raises:
-        RequestError: If the tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError("the tokenizer has no chat template; leave the chat option off for this model")
-    turn = [{"role": "user", "content": request.prompt}]
-    prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    begin = tokenizer.bos_token
-    if begin and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:  # tokenising adds it once more
-        prompt = prompt.removeprefix(begin)
-    return replace(request, prompt=prompt)
-
-
-def chat_record(tokenizer: PreTrainedTokenizerBase, record: EditRecord) -> EditRecord:
-    """Render all that is asked of a model through the chat template: requests, cases and their supporting hops.
-
-    Facts and edits, which are compared but not asked, stay. So do blank prompts: whoever tokenises them can name the
-    case.
-
-    Raises:
-        RequestError: If the tokenizer has no chat template.
-    """
-
-    def asked(one: Asked) -> Asked:
-        return through_chat_template(tokenizer, one) if one.prompt.strip() else one
-
-    def case(one: EditCase) -> EditCase:
-        return replace(asked(one), supporting=tuple(map(asked, one.supporting)))
-
-    return replace(
-        record,
-        requests=tuple(map(asked, record.requests)),
-        generality=tuple(map(case, record.generality)),
-        locality=tuple(map(case, record.locality)),
-    )
 
 
 def _span_start(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from ..core.records import EditCase
 
 T = TypeVar("T")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RecordError(ValueError):
@@ -36,7 +38,7 @@ class Field:
     def error(self, what: str) -> RecordError:
         """Return an error that names the field, to be raised by who finds it wrong."""
         where = f"field {self.path!r}" if self.path else "the record"
-        return RecordError(f"record {self.record!r}: {where} {what}, found {json.dumps(self.value)[:80]}")
+        return RecordError(f"record {self.record!r}: {where} {what}, found {_shown(self.value)}")
 
     def of(self, kind: type[T]) -> T:
         """Return the value itself.
@@ -47,6 +49,8 @@ class Field:
         if not isinstance(self.value, kind):
             expected = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}[kind]
             raise self.error(f"is not {expected}")
+        if isinstance(self.value, str) and not self.value.isascii() and LONE_SURROGATE.search(self.value):
+            raise self.error("holds half of a character (a lone surrogate)")
         return self.value
 
     def text(self, key: str) -> str:
@@ -70,8 +74,9 @@ class Field:
         return [Field(part, f"{self.path}[{i}]", self.record).of(str) for i, part in enumerate(self.of(list))]
 
     def names(self) -> tuple[str, ...]:
-        """Return the texts of a list, or a lone text, in order, without blank ones and repetitions."""
-        texts = [self.value] if isinstance(self.value, str) else self.texts()
+        """Return the texts of a list, of lists in it at any depth, or a lone text, in order, without blank ones and repetitions."""
+        parts = self.parts() if isinstance(self.value, list) else None
+        texts = [self.of(str)] if parts is None else [text for part in parts for text in part.names()]
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
     def values(self) -> list[Field]:
@@ -109,3 +114,11 @@ def cases(name: str, prompt: str, target: str, skipped: Counter[str], **details:
         return (EditCase(prompt, target, name=name, **details),)
     skipped[f"{name} case with an empty prompt or target"] += 1
     return ()
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a JSON value as text."""
+    try:
+        return json.dumps(value)[:80]
+    except RecursionError:
+        return "a value that is nested too deeply"

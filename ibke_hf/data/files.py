@@ -8,10 +8,10 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
-from ..core.records import EditRecord
-from .fields import RecordError
+from ..core.records import EditRecord, LeadingSpace
+from .fields import Field, RecordError
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 CHUNK = 1 << 18  # characters read at once
@@ -36,16 +36,24 @@ def read_each(
 ) -> Iterator[EditRecord]:
     """Yield what `parse` makes of each value and key of a file of the format `name`, but for None.
 
+    Targets follow their prompts by PROTOCOL's rule, as in the benchmarks' own evaluators, unless a record has another
+    rule under ``leading_space``, which records of a user's own facts do.
+
     Raises:
         RecordError: If the file is broken, is no JSON `top`, or `parse` finds a record unreadable; names the file.
     """
     for key, value in json_items(file, top, name):
         try:
             record = parse(value, str(key))
+            rule = value.get("leading_space", "protocol") if record is not None else ""
+            if record is not None and rule not in get_args(LeadingSpace):
+                raise Field(rule, "leading_space", record.id).error(f"is none of {', '.join(get_args(LeadingSpace))}")
         except RecordError as error:
             raise RecordError(f"{file}: {error}") from error
+        except RecursionError as error:
+            raise RecordError(f"{file}: record {str(key)!r} is nested too deeply") from error
         if record is not None:
-            yield record
+            yield record.formatted(leading_space=rule)
 
 
 def json_items(file: str | Path, top: Top | None = None, name: str = "record") -> Iterator[tuple[Key, Any]]:
@@ -77,7 +85,7 @@ def json_items(file: str | Path, top: Top | None = None, name: str = "record") -
                 )
             yield from _lines(window) if lines else _list(window) if found == "list" else _object(window)
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not valid JSON ({error})") from error
+        raise RecordError(f"{path}: not valid JSON ({error}); save the file as UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"{path}: not a complete gzip file ({error})") from error
 
@@ -129,6 +137,8 @@ class _Window:
                 continue
             except RecursionError as error:
                 raise self.error("nested too deeply", self.at) from error
+            except ValueError as error:  # a number of more digits than Python reads
+                raise self.error(str(error), self.at) from error
             if end + CUT < len(self.text) or not self.more():  # a number this close to the window's end may go on
                 self.at = end
                 return value

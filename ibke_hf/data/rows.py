@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+SCHEMA = 2  # of the columns; counted up so that a dataset on disk of other columns is not found
 
 
 def record_features() -> datasets.Features:
@@ -29,7 +31,8 @@ def record_features() -> datasets.Features:
     """
     datasets = _datasets()
     text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
-    request = {"prompt": text, "target": text, "subject": text}
+    prompt_format = {"chat": datasets.Value("bool"), "chat_options": text, "leading_space": text}
+    request = {"prompt": text, "target": text, "subject": text, "format": prompt_format}
     hop = {
         "prompt": text,
         "target": text,
@@ -38,6 +41,7 @@ def record_features() -> datasets.Features:
         "tail": text,
         "tail_is_item": datasets.Value("bool"),
         "subject": text,
+        "format": prompt_format,
     }
     number, hops = datasets.Value("int32"), datasets.List(hop)
     case = {
@@ -50,6 +54,7 @@ def record_features() -> datasets.Features:
         "supporting": hops,
         "facts": hops,
         "name": text,
+        "format": prompt_format,
     }
     cases = datasets.List(case)
     columns = {
@@ -69,13 +74,27 @@ def record_features() -> datasets.Features:
 
 def record_row(record: EditRecord) -> Row:
     """Return a record as a row: plain lists and dicts, the metadata as a list of keys and values."""
-    return {**asdict(record), "metadata": [{"key": key, "value": value} for key, value in record.metadata.items()]}
+    row = _with_options(asdict(record), json.dumps)
+    return {**row, "metadata": [{"key": key, "value": value} for key, value in record.metadata.items()]}
+
+
+def _with_options(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """Convert the chat options of every format in a row: JSON text in a column, a mapping in a record."""
+    if isinstance(value, Mapping):
+        return {
+            key: convert(part) if key == "chat_options" else _with_options(part, convert)
+            for key, part in value.items()
+            if key != "metadata"
+        }
+    return [_with_options(part, convert) for part in value] if isinstance(value, list | tuple) else value
 
 
 def record_from_row(row: Mapping[str, Any]) -> EditRecord:
     """Return the record that a row was made of."""
     parts: dict[str, Any] = {"requests": EditRequest, "generality": _case, "locality": _case, "edits": Hop}
-    made: Row = {name: tuple(make(**part) for part in row[name]) for name, make in parts.items()}
+    made: Row = {
+        name: tuple(make(**_with_options(part, json.loads)) for part in row[name]) for name, make in parts.items()
+    }
     texts: Row = {name: row[name] for name in ("id", "dataset", "domain", "kind", "relation")}
     return EditRecord(**texts, **made, metadata={pair["key"]: pair["value"] for pair in row["metadata"]})
 
@@ -140,7 +159,7 @@ class StoredRecords:
 def _stamp(source: str | Path, cache_dir: str | Path | None, options: Mapping[str, Any]) -> str:
     """Return what the dataset on disk is found by, beside source and options: the state of the files and of the readers."""
     where = {name: options.get(name) for name in ("split", "domains", "revision", "token")}
-    return f"{version('ibke-hf')} {find_source(source, cache_dir=cache_dir, **where).stamp}"
+    return f"{version('ibke-hf')} {SCHEMA} {find_source(source, cache_dir=cache_dir, **where).stamp}"
 
 
 def _rows(source: str, options: dict[str, Any], stamp: str = "") -> Iterator[Row]:

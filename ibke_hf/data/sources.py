@@ -15,7 +15,9 @@ from ..core.records import EditCase, EditRecord
 from .counterfact import read_counterfact
 from .fields import RecordError
 from .files import SUFFIXES, json_items, stem
+from .knowedit import read_knowedit
 from .mquake import read_mquake
+from .qaedit import read_qaedit
 from .uniedit import read_uniedit
 from .zsre import read_zsre
 
@@ -30,8 +32,17 @@ FORMATS: dict[str, tuple[Reader, tuple[frozenset[str], ...]]] = {  # each with t
     ),
     "zsre": (
         read_zsre,
-        (frozenset({"src", "alt"}), frozenset({"target_new", "portability"}), frozenset({"target_new", "locality"})),
+        (frozenset({"src", "alt"}), frozenset({"target_new", "rephrase_prompt"})),
     ),
+    "knowedit": (
+        read_knowedit,
+        (
+            frozenset({"target_new", "portability"}),
+            frozenset({"target_new", "locality"}),
+            frozenset({"text", "labels", "concept"}),
+        ),
+    ),
+    "qaedit": (read_qaedit, (frozenset({"prompt", "target", "rephrase", "locality"}),)),
 }
 SPLITS = {
     "train": "train",
@@ -259,8 +270,8 @@ def _split_of(name: str) -> str:
 
 def _nothing(label: str) -> RecordError:
     return RecordError(
-        f"{label}: no record file here; expected UniEdit JSON, see `ibke data build`, or MQuAKE, CounterFact or "
-        f"ZSRE JSON"
+        f"{label}: no record file here; expected UniEdit JSON, see `ibke data build`, or MQuAKE, CounterFact, "
+        f"ZSRE, KnowEdit or QAEdit JSON"
     )
 
 

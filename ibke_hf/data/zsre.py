@@ -8,27 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.records import EditCase, EditRecord, EditRequest
+from ..core.records import EditRecord, EditRequest
 from .fields import Field, cases
 from .files import read_each, stem
+from .knowedit import EMPTY, parse_knowedit
 
 ANSWER = (
     " The answer is: "  # as UniEdit's reader has it: with the target's own space, two spaces stand before the target
 )
-EMPTY = "edit with an empty prompt or target"
-CRITERIA = {
-    "Subject_Aliasing": "Subject Alias",
-    "Forgetfulness": "1-N Forgotten",
-}  # KnowEdit's kinds that PROTOCOL names otherwise
 
 
 def read_zsre(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
     """Yield the records of one ZSRE file; a record's id is the file's name up to its first dot, and its position in the file.
 
     MEND's form gives the lists ``rephrase`` (generality) and ``loc`` (locality); the edit goes toward ``alt``, and "
-    The answer is: " is appended to ``src`` and ``rephrase``. KnowEdit's form gives ``rephrase_prompt``, and a list for
-    each kind of ``portability`` (generality) and ``locality``. A null or empty prompt or target is skipped and counted
-    by reason in `skipped`.
+    The answer is: " is appended to ``src`` and ``rephrase``. KnowEdit's form is :mod:`.knowedit`'s. A null or empty prompt
+    or target is skipped and counted by reason in `skipped`.
 
     Raises:
         RecordError: For any other unreadable record, naming file, record and field.
@@ -39,7 +34,7 @@ def read_zsre(file: str | Path, skipped: Counter[str] | None = None) -> Iterator
 
 def _parse(value: Any, key: str, name: str, skipped: Counter[str]) -> EditRecord | None:
     record = Field(value, "", f"{name}-{key}")
-    return _mend(record, skipped) if "src" in record or "alt" in record else _knowedit(record, skipped)
+    return _mend(record, skipped) if "src" in record or "alt" in record else parse_knowedit(record, skipped, "zsre")
 
 
 def _mend(record: Field, skipped: Counter[str]) -> EditRecord | None:
@@ -58,44 +53,6 @@ def _mend(record: Field, skipped: Counter[str]) -> EditRecord | None:
         locality=cases("loc", record.text("loc"), record.text("loc_ans"), skipped),
         metadata=_original(record["answers"].names()),
     )
-
-
-def _knowedit(record: Field, skipped: Counter[str]) -> EditRecord | None:
-    for key in ("prompt", "target_new"):
-        record[key]
-    prompt, new = record.text("prompt"), record.text("target_new")
-    if not prompt or not new:
-        skipped[EMPTY] += 1
-        return None
-    rephrased = "rephrase_prompt" in record
-    rephrase = (
-        cases("rephrase_prompt", record.text("rephrase_prompt"), new, skipped, criteria=("Rephrase",))
-        if rephrased
-        else ()
-    )
-    return EditRecord(
-        record.record,
-        "zsre",
-        "",
-        (EditRequest(prompt, new, record.text("subject") or None),),
-        generality=rephrase + _kinds(record, "portability", skipped),
-        locality=_kinds(record, "locality", skipped),
-        metadata=_original(record["ground_truth"].names() if "ground_truth" in record else ()),
-    )
-
-
-def _kinds(record: Field, group: str, skipped: Counter[str]) -> tuple[EditCase, ...]:
-    """Return the cases of every kind of a group; of several answers, the first is the target and the others are aliases."""
-    if group not in record:
-        return ()
-    kinds = record[group]
-    made: list[EditCase] = []
-    for kind in kinds.of(dict):
-        criteria = (CRITERIA.get(kind, kind.replace("_", " ")),)
-        for part in kinds[kind].parts():
-            target, *aliases = part["ground_truth"].names() or ("",)
-            made += cases(kind, part.text("prompt"), target, skipped, criteria=criteria, aliases=tuple(aliases))
-    return tuple(made)
 
 
 def _original(answers: tuple[str, ...]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..core.forward import padding_of
 from ..core.layers import input_device
+from ..core.records import PLAIN, PromptFormat
 from ..core.tokens import context_length, encode_prompt, pad_and_label
 
 MORE_TOKENS = 3  # generated beyond the target's length, so that a longer word is told from the target
@@ -23,6 +24,7 @@ def generate_texts(
     asked: Mapping[int, tuple[str, int]],
     batch_size: int,
     attach: Attach,
+    formats: Mapping[int, PromptFormat] | None = None,
 ) -> dict[int, str]:
     """Continue prompts greedily, up to target length + 3 tokens each.
 
@@ -35,8 +37,10 @@ def generate_texts(
         asked: Prompt and number of target tokens of each question, by index.
         batch_size: Rows of a batch.
         attach: Called with the model and the questions of a batch; edits the model for them.
+        formats: How the prompts are put to the model, by index; plain where none is given.
     """
-    prompts = {i: encode_prompt(tokenizer, prompt) for i, (prompt, _) in asked.items()}
+    formats = formats or {}
+    prompts = {i: encode_prompt(tokenizer, prompt, formats.get(i, PLAIN)) for i, (prompt, _) in asked.items()}
     texts: dict[int, str] = {}
     for members in _batches(model, asked, prompts, batch_size):
         budgets = [asked[i][1] + MORE_TOKENS for i in members]

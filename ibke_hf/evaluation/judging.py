@@ -22,6 +22,7 @@ from ..core.tokens import IGNORED, pad_and_label
 from . import scores
 from .generation import generate_texts
 from .questions import RecordQuestion, Tokens
+from .wording import exact_match
 
 KNOWN_WITHIN = 5  # a supporting hop is known if every target token is within the top 5
 LocalityMatch = Literal["ids", "string"]
@@ -133,7 +134,7 @@ class Judge:
                 rows[i] = {
                     **described(question),
                     **scores.case_scores(hits, first),
-                    "exact_match": scores.exact_match(answers[i], question.names) if i in answers else None,
+                    "exact_match": exact_match(answers[i], question.names) if i in answers else None,
                     "before": self._text(before[i].ids),
                     "after": self._text(top[part]),
                     "generated": answers.get(i),
@@ -158,7 +159,8 @@ class Judge:
         """Generate an answer to each request and generality case greedily."""
         asked = {i: questions[i] for i in carried.rows if questions[i].role != "locality"}
         prompts = {i: (question.asked.prompt, len(question.target_ids)) for i, question in asked.items()}
-        return generate_texts(self.model, self.tokenizer, prompts, self.batch_size, carried.attached)
+        formats = {i: question.asked.format for i, question in asked.items()}
+        return generate_texts(self.model, self.tokenizer, prompts, self.batch_size, carried.attached, formats)
 
     def _equal_strings(self, logits: Tensor, expected: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Hits within the top k and the top 1 where equal decoded tokens count as equal, as UniEdit compares them."""

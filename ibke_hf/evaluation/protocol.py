@@ -26,6 +26,7 @@ from .scores import summarise
 
 CollisionScope = Literal["set", "group"]
 RowKey = tuple[str, str, str, int]
+NAMED = 5  # unusable requests and cases that the log names; all of them are counted
 logger = logging.get_logger(__name__)
 
 
@@ -62,6 +63,7 @@ def evaluate_records(
     locality_match: LocalityMatch = "ids",
     span: Span = "prompt",
     generate: bool = True,
+    strict: bool = False,
     progress: bool = True,
     on_row: Callable[[Row], None] | None = None,
     on_skip: Callable[[dict[str, Any]], None] | None = None,
@@ -90,15 +92,18 @@ def evaluate_records(
         locality_match: Compare token ids, or decoded strings as UniEdit does.
         span: Where the target span starts, see :func:`ibke_hf.core.tokens.encode`.
         generate: Generate answers greedily, for exact match.
+        strict: Raise for a request or case that cannot be edited or asked, before anything is run. By default it is
+            left out, named and counted: a record by one unusable request, else the case alone.
         progress: Show a progress bar.
         on_row: Called with each row as it is made, in the order of the records within each lot of groups.
         on_skip: Called with a dict (record, dataset, domain, role, list, case, prompt, reason) for each case that is
-            dropped, before anything is run, and again when a run is resumed.
+            dropped, before anything is run, and again when a run is resumed; with a ``detail`` where it is unusable.
         finished: Rows of a run that was killed. Lots of groups of which every row is among them are not run again, and
             `on_row` is called for missing rows only; the result holds all of them.
 
     Raises:
-        RequestError: If a text is empty, too long or has no target token; names record and case; nothing is run then.
+        RequestError: If a text is empty, too long or has no target token, or the editor cannot edit it, and `strict`,
+            or if no record is usable; names record and case; nothing is run then.
         NonFiniteError: If an edit is not finite; names record and request.
         ValueError: For an option out of range.
     """
@@ -110,16 +115,14 @@ def evaluate_records(
         locality_match=(locality_match, LocalityMatch),
         span=(span, Span),
     )
-    groups = _groups(
-        list(records), sequential, collision_scope, Reader(tokenizer, span, context_length(model), supporting_hops)
-    )
+    check = getattr(editor, "check_request", None)
+    reader = Reader(tokenizer, span, context_length(model), supporting_hops, strict, check)
+    groups, dropped = _groups(list(records), sequential, collision_scope, reader)
     done = {row_key(row): row for row in finished}
     editing = Editing(editor, model, tokenizer, mode, batch_size)
     judge = Judge(model, tokenizer, batch_size, locality_match, generate)
     made: dict[RowKey, Row] = {}
-    if on_skip is not None:
-        for dropped in (dropped for group in groups for dropped in group.dropped):
-            on_skip(dropped)
+    _name(dropped, on_skip)
     with (
         evaluating(model),
         tqdm(total=sum(len(group.records) for group in groups), unit="record", disable=not progress) as bar,
@@ -138,7 +141,7 @@ def evaluate_records(
     return Evaluation(
         rows=tuple(rows),
         summary=summarise(rows),
-        skipped=dict(Counter(d["reason"] for group in groups for d in group.dropped)),
+        skipped=dict(Counter(case["reason"] for case in dropped)),
         edit_seconds=editing.seconds / editing.requests if editing.requests else None,
         incomplete_group=last if last < sequential else 0,
     )
@@ -163,8 +166,10 @@ def _run(lot: Sequence[Group], editing: Editing, judge: Judge) -> list[Row]:
     return [rows[i] for i in range(len(questions))]
 
 
-def _groups(records: Sequence[EditRecord], sequential: int, scope: CollisionScope, reader: Reader) -> list[Group]:
-    """Fill groups and tokenise all that they ask; say so if the last one is incomplete."""
+def _groups(
+    records: Sequence[EditRecord], sequential: int, scope: CollisionScope, reader: Reader
+) -> tuple[list[Group], list[dict[str, Any]]]:
+    """Fill groups and tokenise all that they ask, with what is left out; say so if the last one is incomplete."""
     repeated = [
         key for key, number in Counter((record.dataset, record.id) for record in records).items() if number > 1
     ]
@@ -173,13 +178,26 @@ def _groups(records: Sequence[EditRecord], sequential: int, scope: CollisionScop
         raise ValueError(
             f"record {record_id!r} of {dataset!r} was given more than once; give each record an id of its own"
         )
+    records, dropped = reader.usable(records)
     filled = list(fill_groups(records, sequential))
     everything = fact_keys(records)
     groups = [reader.group(group, everything if scope == "set" else fact_keys(group)) for group in filled]
     if groups and len(groups[-1].requests) < sequential:
         number = len(groups[-1].requests)
         logger.warning(f"the last group has {number} of {sequential} requests; it is scored, where UniEdit drops it")
-    return groups
+    return groups, [*dropped, *(case for group in groups for case in group.dropped)]
+
+
+def _name(dropped: Sequence[dict[str, Any]], on_skip: Callable[[dict[str, Any]], None] | None) -> None:
+    """Hand on what is left out, and log the first few that cannot be used."""
+    unusable = [case["detail"] for case in dropped if "detail" in case]
+    for detail in unusable[:NAMED]:
+        logger.warning(f"left out: {detail}")
+    if len(unusable) > NAMED:
+        logger.warning(f"left out: {len(unusable) - NAMED} more of the kind")
+    if on_skip is not None:
+        for case in dropped:
+            on_skip(case)
 
 
 def _check(sequential: int, batch_size: int, **choices: tuple[str, Any]) -> None:

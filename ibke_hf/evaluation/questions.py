@@ -1,22 +1,24 @@
 """What an evaluation asks: records in groups, as tokenised questions, without the locality cases that collide.
 
-Everything is tokenised before anything runs, so that an unusable case ends an evaluation in its first minute.
+Everything is tokenised before anything runs, so that what cannot be asked is known in an evaluation's first minute:
+it is left out and named, or in a strict evaluation ends it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ..core.records import EditCase, EditRecord, EditRequest, Hop
-from ..core.tokens import Span, encode
+from ..core.tokens import RequestError, Span, encode
 
 Role = Literal["reliability", "generality", "locality"]
 Tokens = tuple[list[int], int]
 COLLISION = "locality case that collides with an edit"
+UNUSABLE = {"record": "record with an unusable request", "case": "unusable case"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Group:
     Attributes:
         records: In the order of the selection.
         questions: By record: requests, generality cases, locality cases that collide with no edit.
-        dropped: One dict for each locality case that does.
+        dropped: One dict for each locality case that does, and for each case that cannot be asked.
     """
 
     records: tuple[EditRecord, ...]
@@ -95,18 +97,60 @@ class Group:
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns records into questions."""
+    """Turns records into questions.
+
+    Attributes:
+        tokenizer: The backbone's.
+        span: Where the target span starts, see :func:`ibke_hf.core.tokens.encode`.
+        max_length: The backbone's context in tokens, if it is limited.
+        supporting_hops: Tokenise the supporting hops of generality cases too.
+        strict: Raise for a case that cannot be asked, instead of leaving it out.
+        check: Called with whatever the editor may have to edit, and its name; raises RequestError if it cannot.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     span: Span
     max_length: int | None
     supporting_hops: bool
+    strict: bool = False
+    check: Callable[[EditRequest, str], Any] | None = None
+
+    def usable(self, records: Sequence[EditRecord]) -> tuple[list[EditRecord], list[dict[str, Any]]]:
+        """Part records into those whose requests can all be edited and asked, and a dict for each of the others.
+
+        Raises:
+            RequestError: If a record cannot, in a strict evaluation; or if none can.
+        """
+        kept: list[EditRecord] = []
+        dropped: list[dict[str, Any]] = []
+        for record in records:
+            unusable = self._unusable(record)
+            if unusable is None:
+                kept.append(record)
+            else:
+                dropped.append(unusable)
+        if dropped and not kept:
+            raise RequestError(f"no record can be used; the first: {dropped[0]['detail']}")
+        return kept, dropped
+
+    def _unusable(self, record: EditRecord) -> dict[str, Any] | None:
+        """Describe the first request that cannot be edited and asked; None if all can."""
+        index = 0
+        try:
+            for index, request in enumerate(record.requests):
+                self._question(record, "reliability", index, request)
+        except RequestError as error:
+            if self.strict:
+                raise
+            return _left_out(record, "reliability", index, record.requests[index], UNUSABLE["record"], error)
+        return None
 
     def group(self, records: Sequence[EditRecord], edited: frozenset[Hashable]) -> Group:
         """Tokenise the questions of a group; drop the locality cases of which any hop is among the `edited` facts.
 
         Raises:
-            RequestError: If a text is empty, too long, or has no target token; names record and case.
+            RequestError: If a text is empty, too long, or has no target token, in a strict evaluation; names record
+                and case.
         """
         questions: list[RecordQuestion] = []
         dropped: list[dict[str, Any]] = []
@@ -114,39 +158,78 @@ class Reader:
             questions += [
                 self._question(record, "reliability", i, request) for i, request in enumerate(record.requests)
             ]
-            questions += [self._question(record, "generality", i, case) for i, case in enumerate(record.generality)]
-            for i, case in enumerate(record.locality):
-                if any(hop.key() in edited for hop in case.facts):
-                    dropped.append(
-                        {
-                            "record": record.id,
-                            "dataset": record.dataset,
-                            "domain": record.domain,
-                            "role": "locality",
-                            "list": case.name,
-                            "case": i,
-                            "prompt": case.prompt,
-                            "reason": COLLISION,
-                        }
-                    )
-                else:
-                    questions.append(self._question(record, "locality", i, case))
+            lists: dict[Role, tuple[EditCase, ...]] = {"generality": record.generality, "locality": record.locality}
+            for role, cases in lists.items():
+                for i, case in enumerate(cases):
+                    if role == "locality" and any(hop.key() in edited for hop in case.facts):
+                        dropped.append(_left_out(record, role, i, case, COLLISION))
+                        continue
+                    self._ask_or_drop(record, role, i, case, questions, dropped)
         return Group(tuple(records), tuple(questions), tuple(dropped))
+
+    def _ask_or_drop(
+        self,
+        record: EditRecord,
+        role: Role,
+        index: int,
+        case: EditCase,
+        questions: list[RecordQuestion],
+        dropped: list[dict[str, Any]],
+    ) -> None:
+        try:
+            questions.append(self._question(record, role, index, case))
+        except RequestError as error:
+            if self.strict:
+                raise
+            dropped.append(_left_out(record, role, index, case, UNUSABLE["case"], error))
 
     def _question(self, record: EditRecord, role: Role, index: int, asked: EditRequest | EditCase) -> RecordQuestion:
         name = question_name(record, role, index)
+        if isinstance(asked, EditRequest) and self.check is not None:
+            self.check(asked, name)
         supporting = (
             asked.supporting if self.supporting_hops and role == "generality" and isinstance(asked, EditCase) else ()
         )
-        hops = tuple(
-            self._encode(hop.prompt, hop.target, f"{name}, supporting hop {i}") for i, hop in enumerate(supporting)
-        )
-        return RecordQuestion(record, role, index, asked, self._encode(asked.prompt, asked.target, name), hops)
+        hops = tuple(self._hop(hop, f"{name}, supporting hop {i}") for i, hop in enumerate(supporting))
+        return RecordQuestion(record, role, index, asked, self._encode(asked, name), hops)
 
-    def _encode(self, prompt: str, target: str, name: str) -> Tokens:
+    def _hop(self, hop: Hop, name: str) -> Tokens:
+        if self.check is not None:
+            self.check(hop.request(), name)
+        return self._encode(hop, name)
+
+    def _encode(self, asked: EditRequest | EditCase | Hop, name: str) -> Tokens:
         return encode(
-            self.tokenizer, prompt or "", target or "", name=name, span=self.span, max_length=self.max_length
+            self.tokenizer,
+            asked.prompt or "",
+            asked.target or "",
+            name=name,
+            span=self.span,
+            max_length=self.max_length,
+            prompt_format=asked.format,
         )
+
+
+def _left_out(
+    record: EditRecord,
+    role: Role,
+    index: int,
+    asked: EditRequest | EditCase,
+    reason: str,
+    error: RequestError | None = None,
+) -> dict[str, Any]:
+    """Describe a request or case that is not asked."""
+    return {
+        "record": record.id,
+        "dataset": record.dataset,
+        "domain": record.domain,
+        "role": role,
+        "list": asked.name if isinstance(asked, EditCase) else "requests",
+        "case": index,
+        "prompt": asked.prompt,
+        "reason": reason,
+        **({} if error is None else {"detail": str(error)}),
+    }
 
 
 def question_name(record: EditRecord, role: Role, index: int) -> str:

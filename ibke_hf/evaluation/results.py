@@ -29,7 +29,8 @@ SETTINGS, ROWS, SKIPPED, RESULTS, PAGE = "settings.json", "rows.jsonl", "skipped
 NOT_SETTINGS = (
     "batch_size",
     "progress",
-)  # they decide how fast rows are made, not which: a resumed run may change them
+    "strict",
+)  # they decide how fast rows are made, or whether any, not which: a resumed run may change them
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -93,19 +93,6 @@ def js_similarity(logits: Tensor, other: Tensor) -> Tensor:
     return (1 - divergence).clamp(0, 1).nan_to_num(0.0)
 
 
-# --- text ---------------------------------------------------------------------------------------------------------
-
-
-def exact_match(text: str, names: Iterable[str]) -> bool:
-    """Tell whether generated text is one of the names, or begins with one that ends there.
-
-    A name ends at the end of the text or before a character that is neither letter nor digit; both are stripped.
-    """
-    text = text.strip()
-    wanted = (name.strip() for name in names)
-    return any(name and text.startswith(name) and not text[len(name) : len(name) + 1].isalnum() for name in wanted)
-
-
 # --- aggregation --------------------------------------------------------------------------------------------------
 
 

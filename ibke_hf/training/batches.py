@@ -148,7 +148,7 @@ class EditCollator:
     def _tokens(self, cases: Sequence[Any], names: Sequence[str]) -> TokenBatch:
         limit = self.max_length
         encoded = [
-            encode(self.tokenizer, c.prompt, c.target, name=n, max_length=limit)
+            encode(self.tokenizer, c.prompt, c.target, name=n, max_length=limit, prompt_format=c.format)
             for c, n in zip(cases, names, strict=True)
         ]
         return pad_and_label(encoded)

@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 from chat_templates import TEMPLATE
 
-from ibke_hf import EditCase, EditRecord, EditRequest
 from ibke_hf.atlas import ASSETS, load_backbone, load_editor, load_records
 from ibke_hf.cli import main
-from ibke_hf.core.records import Hop
-from ibke_hf.core.tokens import RequestError, chat_record
 from ibke_hf.evaluation.protocol import evaluate_records
 from ibke_hf.evaluation.scores import REPORTED
 
@@ -201,24 +198,6 @@ def test_errors_are_one_line(refused: Run, tmp_path: Path, arguments: list[str],
 # --- chat templates -------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_record_asks_everything_through_the_template(tiny_tokenizer: Any) -> None:
-    tokenizer = chatting(tiny_tokenizer)
-    hop = Hop("Oslo lies in", "Norway", "Q1", "P1", "Q2", subject="Oslo")
-    case = EditCase("Who lives there?", "trolls", ("Multi-Hop",), 2, supporting=(hop,), facts=(hop,), name="gen")
-    record = EditRecord(
-        "r", "made", "art", (EditRequest("The capital is", "Oslo", "capital"),), (case,), (EditCase(" ", "x"),), (hop,)
-    )
-    found = chat_record(tokenizer, record)
-    assert found.requests == (EditRequest("<user>The capital is<|end|><assistant>", "Oslo", "capital"),)
-    assert found.generality[0].prompt == "<user>Who lives there?<|end|><assistant>"
-    assert found.generality[0].supporting[0].prompt == "<user>Oslo lies in<|end|><assistant>"
-    assert found.generality[0].supporting[0].key() == hop.key()
-    assert (found.generality[0].facts, found.edits) == (case.facts, record.edits)
-    assert found.locality[0].prompt == " "  # for the error that names the case
-    with pytest.raises(RequestError, match="no chat template"):
-        chat_record(tiny_tokenizer, record)
-
-
 def chatting(tokenizer: Any) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.bos_token = tokenizer.eos_token
@@ -231,4 +210,6 @@ def test_chat_reaches_every_row(evaluated: Any, store: Path, tmp_path: Path, tin
     chatting(tiny_tokenizer).save_pretrained(model)
     results, _, rows = evaluated("--dataset", "atlas", "--model", model, "--editor", "none", "--limit", 2, "--chat")
     assert results["settings"]["chat"] is True
-    assert all(row["prompt"].startswith("<user>") and row["prompt"].endswith("<|end|><assistant>") for row in rows)
+    plain = evaluated("--dataset", "atlas", "--model", model, "--editor", "none", "--limit", 2)[2]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in plain]  # the prompts are those of the records,
+    assert [row["before"] for row in rows] != [row["before"] for row in plain]  # what the model reads is the template

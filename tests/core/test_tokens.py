@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from chat_templates import TEMPLATE
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from ibke_hf.core.records import EditCase, EditRequest
+from ibke_hf.core.records import PROTOCOL, EditCase, EditRequest
 from ibke_hf.core.tokens import (
     IGNORED,
     RequestError,
@@ -22,7 +21,6 @@ from ibke_hf.core.tokens import (
     encode_prompt,
     encode_requests,
     pad_and_label,
-    through_chat_template,
     with_leading_space,
 )
 
@@ -75,12 +73,13 @@ def beginning(tiny_tokenizer: Any) -> Any:
         ("Paris", " Paris"),
         (" Paris", " Paris"),
         ("  Paris", "  Paris"),
-        ("\nParis", "\nParis"),
-        ("\u00a0Paris", "\u00a0Paris"),
+        ("\nParis", " \nParis"),  # PROTOCOL: the character itself; a newline or tab does not count
+        ("\tParis", " \tParis"),
+        ("\u00a0Paris", " \u00a0Paris"),
         ("", " "),
     ],
 )
-def test_a_target_gets_one_leading_space_unless_it_has_one(target: str, expected: str) -> None:
+def test_by_protocol_a_target_gets_one_leading_space_unless_it_has_one(target: str, expected: str) -> None:
     assert with_leading_space(target) == expected
 
 
@@ -97,13 +96,13 @@ def test_the_span_starts_behind_the_prompt(tiny_tokenizer: Any, target: str, spa
 @pytest.mark.parametrize("target", SCRIPTS)
 @pytest.mark.parametrize("prompt", ["Où est", "富士山は🏔️", "Ответ:", "Two spaces  "])
 def test_targets_of_every_script_are_found_whole(tiny_tokenizer: Any, prompt: str, target: str, span: Any) -> None:
-    ids, start = encode(tiny_tokenizer, prompt, target, span=span)
+    ids, start = encode(tiny_tokenizer, prompt, target, span=span, prompt_format=PROTOCOL)
     assert tiny_tokenizer.decode(ids[start:]) == f" {target}"
     assert tiny_tokenizer.decode(ids[:start]) == prompt
 
 
 def test_a_prompt_that_ends_in_spaces_keeps_them(tiny_tokenizer: Any) -> None:
-    ids, start = encode(tiny_tokenizer, "nq question: who wrote it ", "Marie")
+    ids, start = encode(tiny_tokenizer, "nq question: who wrote it ", "Marie", prompt_format=PROTOCOL)
     assert tiny_tokenizer.decode(ids) == "nq question: who wrote it  Marie"
     assert tiny_tokenizer.decode(ids[start:]).strip() == "Marie"
 
@@ -325,35 +324,3 @@ def test_the_context_is_read_from_the_config(
 def test_a_model_without_positions_has_no_limit() -> None:
     config = SimpleNamespace(max_position_embeddings=None)
     assert context_length(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))) is None
-
-
-# --- chat templates -------------------------------------------------------------------------------------------------
-
-
-def test_a_chat_template_wraps_the_prompt(beginning: Any) -> None:
-    beginning.chat_template = TEMPLATE
-    request = through_chat_template(beginning, EditRequest("The capital of France is", "Paris", "France"))
-    assert request == EditRequest("<user>The capital of France is<|end|><assistant>", "Paris", "France")
-    ids, start = encode(beginning, request.prompt, request.target)
-    assert ids.count(beginning.bos_token_id) == 2  # one begins the text, one ends the user's turn
-    assert beginning.decode(ids[start:]) == " Paris"
-
-
-def test_a_template_keeps_a_beginning_that_the_tokenizer_would_not_add(tiny_tokenizer: Any) -> None:
-    tokenizer = special(tiny_tokenizer, "$A", bos_token="<|pad|>", eos_token="<|end|>")
-    tokenizer.chat_template = TEMPLATE
-    request = through_chat_template(tokenizer, REQUESTS[0])
-    assert request.prompt.startswith("<|pad|><user>")
-    assert encode(tokenizer, request.prompt, request.target)[0].count(tokenizer.bos_token_id) == 1
-
-
-def test_a_template_that_ends_a_turn_is_not_cut(tiny_tokenizer: Any) -> None:
-    tokenizer = special(tiny_tokenizer, "$A", eos_token="<|end|>")
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}<|end|>{% endfor %}"
-    ids, start = encode(tokenizer, through_chat_template(tokenizer, REQUESTS[0]).prompt, "Paris")
-    assert tokenizer.decode(ids[start:]) == " Paris"
-
-
-def test_a_tokenizer_without_a_template_is_refused(tiny_tokenizer: Any) -> None:
-    with pytest.raises(RequestError, match="has no chat template; leave the chat option off"):
-        through_chat_template(tiny_tokenizer, REQUESTS[0])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ibke_hf.core.records import EditCase, EditRecord, EditRequest, Hop
+from ibke_hf.core.records import PROTOCOL, EditCase, EditRecord, EditRequest, Hop
 from ibke_hf.data.counterfact import read_counterfact, rephrase_kind
 from ibke_hf.data.fields import RecordError
 from ibke_hf.data.mquake import read_mquake
@@ -121,7 +122,7 @@ def test_counterfact_native_prompts_are_filled_and_flat_ones_are_kept(
             (c.prompt, c.target) for c in native[key].locality if c.name == "neighborhood_prompts"
         }
     angola = native["20952"]
-    assert angola.requests == (EditRequest("Angola is located in", "Antarctica", "Angola"),)
+    assert angola.requests == (EditRequest("Angola is located in", "Antarctica", "Angola", PROTOCOL),)
     assert (angola.kind, angola.relation, angola.metadata) == ("counterfactual", "P30", {"original": "Africa"})
 
 
@@ -275,7 +276,7 @@ def test_mend_records_have_two_spaces_before_the_target(native_data: Find, tiny_
         assert request.prompt.endswith(f"?{ANSWER}")
         assert rephrase.prompt.endswith(f"?{ANSWER}")
         assert rephrase.target == request.target
-        ids, _ = encode(tiny_tokenizer, request.prompt, request.target)
+        ids, _ = encode(tiny_tokenizer, request.prompt, request.target, prompt_format=request.format)
         assert f"? The answer is:  {request.target.strip()}" in tiny_tokenizer.decode(ids)
         assert local.prompt.startswith("nq question: ")
         assert ANSWER not in local.prompt
@@ -291,7 +292,7 @@ def test_mend_edits_go_toward_alt(native_data: Find) -> None:
     for i, value in enumerate(raw):
         if value["alt"]:
             record = records[f"zsre_mend_train_500-{i}"]  # positions count the skipped ones
-            assert record.requests == (EditRequest(value["src"] + ANSWER, value["alt"], value["subject"]),)
+            assert record.requests == (EditRequest(value["src"] + ANSWER, value["alt"], value["subject"], PROTOCOL),)
             assert record.metadata == {"original": value["answers"][0]}
             assert record.locality[0].target == value["loc_ans"]
     assert sum(r["alt"] in r["answers"] for r in raw) == 13  # such edits stay
@@ -306,14 +307,16 @@ def test_knowedit_truth_is_a_text_or_a_list_at_either_level(tmp_path: Path, trut
         ground_truth=truth, portability={"Reasoning": asked, "Subject_Aliasing": []}, locality={"Forgetfulness": asked}
     )
     (record,) = read(tmp_path, "zsre", made)
-    assert record.requests == (EditRequest("Where does Oslo lie?", "Norway", "Oslo"),)
+    assert record.requests == (EditRequest("Where does Oslo lie?", "Norway", "Oslo", PROTOCOL),)
     assert record.metadata == {"original": "Norse"}
     assert record.generality == (
-        EditCase("Where is Oslo?", "Norway", ("Rephrase",), name="rephrase_prompt"),
-        EditCase("What do they speak?", "Norse", ("Reasoning",), aliases=aliases, name="Reasoning"),
+        EditCase("Where is Oslo?", "Norway", ("Rephrase",), name="rephrase_prompt", format=PROTOCOL),
+        EditCase("What do they speak?", "Norse", ("Reasoning",), aliases=aliases, name="Reasoning", format=PROTOCOL),
     )
     assert record.locality == (
-        EditCase("What do they speak?", "Norse", ("1-N Forgotten",), aliases=aliases, name="Forgetfulness"),
+        EditCase(
+            "What do they speak?", "Norse", ("1-N Forgotten",), aliases=aliases, name="Forgetfulness", format=PROTOCOL
+        ),
     )
 
 
@@ -332,14 +335,14 @@ def test_mquake_hops_that_are_not_edited_are_supporting(tmp_path: Path) -> None:
     edit = Hop("Oslo lies in", "Norway", "Q585", "P17", "Q20", subject="Oslo")
     known = Hop("The language of Norway is", "Norwegian", "Q20", "P37", "Q9043")
     assert record.id == "mquake-cf-7"
-    assert (record.edits, record.locality, record.relation, record.metadata) == (
-        (edit,),
+    assert record.edits == (replace(edit, format=PROTOCOL),)
+    assert (record.locality, record.relation, record.metadata) == (
         (),
         "P17",
         {"original": "Danish"},
     )
     facts = (Hop("Oslo lies in", "Norway", "Q585", "P17", "Q20"), known)
-    assert record.generality == tuple(
+    assert record.formatted(leading_space="auto").generality == tuple(
         EditCase(
             prompt,
             "Norwegian",

@@ -100,7 +100,11 @@ def example() -> dict[str, Any]:
     if not EXAMPLE.exists():
         pytest.skip(f"the schema example of UniEdit is not beside this checkout: {EXAMPLE}")
     skipped: Counter[str] = Counter()
-    records = {record.id: record for record in read_uniedit(EXAMPLE, skipped)}
+    read = list(read_uniedit(EXAMPLE, skipped))
+    assert all(
+        record == record.formatted(leading_space="protocol") for record in read
+    )  # as UniEdit's evaluator has it
+    records = {record.id: record.formatted(leading_space="auto") for record in read}  # the default, below left out
     assert not skipped
     return records
 

@@ -49,6 +49,7 @@ CODE = {
     "factor_statistics.py",
     "configuration_ibke.py",
     "records.py",
+    "prompts.py",
     "tokens.py",
     "layers.py",
     "attachment.py",

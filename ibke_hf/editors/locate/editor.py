@@ -20,7 +20,7 @@ from ...core.tokens import context_length
 from .config import LocateConfig
 from .key_statistics import KeyStatistics, default_layers
 from .prefixes import draw_prefixes
-from .texts import SearchTexts, ask
+from .texts import SearchTexts, ask, subject_end
 
 
 class LocatingEditor(ABC):
@@ -107,6 +107,15 @@ class LocatingEditor(ABC):
             for k, name in enumerate(names):
                 edit = self._edit(model, modules, texts.only(k), edit, [name], joint=True)
         return replace(edit, info=info)
+
+    @staticmethod
+    def check_request(request: EditRequest, name: str) -> None:
+        """Check a request before any is edited.
+
+        Raises:
+            RequestError: If it has no subject, or its prompt does not mention it.
+        """
+        subject_end(request, name)
 
     @abstractmethod
     def _edit(

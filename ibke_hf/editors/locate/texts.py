@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.prompts import RequestError, chat_offsets, spaced_target
 from ...core.records import EditRequest
-from ...core.tokens import RequestError, TokenBatch, encode, encode_prompt, pad_and_label, with_leading_space
+from ...core.tokens import TokenBatch, encode, encode_prompt, pad_and_label
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,15 @@ def ask(
                 request.target,
                 name=name,
                 max_length=None if prefix else max_length,
+                prompt_format=request.format,
             )
             if prefix and max_length is not None and len(ids) - 1 > max_length:
                 continue
-            text = prefix + request.prompt + with_leading_space(request.target)
             texts.append((ids, start))
-            places.append((k, min(_token_at(tokenizer, text, len(prefix) + end), start - 1) - (len(ids) - 1)))
+            last = subject_token(tokenizer, prefix + request.prompt, len(prefix) + end, request)
+            places.append((k, min(last, start - 1) - (len(ids) - 1)))
         subject = str(request.subject).strip()
-        text = essence.format(subject)
+        text = essence.replace("{}", subject)
         ids = encode_prompt(tokenizer, text)
         essences.append(([*ids, 0], len(ids)))  # the last token of a padded text is not fed
         essence_places.append((k, _token_at(tokenizer, text, text.index(subject) + len(subject)) - len(ids)))
@@ -145,9 +147,30 @@ def subject_end(request: EditRequest, name: str) -> int:
     )
 
 
+def subject_token(tokenizer: Any, prompt: str, end: int, request: EditRequest) -> int:
+    """Index of the token that holds the prompt's character before `end`, as the request's format encodes the prompt.
+
+    Raises:
+        RequestError: If a chat template leaves it unknown.
+    """
+    if not request.format.chat:
+        return _token_at(tokenizer, prompt + spaced_target(prompt, request.target, request.format.leading_space), end)
+    offsets = chat_offsets(tokenizer, prompt, request.format.chat_options)
+    if offsets is None:
+        raise RequestError(
+            f"{prompt!r}: where its subject stands behind the chat template is unknown; it takes a fast tokenizer and "
+            "a template that leaves the prompt as it is"
+        )
+    return _last_before(offsets, end)
+
+
 def _token_at(tokenizer: Any, text: str, end: int) -> int:
     """Index of the token that holds the character before `end`."""
     if not tokenizer.is_fast:
         return len(encode_prompt(tokenizer, text[:end])) - 1
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return _last_before(offsets, end)
+
+
+def _last_before(offsets: Sequence[tuple[int, int]], end: int) -> int:
     return max((i for i, (first, last) in enumerate(offsets) if first < end and first < last), default=0)

@@ -247,7 +247,7 @@ class SERACEditor(EditorModel):
             raise RequestError("no edit request was given; pass at least one EditRequest(prompt, target)")
         limit = context_length(model)
         entries: list[Entry] = [
-            encode(tokenizer, r.prompt, r.target, name=f"request {i}", max_length=limit)
+            encode(tokenizer, r.prompt, r.target, name=f"request {i}", max_length=limit, prompt_format=r.format)
             for i, r in enumerate(requests)
         ]
         rows = [[entry] for entry in entries] if mode == "independent" else [entries]

@@ -1,0 +1,66 @@
+"""The options that say how prompts are put to a model: through its chat template, and with which leading space."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, get_args
+
+from ..core.records import LeadingSpace
+
+
+def prompt_options(command: Any) -> None:
+    """Add the options that :func:`prompt_changes` reads to a command or a group of its options."""
+    command.add_argument("--chat", action="store_true", help="ask through the tokenizer's chat template")
+    command.add_argument(
+        "--chat-options",
+        type=_chat_options,
+        metavar="JSON",
+        help="what the template is given, such as '{\"enable_thinking\": false}' or enable_thinking=false",
+    )
+    command.add_argument(
+        "--leading-space",
+        choices=get_args(LeadingSpace),
+        help="before a target: auto leaves it out where the script or an opening quote does (default of one fact); "
+        "protocol sets it always (default of records)",
+    )
+
+
+def prompt_changes(given: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
+    """Return the fields of :class:`~ibke_hf.core.records.PromptFormat` that the options set.
+
+    Args:
+        given: The parsed options.
+        tokenizer: Checked for a chat template, if it is to be used.
+
+    Raises:
+        ValueError: If options of a chat template are given without ``--chat``, or the tokenizer has no template.
+    """
+    if given.chat_options and not given.chat:
+        raise ValueError("--chat-options: only a chat template takes them; give --chat as well")
+    if given.chat and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("--chat: the tokenizer has no chat template; leave the chat option off for this model")
+    fields = {"chat": given.chat, "chat_options": given.chat_options, "leading_space": given.leading_space}
+    return {name: value for name, value in fields.items() if value}
+
+
+def _chat_options(text: str) -> dict[str, Any]:
+    """Read a JSON object, or ``name=value`` pairs between commas, whose values are JSON or else plain text."""
+    try:
+        if text.lstrip().startswith("{"):
+            return dict(json.loads(text))
+        pairs = [part.partition("=") for part in text.split(",")]
+        if not all(name.strip() and sign for name, sign, _ in pairs):
+            raise ValueError
+        return {name.strip(): _value(value.strip()) for name, _, value in pairs}
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"a JSON object or name=value is expected, such as enable_thinking=false, found {text[:80]!r}"
+        ) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
