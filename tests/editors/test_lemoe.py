@@ -149,6 +149,23 @@ def test_requests_are_clustered_in_joint_mode(tiny_model: Callable[..., Any], ti
         assert answers(model, tiny_tokenizer, (*REQUESTS, *OTHERS))[1].all()
 
 
+def test_a_request_that_is_answered_well_enough_moves_its_expert_no_more(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Past the floor a louder answer is only louder elsewhere: an expert that starts below it stays zero."""
+    model = tiny_model("qwen3")
+    batch = encode_requests(tiny_tokenizer, REQUESTS)
+    with torch.no_grad():
+        losses = case_losses(*target_logits(model, batch))
+    floor = float(losses.sort().values[:2].mean())  # one request is below it, two are above
+    edit = LEMoEEditor.for_backbone(model, steps=3, loss_floor=floor).edit(
+        model, tiny_tokenizer, REQUESTS, mode="independent"
+    )
+    moved = edit.memory["up"].flatten(1).abs().sum(-1) > 0
+    assert moved.tolist() == (losses > floor).tolist()
+    assert 0 < int(moved.sum()) < len(REQUESTS)
+
+
 def test_anchors_are_the_judged_values() -> None:
     values, labels = torch.arange(12.0).view(2, 3, 2), torch.tensor([[IGNORED, 5, 6], [IGNORED, IGNORED, 7]])
     assert anchors(values, labels).tolist() == [[[2, 3], [4, 5]], [[10, 11], [0, 0]]]

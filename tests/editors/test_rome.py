@@ -288,6 +288,42 @@ def test_the_change_stays_within_its_limit_and_zero_steps_of_a_done_request(
     assert not done.any()
 
 
+def test_weight_decay_holds_the_value_back(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a slope a, the objective a·δ + w (‖δ‖ / ‖h‖)² is least at δ = -a ‖h‖² / 2w; without decay nowhere."""
+    model, editor = setting(tiny_model, tiny_tokenizer)
+    modules = modules_to_edit(model, editor.config.module_names())
+    texts = ask(tiny_tokenizer, REQUESTS[:1], (), "{} is a", 128)
+    slope, norms = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0])
+    monkeypatch.setattr(
+        ValueSearch,
+        "objective",
+        lambda _, change, searched=None: (1000 + (change * slope).sum(-1), slope),  # never low enough to stop
+    )
+    for decay in (20.0, 80.0):
+        config = replace(editor.config, weight_decay=decay, learning_rate=0.05, steps=300)
+        change = ValueSearch(model, *modules.values(), texts, config, [], ["a"]).run(norms, 32)
+        torch.testing.assert_close(change, -slope * norms**2 / (2 * decay), rtol=0.02, atol=0.02)
+
+
+def test_the_key_is_weighed_by_the_covariance_of_the_corpus(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """ΔW's direction is C⁻¹k*, not k*: what the corpus' keys hold much of takes little of the change (Eq. 2)."""
+    model, editor = setting(tiny_model, tiny_tokenizer, prefixes=0, steps=2, ridge=1e-2)
+    edit = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
+    modules = modules_to_edit(model, editor.config.module_names())
+    ((name, _),) = modules.items()
+    keys = read_states(model, modules, ask(tiny_tokenizer, REQUESTS, (), "{} is a", 128).requests, [], 9)[name].inputs
+    moment = editor.statistics.moments[name].double()
+    ridge = 1e-2 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    weighed = torch.linalg.solve(moment + ridge, keys.double().T).T.float()
+    direction = edit.inputs[name].squeeze(1)
+    assert functional.cosine_similarity(direction, weighed).min() > 0.999
+    assert functional.cosine_similarity(direction, keys).max() < 0.9
+
+
 def test_padding_side_and_batch_change_nothing(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer, "gpt2")
     modules = modules_to_edit(model, editor.config.module_names())
