@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +20,9 @@ from ..core.records import EditRequest
 from ..core.tokens import TokenBatch, context_length, encode_requests
 from .dense import DenseEdit
 
+VALUE_BYTES, COPIES = 4, 4  # fp32; ΔW, its gradient and Adam's two moments
+MIB = 1 << 20
+
 
 @dataclass(frozen=True)
 class FTConfig:
@@ -30,6 +34,7 @@ class FTConfig:
         learning_rate: Adam's learning rate [settled: the paper refers to another paper's].
         steps: Adam steps for each request, or for all of them in joint mode.
         loss_scale: Multiplies the loss before backward and divides the gradient in fp32 after it, for fp16 backbones.
+        memory_bytes: Most that independent edits may take: the result, and what is being fitted of it.
     """
 
     edited_modules: str
@@ -37,6 +42,7 @@ class FTConfig:
     learning_rate: float = 1e-3
     steps: int = 25
     loss_scale: float = 1.0
+    memory_bytes: int = 8 << 30
 
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
@@ -48,14 +54,20 @@ class FTConfig:
         require_range(self, "learning_rate", 0.0, 10.0)
         require_range(self, "steps", 1, 100_000)
         require_range(self, "loss_scale", 1e-8, 1e8)
+        require_range(self, "memory_bytes", 1, 1 << 60)
+
+    def module_names(self) -> list[str]:
+        """Return the full names of the fine-tuned projections."""
+        return [self.edited_modules.format(i=i) for i in self.edited_layers]
 
 
 class FineTuningEditor:
     """Fine-tunes an update ΔW of each edited layer on the requests; the backbone's weights are not touched.
 
-    ΔW lies in a side path, so no weight gets a gradient and no copy of the model is made. It costs
-    4·n·d_in·d_out fp32 values per layer while it runs (ΔW, its gradient, two Adam moments), n being the number of
-    requests in independent mode and 1 otherwise: split large independent batches.
+    ΔW lies in a side path, so no weight gets a gradient and no copy of the model is made. An edit takes
+    :meth:`edit_bytes`: d_in·d_out fp32 values for each layer, 600 MB for three layers of an 8B model, and four times
+    that while it is fitted (ΔW, its gradient, two Adam moments). Independent edits, one such for each request, are
+    fitted in lots that keep within `memory_bytes`; those whose result alone would not are refused.
     """
 
     def __init__(self, config: FTConfig) -> None:
@@ -79,6 +91,15 @@ class FineTuningEditor:
         template, chosen = layers_to_edit(model, layers, edited_modules)
         modules_to_edit(model, [template.format(i=i) for i in chosen])
         return cls(FTConfig(template, tuple(chosen), **config))
+
+    def edit_bytes(self, model: Any) -> int:
+        """Return how many bytes one edit of a model takes.
+
+        Raises:
+            BackboneError: If the model lacks an edited layer.
+        """
+        modules = modules_to_edit(model, self.config.module_names())
+        return sum(VALUE_BYTES * math.prod(dimensions(module)) for module in modules.values())
 
     def edit(
         self,
@@ -104,20 +125,48 @@ class FineTuningEditor:
             RequestError: If a request is unusable, naming it by its index; nothing is done then.
             BackboneError: If the model lacks an edited layer.
             NonFiniteError: If a loss or update is not finite.
+            ValueError: If independent edits would take more than `memory_bytes`; says how many would fit.
         """
         require_mode(mode)
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
-        modules = modules_to_edit(model, [self.config.edited_modules.format(i=i) for i in self.config.edited_layers])
+        modules = modules_to_edit(model, self.config.module_names())
         info = describe(model, modules, requests, editor=type(self).__name__)
         names = [f"request {k}" for k in range(len(batch))]
-        steps = [slice(k, k + 1) for k in range(len(batch))] if mode == "sequential" else [slice(None)]
+        if mode == "independent":
+            update = self._fit_in_lots(model, modules, batch, previous, names)
+            return replace(update if previous is None else update.compose(previous), info=info)
         edit: WeightEdit | None = previous
-        number = len(batch) if mode == "independent" else 1
-        for rows in steps:
-            update = self._fit(model, modules, batch[rows], edit, names=names[rows], number=number)
+        for rows in [slice(k, k + 1) for k in range(len(batch))] if mode == "sequential" else [slice(None)]:
+            update = self._fit(model, modules, batch[rows], edit, names=names[rows], number=1)
             edit = update if edit is None else update.compose(edit)
         assert isinstance(edit, DenseEdit)
         return replace(edit, info=info)
+
+    def _fit_in_lots(
+        self,
+        model: Any,
+        modules: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        previous: WeightEdit | None,
+        names: Sequence[str],
+    ) -> DenseEdit:
+        """Fit an update for each row, as many at once as memory has room for."""
+        size, room = self.edit_bytes(model), self.config.memory_bytes
+        if len(batch) > 1 and len(batch) * size > room:
+            raise ValueError(
+                f"{len(batch)} independent edits of {size / MIB:,.1f} MiB each take more than memory_bytes, "
+                f"{room / MIB:,.1f} MiB; edit at most {max(room // size, 1)} requests at a time, or raise memory_bytes"
+            )
+        at_once = max(room // (COPIES * size), 1)
+        lots = []
+        for start in range(0, len(batch), at_once):
+            rows = slice(start, start + at_once)
+            carried = previous if previous is None or len(previous) == 1 else previous.select(range(len(batch))[rows])
+            number = len(names[rows])
+            lots.append(self._fit(model, modules, batch[rows], carried, names=names[rows], number=number))
+        if len(lots) == 1:
+            return lots[0]
+        return DenseEdit({name: torch.cat([lot.updates[name] for lot in lots]) for name in modules}, EditInfo())
 
     def _fit(
         self,

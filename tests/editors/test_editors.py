@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,44 @@ def test_independent_fine_tuning_gives_every_request_its_own_update(
         alone = editor.edit(model, tiny_tokenizer, [request])
         for name in alone.layers:
             torch.testing.assert_close(edit[row].weight_update(name), alone.weight_update(name), rtol=0, atol=1e-4)
+
+
+def test_independent_fine_tuning_keeps_within_its_memory(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 requests at 8B would take 155 GB: lots that fit, the same updates; a result that cannot fit is refused."""
+    model = tiny_model("qwen3")
+    whole = FineTuningEditor.for_backbone(model, steps=3)
+    expected = whole.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
+    size = whole.edit_bytes(model)
+    assert size == expected.nbytes // len(REQUESTS)
+    lots: list[int] = []
+    fit = FineTuningEditor._fit
+    monkeypatch.setattr(
+        FineTuningEditor,
+        "_fit",
+        lambda *given, number, **named: lots.append(number) or fit(*given, number=number, **named),
+    )
+    for room, numbers in ((8 * size, [2, 1]), (4 * size, [1, 1, 1]), (3 * size, [1, 1, 1])):
+        editor = FineTuningEditor(replace(whole.config, memory_bytes=room))
+        edit = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
+        assert lots == numbers
+        for name, updates in expected.updates.items():
+            torch.testing.assert_close(edit.updates[name], updates, rtol=1e-3, atol=1e-5)
+        lots.clear()
+    edit = FineTuningEditor(replace(whole.config, memory_bytes=4 * size)).edit(
+        model, tiny_tokenizer, REQUESTS, mode="independent", previous=expected
+    )
+    assert lots == [1, 1, 1]  # each on top of its own row
+    again = whole.edit(model, tiny_tokenizer, REQUESTS, mode="independent", previous=expected)
+    for name, updates in again.updates.items():
+        torch.testing.assert_close(edit.updates[name], updates, rtol=1e-3, atol=1e-5)
+    small = FineTuningEditor(replace(whole.config, memory_bytes=2 * size))
+    with pytest.raises(
+        ValueError, match=r"3 independent edits .* at most 2 requests at a time, or raise memory_bytes"
+    ):
+        small.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
+    assert len(small.edit(model, tiny_tokenizer, REQUESTS)) == 1  # one joint update takes no more than one
 
 
 def test_sequential_fine_tuning_goes_on_from_the_update_before(
