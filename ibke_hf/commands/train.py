@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
+import sys
 from typing import Any
 
 from ..editors.catalogue import TRAINED
 from .options import PRECISIONS, add_command, positive
+
+TOP_LEVEL = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
+TRAINING = {  # flags that set fields of the training arguments
+    "max_steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "learning_rate": "learning_rate",
+    "seed": "seed",
+    "batch_size": "per_device_train_batch_size",
+    "save_steps": "save_steps",
+}
 
 
 def add(commands: Any) -> None:
@@ -31,24 +42,45 @@ def add(commands: Any) -> None:
     command.add_argument("--out", metavar="DIR", help="folder of the trained editor")
     command.add_argument("--layers", type=int, nargs="+", help="edited layers (default: the preset's, else by depth)")
     command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
-    command.add_argument("--max-steps", type=positive, help="training steps")
+    command.add_argument("--max-steps", type=positive, help="training steps (default: the paper's 1,000,000)")
+    command.add_argument("--epochs", type=float, metavar="N", help="passes over the records, in place of steps")
     command.add_argument("--learning-rate", type=float, help="learning rate of the hypernetworks")
     command.add_argument("--batch-size", type=positive, help="records per step and device")
     command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
     command.add_argument("--seed", type=int, help="seed of initialisation, order and noise")
+    command.add_argument(
+        "--save-steps", type=positive, metavar="N", help="steps between checkpoints and evaluations (default: 3000)"
+    )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    command.add_argument(
+        "--force", action="store_true", help="train into a folder that holds an earlier editor or something else"
+    )
 
 
-def _run(given: argparse.Namespace) -> None:
-    from ..training.recipe import train_editor, training_settings
+def _run(options: argparse.Namespace) -> None:
+    from ..training.checkpoints import TrainingStopped
+    from ..training.recipe import train_editor
+    from ..training.report import in_words
+    from ..training.settings import TrainingSettings, training_settings
 
-    names = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
-    flags = {name: getattr(given, name) for name in names}
-    training = {
-        "max_steps": given.max_steps,
-        "learning_rate": given.learning_rate,
-        "seed": given.seed,
-        "per_device_train_batch_size": given.batch_size,
-    }
-    settings = training_settings(given.config, flags, {"latent_dim": given.latent_dim}, training)
-    print(json.dumps(train_editor(settings, resume=given.resume), indent=2))
+    flags = {name: getattr(options, name) for name in TOP_LEVEL}
+    training = {name: getattr(options, flag) for flag, name in TRAINING.items()}
+    settings = training_settings(options.config, flags, {"latent_dim": options.latent_dim}, training)
+    checked = TrainingSettings.of(settings)
+    try:
+        report = train_editor(checked, resume=options.resume, force=options.force)
+    except TrainingStopped as stopped:
+        print(f"{stopped}; go on with:\n  {resuming(options)}", file=sys.stderr)
+        raise
+    print(in_words(report, checked))
+
+
+def resuming(options: argparse.Namespace) -> str:
+    """Return the command line that goes on with a run."""
+    parts = ["ibke", "train"]
+    for name in ("config", *TOP_LEVEL, "latent_dim", *TRAINING):
+        value = getattr(options, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            parts += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join([*parts, "--resume"])

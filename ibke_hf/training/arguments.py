@@ -57,6 +57,8 @@ class IBKETrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and the allowed values."""
         self._require_finite()
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be at least 1, found {self.max_steps}")
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # transformers' own default, which max_steps overrides
             self.max_steps = self.max_steps if self.max_steps > 0 else MAX_STEPS

@@ -71,7 +71,7 @@ def new_editor(backbone: Any, seed: int = 1, kind: Any = IBKEEditor, **config: A
 def trainer_for(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> Callable[..., GradientEditorTrainer]:
-    """Build a trainer: ``trainer_for(records, folder=, family=, editor={}, kind=, validation=, callbacks=, **arguments)``."""
+    """Build a trainer: ``trainer_for(records, family=, editor={}, kind=, validation=, callbacks=, **arguments)``."""
 
     def build(
         records: Sequence[EditRecord],

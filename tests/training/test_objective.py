@@ -207,7 +207,7 @@ def test_noise_is_drawn_per_request_and_only_in_training(trainer_for: Any) -> No
     torch.testing.assert_close(still[0][0], still[0][1])
 
 
-# --- the collator -----------------------------------------------------------------------------------------------------
+# --- the collator ------------------------------------------------------------------------------------------------
 
 
 def test_locality_cases_that_collide_within_their_group_are_left_out(tiny_tokenizer: Any) -> None:
@@ -233,7 +233,7 @@ def test_an_unusable_text_is_named_by_its_record(tiny_tokenizer: Any) -> None:
         EditCollator(tiny_tokenizer, max_length=4)([record(0)])
 
 
-# --- supporting hops --------------------------------------------------------------------------------------------------
+# --- supporting hops ---------------------------------------------------------------------------------------------
 
 
 def test_only_unknown_hops_are_edited_in_unless_all_are(trainer_for: Any, tiny_tokenizer: Any) -> None:

@@ -234,7 +234,7 @@ def test_records_that_cannot_be_used_are_skipped_and_counted(trainer_for: Any) -
         trainer_for([long, empty]).train()
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
 def test_a_non_finite_hypernetwork_stops_and_names_layer_and_record(trainer_for: Any) -> None:

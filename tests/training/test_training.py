@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +23,10 @@ from ibke_hf.cli import build_parser, main
 from ibke_hf.commands.options import load_saved_editor
 from ibke_hf.data.augmentation import draw_records
 from ibke_hf.editors.catalogue import editor_class
+from ibke_hf.io import locked
+from ibke_hf.training.checkpoints import last_complete_checkpoint
 from ibke_hf.training.recipe import PAPER_DTYPES, PRESETS, _patience, train_editor, training_settings
+from ibke_hf.training.report import verdict
 from ibke_hf.training.trainer import IBKETrainingArguments
 
 GIVEN = {"backbone": "b", "records": ["r"], "out": "o"}
@@ -48,7 +57,7 @@ def settings(tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any
     }
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings ----------------------------------------------------------------------------------------------------
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -105,14 +114,55 @@ def test_flags_alone_and_empty_groups_suffice(tmp_path: Path) -> None:
             "kind: mend\neditor: {latent_dim: 3}",
             "unknown setting 'latent_dim' under editor:; settings are .*hidden_dim",
         ),
+        ("layers: three", r"layers must be of type list\[int\] \| None, found 'three'"),
+        ("layers: [one]", r"layers must be of type list\[int\] \| None, found \['one'\]"),
+        ("validation: 3", r"validation must be of type list\[str\] \| None, found 3"),
+        ("training: {seed: one}", "training: seed must be of type int, found 'one'"),
+        ("training: {max_steps: 3.5}", "training: max_steps must be of type int, found 3.5"),
+        ("training: {max_steps: true}", "training: max_steps must be of type int, found True"),
+        ("training: {beta: [1]}", r"training: beta must be of type float, found \[1\]"),
+        ("training: {learning_rate: .inf}", "training: learning_rate must be a finite number, found inf"),
+        ("training: {weight_decay: .nan}", "training: weight_decay must be a finite number, found nan"),
+        ("editor: {latent_dim: wide}", "editor: latent_dim must be of type int, found 'wide'"),
+        ("editor: {use_scale_factor: 3}", "editor: use_scale_factor must be of type bool, found 3"),
+        ("editor: {log_variance_range: [1, 2, 3]}", "editor: log_variance_range must be of type tuple"),
+        ("kind: serac\neditor: {scope: 3}", "editor: scope must be of type str, found 3"),
+        ("editor: {latent_dim: 0}", "editor: .*latent_dim must be between 1"),
+        ("editor: {initial_edit_ratio: .inf}", "editor: initial_edit_ratio must be a finite number, found inf"),
+        ("editor: {second_stage_heads: 3}", "editor: .*latent_dim 1024 must be divisible by second_stage_heads 3"),
+        ("? [1]\n: 2", "not a YAML file"),
+        ("1: 2", r"settings\.yaml: unknown setting 1"),
+        ("[" * 5000, "not a YAML file"),
         ("dtype: int8", "dtype must be one of auto, float32, bfloat16, float16, found 'int8'"),
     ],
 )
 def test_a_bad_setting_is_named(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         training_settings(file, GIVEN, {}, {})
+    assert "\n" not in str(caught.value) or "not a YAML file" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("backbone", 3), ("records", 3), ("records", [1]), ("out", ["o"]), ("out", 1.5)]
+)
+def test_a_required_setting_of_a_wrong_type_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be of type .*, found "):
+        training_settings(None, {**GIVEN, name: value}, {}, {})
+
+
+def test_a_settings_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_bytes(b"\xff\xfe\x00beta")
+    with pytest.raises(ValueError, match=r"s\.yaml: not a YAML file"):
+        training_settings(tmp_path / "s.yaml", GIVEN, {}, {})
+
+
+def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
+    fields = {"statistics_epsilon": 0, "log_variance_range": [-5, 5]}
+    given = training_settings(None, GIVEN, fields, {"beta": 1, "save_steps": 5})
+    assert given["training"] == {"beta": 1.0, "save_steps": 5.0}
+    assert given["editor"] == {"statistics_epsilon": 0.0, "log_variance_range": (-5.0, 5.0)}
 
 
 def test_a_missing_setting_is_named() -> None:
@@ -122,6 +172,13 @@ def test_a_missing_setting_is_named() -> None:
 
 def test_the_papers_precision_covers_every_preset() -> None:
     assert PAPER_DTYPES.keys() == PRESETS.keys()
+
+
+def test_patience_of_a_share_of_all_steps_counts_epochs(tmp_path: Path) -> None:
+    arguments = IBKETrainingArguments(
+        str(tmp_path), eval_steps=0.5, num_train_epochs=10, use_cpu=True, report_to=[], per_device_train_batch_size=8
+    )
+    assert _patience(arguments, 8000) == 10  # an evaluation each 5,000 of 10,000 steps
 
 
 @pytest.mark.parametrize(("every", "evaluations"), [(3000, 17), (50_000, 1), (100_000, 1), (0.01, 5)])
@@ -134,7 +191,7 @@ def test_patience_is_fifty_thousand_steps(every: float, evaluations: int, tmp_pa
     )
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training ----------------------------------------------------------------------------------------------------
 
 
 def test_an_editor_is_trained_saved_and_usable(
@@ -145,7 +202,10 @@ def test_an_editor_is_trained_saved_and_usable(
     assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= result.keys()
     assert "left out 1: edit with an empty prompt or target" in caplog.text
     out = Path(settings["out"])
-    assert {path.name for path in out.iterdir()} == {"checkpoints", "config.json", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"checkpoints", "config.json", "model.safetensors", ".lock"}
+    assert (result["steps"], result["records_left_out"]) == (4, 0)
+    assert result["before"]["locality"] == 100.0
+    assert {*result["before"]} == {*result["after"]} == {"reliability", "generality", "locality"}
     editor = IBKEEditor.from_pretrained(out)
     assert editor.is_calibrated and editor.config.latent_dim == 8 and editor.config.edited_layers == [1, 2]
     backbone = tiny_model()
@@ -205,13 +265,118 @@ def test_the_seed_gives_the_same_editor_and_resume_goes_on_from_it(settings: Jso
 def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(settings: Json) -> None:
     settings["training"]["max_steps"] = 2
     train_editor(settings)
-    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run; resume it \(--resume\), remove them"):
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run; resume it \(--resume\), replace it"):
         train_editor(settings)
+
+
+@pytest.mark.parametrize("name", ["backbone", "records"])
+def test_what_an_editor_is_made_of_is_not_overwritten(name: str, settings: Json, tmp_path: Path) -> None:
+    source = tmp_path / "backbone" if name == "backbone" else tmp_path / "folder"
+    source.mkdir(exist_ok=True)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    settings |= {"records": [str(source)] if name == "records" else settings["records"]}
+    for force in (False, True):
+        with pytest.raises(ValueError, match=r"holds .*, which the editor would replace; choose another --out"):
+            train_editor({**settings, "out": f"{source}/../{source.name}"}, force=force)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_a_folder_with_something_else_is_refused(settings: Json, tmp_path: Path, tiny_model: Any) -> None:
+    out = Path(settings["out"])
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    settings["training"] |= {"max_steps": 1, "learning_rate": 0.0}
+    with pytest.raises(ValueError, match=r"editor: holds thesis\.tex; choose another --out, or .*\(--force\)"):
+        train_editor(settings)
+    train_editor(settings, force=True)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run"):
+        train_editor(settings)
+    train_editor(settings, force=True)
+    tiny_model().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other: holds a model \(qwen3\), which the editor would replace"):
+        train_editor({**settings, "out": str(tmp_path / "other")}, force=True)
+
+
+def test_two_trainings_do_not_share_a_folder(settings: Json) -> None:
+    program = f"""
+import sys
+from ibke_hf.training.recipe import train_editor
+train_editor({settings!r})
+"""
+    with locked(settings["out"]):
+        other = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+        )
+    assert other.returncode == 1
+    assert "another process is writing there" in other.stderr
+    assert not (Path(settings["out"]) / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_names_the_line_that_resumes(
+    number: int, settings: Json, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(json.dumps({**settings, "training": {**settings["training"], "eval_steps": 10_000}}))
+    command = ["train", "--config", str(file), "--max-steps", "100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ibke_hf.cli", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "'loss'" in line:
+            process.send_signal(number)
+            break
+    said = "".join(seen) + process.communicate(timeout=300)[0]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    (line,) = [line.strip() for line in said.splitlines() if line.strip().startswith("ibke train ")]
+    assert line == f"ibke train --config {file} --max-steps 100000 --resume"
+    checkpoint = last_complete_checkpoint(Path(settings["out"]) / "checkpoints")
+    assert checkpoint is not None
+    steps = int(checkpoint.rpartition("-")[2])
+    assert main(["train", "--config", str(file), "--max-steps", str(steps + 1), "--resume"]) == 0
+    assert IBKEEditor.from_pretrained(settings["out"]).is_calibrated
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ((20.0, 20.0, 99.0), "not good yet: 20 of 100 target tokens"),
+        ((99.0, 80.0, 30.0), "not good yet: its edits change 70 of 100 answers that should stay"),
+        ((99.0, 12.0, 99.0), "not good yet: its edits are learnt by heart"),
+        ((99.0, 80.0, 98.0), "good enough to try"),
+        ((99.0, None, None), "good enough to try"),
+    ],
+)
+def test_the_end_of_a_training_says_whether_the_editor_is_any_good(after: tuple[Any, ...], words: str) -> None:
+    names = ("reliability", "generality", "locality")
+    assert verdict(dict.fromkeys(names, 10.0), dict(zip(names, after, strict=True))).startswith(words)
+
+
+def test_unusable_records_are_left_out_and_counted(settings: Json, tmp_path: Path, capsys: Any) -> None:
+    file = Path(settings["records"][0])
+    content = json.loads(file.read_text())
+    content["0"]["edit"]["prompt"] = "The tower " * 100
+    file.write_text(json.dumps(content))
+    settings["training"] |= {"max_steps": 2, "per_device_train_batch_size": 4}
+    (tmp_path / "s.yaml").write_text(json.dumps(settings))
+    assert main(["train", "--config", str(tmp_path / "s.yaml")]) == 0
+    assert "1 unusable records were left out" in capsys.readouterr().out
 
 
 def test_without_validation_the_training_loss_is_returned(settings: Json) -> None:
     settings |= {"validation": None, "training": {**settings["training"], "max_steps": 1}}
-    assert train_editor(settings).keys() == {"train_loss"}
+    assert train_editor(settings).keys() == {"steps", "train_loss", "records_left_out"}
 
 
 def test_records_that_are_none_are_an_error(settings: Json, tmp_path: Path) -> None:
@@ -251,12 +416,17 @@ def test_the_command_line_trains(settings: Json, tmp_path: Path, capsys: Any) ->
     ]
     assert build_parser().parse_args(command).max_steps == 2
     assert main(command) == 0
-    assert '"eval_loss"' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained for 2 steps, loss " in said and "unrelated facts stay (locality)" in said
+    assert "not good yet" in said and f"ibke eval --model {settings['backbone']} --editor {settings['out']}" in said
+    for line in said.splitlines():  # the commands that it names are ones
+        if line.startswith("  ibke "):
+            build_parser().parse_args(shlex.split(line)[1:])
     assert main(command) == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
 
 
-# --- few-shot augmentation ------------------------------------------------------------------------------------------
+# --- few-shot augmentation ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -301,7 +471,9 @@ def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatc
     seen: list[list[str]] = []
     monkeypatch.setattr(
         "ibke_hf.training.trainer.GradientEditorTrainer.train",
-        lambda self, **_: seen.append([r.dataset for r in self.train_dataset]),
+        lambda self, **_: SimpleNamespace(
+            training_loss=float(seen.append([r.dataset for r in self.train_dataset]) is None)
+        ),
     )
     monkeypatch.setattr("ibke_hf.training.trainer.GradientEditorTrainer.save_model", lambda *_: None)
     monkeypatch.setattr("ibke_hf.training.trainer.GradientEditorTrainer.evaluate", lambda *_: {})
@@ -315,7 +487,7 @@ def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatc
     ("given", "message"),
     [
         ({"augment_records": 0}, "augment_records must be a whole number of at least 1, found 0"),
-        ({"augment_records": "many"}, "augment_records must be a whole number of at least 1, found 'many'"),
+        ({"augment_records": "many"}, "augment_records must be of type int, found 'many'"),
     ],
 )
 def test_a_bad_augmentation_is_named(given: Json, message: str) -> None:

@@ -1,0 +1,249 @@
+"""Settings of `ibke train`: a YAML file and flags -> a dataclass, its types checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from huggingface_hub.dataclasses import strict, validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from ..data.augmentation import RECORDS_OF_EACH
+from ..editors.catalogue import TRAINED, editor_class
+
+SERAC_STARTS = ("scope", "counterfactual")  # decoders that its two parts start from
+REQUIRED = ("backbone", "records", "out")
+LISTS = ("records", "validation", "augment")  # one source may stand for a list of it
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+DECIDED = {  # fields of the editors' configs that the backbone and the settings beside them decide
+    "backbone",
+    "base_model_name_or_path",
+    "trained_edits_per_group",
+    "edited_layers",
+    "input_dims",
+    "output_dims",
+    "scope_model",
+    "counterfactual_model",
+    "separator",
+}
+
+
+@strict
+@dataclass
+class TrainingSettings:
+    """What `ibke train` is told.
+
+    Attributes:
+        backbone: Folder or Hub id of the language model.
+        records: Sources of the training records.
+        out: Folder of the trained editor.
+        validation: Sources of held-out records, for early stopping and the report.
+        augment: Other datasets, some records of each of which are mixed in.
+        augment_records: Records drawn of each of them.
+        kind: Kind of editor.
+        layers: Edited layers; by default the preset's, else by depth.
+        dtype: Precision of the backbone; by default the paper's for its backbones, else as saved.
+        editor: Fields of the editor's config.
+        training: Fields of :class:`~ibke_hf.training.arguments.IBKETrainingArguments`.
+    """
+
+    backbone: str
+    records: list[str]
+    out: str
+    validation: list[str] | None = None
+    augment: list[str] | None = None
+    augment_records: int = RECORDS_OF_EACH
+    kind: str = "ibke"
+    layers: list[int] | None = None
+    dtype: str | None = None
+    editor: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def validate_values(self) -> None:
+        """Check what a type cannot say; a bad value is named with what is allowed."""
+        if self.augment_records < 1:
+            raise ValueError(f"augment_records must be a whole number of at least 1, found {self.augment_records}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> TrainingSettings:
+        """Check settings by name; None means not given.
+
+        Raises:
+            ValueError: For an unknown or missing setting, or a value that cannot be; one line that names it.
+        """
+        values = _given(settings)
+        for name in LISTS:
+            if isinstance(values.get(name), str):
+                values[name] = [values[name]]
+        if (kind := values.get("kind", "ibke")) not in TRAINED:
+            raise ValueError(f"kind must be one of {', '.join(TRAINED)}, found {kind!r}")
+        missing = [name for name in REQUIRED if values.get(name) in (None, "", [])]
+        if missing:
+            raise ValueError(
+                f"missing setting: {', '.join(missing)}; give it as a flag (--{missing[0]}) or in the YAML file"
+            )
+        hints = get_type_hints(cls)
+        unknown = [name for name in values if name not in hints]
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}; settings are {', '.join(hints)}")
+        for name, value in values.items():
+            require_type(name, value, hints[name])
+        for group in ("editor", "training"):
+            _require_finite(values.get(group, {}), group)
+        values["training"] = _training(values.get("training", {}))
+        values["editor"] = _editor(values.get("editor", {}), kind)
+        try:
+            return cls(**values)
+        except StrictDataclassError as error:
+            raise ValueError(_reason(error)) from error
+
+
+TOP_LEVEL = tuple(each.name for each in fields(TrainingSettings))
+
+
+def training_settings(
+    config: str | Path | None, flags: Mapping[str, Any], editor: Mapping[str, Any], training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Merge a YAML file with flags, which win; None means not given.
+
+    Args:
+        config: The file, with settings of `TOP_LEVEL`.
+        flags: Settings of `TOP_LEVEL`.
+        editor: Fields of the editor's config.
+        training: Fields of :class:`~ibke_hf.training.arguments.IBKETrainingArguments`.
+
+    Returns:
+        What is given of :class:`TrainingSettings`, as JSON values.
+
+    Raises:
+        ValueError: As :meth:`TrainingSettings.of`.
+    """
+    settings = (read_settings(config) if config is not None else {}) | _given(flags)
+    for name, group in (("editor", editor), ("training", training)):
+        settings[name] = {**(settings.get(name) or {}), **_given(group)}
+    checked = asdict(TrainingSettings.of(settings))
+    return {name: checked[name] for name, value in settings.items() if value is not None}
+
+
+def read_settings(config: str | Path, known: Sequence[str] = TOP_LEVEL) -> dict[str, Any]:
+    """Read a YAML file of settings by name.
+
+    Args:
+        config: The file.
+        known: Names of the settings that it may hold.
+
+    Raises:
+        ValueError: If it is no such file, or holds another setting; names it.
+    """
+    try:
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config}: not a YAML file: {error}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{config}: not a YAML file in UTF-8: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config}: expected settings by name, found {settings!r}; settings are {', '.join(known)}")
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"{config}: unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
+    for name in ("editor", "editors", "training"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise ValueError(f"{config}: {name}: must hold settings by name, found {settings[name]!r}")
+    return {name: _numbers(value) for name, value in settings.items()}
+
+
+def require_type(name: str, value: Any, hint: Any) -> None:
+    """Check a value against a type, as `huggingface_hub` checks configs.
+
+    Raises:
+        ValueError: If it has another one; names setting, type and value.
+    """
+    make: Any = TypedDict  # mypy has no idea of one that is made here
+    try:
+        validate_typed_dict(make("Setting", {"value": hint}), {"value": value})
+    except StrictDataclassError as error:
+        kind = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+        raise ValueError(f"{name} must be of type {kind}, found {value!r}") from error
+
+
+def _training(values: Mapping[str, Any]) -> dict[str, Any]:
+    from .arguments import IBKETrainingArguments
+
+    hints = get_type_hints(IBKETrainingArguments)
+    known = [each.name for each in fields(IBKETrainingArguments) if each.init and each.name != "output_dir"]
+    _require_known(values, known, "training")
+    checked = {name: _as_float(value, hints[name]) for name, value in values.items()}
+    for name, value in checked.items():
+        require_type(f"training: {name}", value, hints[name])
+    return checked
+
+
+def _editor(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Check the fields of an editor's config by building one."""
+    config: Any = editor_class(kind).config_class
+    inherited = DECIDED | {each.name for each in fields(PreTrainedConfig)}
+    starts = SERAC_STARTS if kind == "serac" else ()
+    known = [each.name for each in fields(config) if each.name not in inherited] + list(starts)
+    _require_known(values, known, "editor")
+    hints = get_type_hints(config, localns={"torch": torch}) | dict.fromkeys(starts, str)  # a name of transformers'
+    checked = {name: _as_float(value, hints[name]) for name, value in values.items()}
+    for name, value in checked.items():
+        require_type(f"editor: {name}", value, hints[name])
+    try:
+        config(**{name: value for name, value in checked.items() if name not in starts})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"editor: {_reason(error)}") from error
+    return checked
+
+
+def _require_known(values: Mapping[str, Any], known: Sequence[str], group: str) -> None:
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r} under {group}:; settings are {', '.join(known)}")
+
+
+def _require_finite(value: Any, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, found {value}")
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        _require_finite(inner, f"{name}: {key}")
+    for inner in value if isinstance(value, list | tuple) else ():
+        _require_finite(inner, name)
+
+
+def _as_float(value: Any, hint: Any) -> Any:
+    """Return a whole number as the float that a field wants, and a list as the tuple."""
+    kinds = get_args(hint) or (hint,)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):  # YAML has lists alone
+        return tuple(_as_float(inner, kind) for inner, kind in zip(value, kinds, strict=False)) + tuple(
+            value[len(kinds) :]
+        )
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and float in kinds and int not in kinds else value
+
+
+def _numbers(value: Any) -> Any:
+    """Read 1e-4 as the number that it is, wherever it stands; YAML takes a number without a point in it for text."""
+    if isinstance(value, dict):
+        return {name: _numbers(inner) for name, inner in value.items()}
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error in one line, without the name of its class."""
+    last = str(error.__cause__ or error)
+    return " ".join(last.split())
