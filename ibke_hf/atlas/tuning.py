@@ -29,8 +29,8 @@ Settings = dict[str, Any]
 # other tokens too. Texts in front of the prompts gain less generality here than they cost reliability: the model has
 # seen single sentences alone.
 VALUE = {"prefixes": 0, "learning_rate": 0.5, "clamp": 4.0}
-# With many edits each value has to stay smaller still: jointly, AlphaEdit says 7 of 100 targets and keeps 35 of 100
-# neighbours at a clamp of 4 and λ = 0.01, and 49 and 90 at a clamp of 1.5 and λ = 0.1.
+# With many edits each value has to stay smaller still: jointly, AlphaEdit says 3 of 100 targets and keeps 25 of 100
+# neighbours at a clamp of 4, λ = 0.001 and a threshold of 0.3, but 49 and 90 at 1.5, 0.1 and 3.
 SMALL_VALUE = {"prefixes": 0, "learning_rate": 0.5, "clamp": 1.5, "steps": 30, "weight_decay": 0.1}
 PAPER_VALUE = {**SMALL_VALUE, "clamp": 0.75}
 TRIALS: Mapping[str, tuple[Settings, ...]] = {
