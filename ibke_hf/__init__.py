@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .core.edits import Edit, LowRankEdit
     from .core.modeling_ibke import IBKEEditor
     from .core.records import EditCase, EditRecord, EditRequest
+    from .loading import load_editor, load_model
     from .training.trainer import IBKETrainer, IBKETrainingArguments
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ _HOME = {
     "IBKETrainer": "training.trainer",
     "IBKETrainingArguments": "training.trainer",
     "LowRankEdit": "core.edits",
+    "load_editor": "loading",
+    "load_model": "loading",
 }
 __all__ = [
     "Edit",
@@ -39,6 +42,8 @@ __all__ = [
     "IBKETrainingArguments",
     "LowRankEdit",
     "__version__",
+    "load_editor",
+    "load_model",
 ]
 
 

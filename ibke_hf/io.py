@@ -44,7 +44,7 @@ def locked(folder: str | Path, *, lock: str = LOCK) -> Iterator[Path]:
     with the process, however that ends.
 
     Args:
-        folder: Made if it is missing.
+        folder: Made if it is missing; removed again if nothing was written to it.
         lock: Name of the lock's file in it; several owners of one folder, each of a file in it, use one each.
 
     Yields:
@@ -55,6 +55,7 @@ def locked(folder: str | Path, *, lock: str = LOCK) -> Iterator[Path]:
         OSError: If it cannot be written to.
     """
     path = Path(folder)
+    is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     owner = FileLock(path.resolve() / lock, timeout=0, is_singleton=True)  # one object a path, counted by each thread
     try:
@@ -66,6 +67,9 @@ def locked(folder: str | Path, *, lock: str = LOCK) -> Iterator[Path]:
     try:
         yield path
     finally:
+        if is_new and [file.name for file in path.iterdir()] == [lock]:
+            (path / lock).unlink()
+            path.rmdir()
         owner.release()
 
 

@@ -60,3 +60,13 @@ def test_the_owner_may_ask_again_and_another_thread_may_not(tmp_path: Path) -> N
 def test_two_owners_of_two_files_share_a_folder(tmp_path: Path) -> None:
     with locked(tmp_path, lock=".a.lock"), locked(tmp_path, lock=".b.lock"):
         pass
+
+
+def test_a_folder_that_nothing_was_written_to_is_gone_again(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "new" / "folder"), locked(tmp_path / "new" / "folder"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "new" / "folder").exists()
+    (tmp_path / "old").mkdir()
+    with locked(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").exists()

@@ -27,7 +27,7 @@ from .knowledge import Knowledge, atlas_knowledge, general_knowledge
 
 MAX_EDITS = 100
 AUTOMATIC = 3  # questions of a kind that are asked of a fact for which nobody typed any
-ATLAS, ARCHIVE = "ibke-atlas", "ibke-edit"
+ARCHIVE = "ibke-edit"
 Report = Callable[[tuple[int, int]], Any]  # told how many of how many edits are made, as `gradio.Progress` is
 
 
@@ -292,51 +292,32 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
             fit.
         OSError: If one cannot be loaded.
     """
-    from ..atlas import load_backbone, load_editor, load_rival
+    from ..editors.ft import FineTuningEditor
+    from ..loading import ATLAS, backbone_name, load_editor, load_model, placed
 
     if editor is None and backbone is not None:
         raise ValueError(f"a backbone ({backbone}) needs an editor that was trained for it; give both")
-    trained = load_editor("ibke") if editor is None else _load_editor(editor)
-    name = ATLAS if editor is None else backbone or trained.config.base_model_name_or_path
-    if name == ATLAS:
-        model, tokenizer = load_backbone()
-        knowledge = atlas_knowledge(model, tokenizer)
-        return _placed(
-            model, trained, tokenizer, fine_tuning=load_rival("ft", model), name="Atlas", knowledge=knowledge
-        )
+    chosen = load_editor(editor or "ibke")
+    _require_low_rank(editor or "ibke", chosen)
+    name = backbone or backbone_name(chosen)
     if not name:
         raise ValueError(f"{editor}: does not say which backbone it was trained for; give the backbone too")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..editors.ft import FineTuningEditor
-
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    trained.modules_of(model)
-    tuned = FineTuningEditor.for_backbone(model, trained.config.edited_layers, trained.config.edited_modules)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    model, tokenizer = load_model(name, device=device)
+    chosen = placed(chosen, model)
+    if name == ATLAS:
+        knowledge, tuned = atlas_knowledge(model, tokenizer), load_editor("ft", backbone=model)
+        return Workbench(model, tokenizer, chosen, tuned, "Atlas", knowledge)
+    tuned = FineTuningEditor.for_backbone(model, chosen.config.edited_layers, chosen.config.edited_modules)
     knowledge = general_knowledge(model, tokenizer)
-    name = name.rstrip("/").rpartition("/")[2]
-    return _placed(model, trained, tokenizer, fine_tuning=tuned, name=name, knowledge=knowledge)
+    return Workbench(model, tokenizer, chosen, tuned, name.rstrip("/").rpartition("/")[2], knowledge)
 
 
-def _load_editor(name: str) -> Any:
-    from transformers import AutoModel
-
+def _require_low_rank(name: str, editor: Any) -> None:
     from ..core.modeling_ibke import GradientEditor
-    from ..editors.catalogue import register_trained
 
-    register_trained()
-    editor = AutoModel.from_pretrained(name, dtype="float32").eval()
     if not isinstance(editor, GradientEditor):
-        what = "whose edits are no LoRA" if hasattr(editor, "edit") else "not an editor"
         raise ValueError(
-            f"{name}: holds a {type(editor).__name__}, {what}; the page takes IBKE and MEND, which `ibke train` makes"
+            f"{name}: holds a {type(editor).__name__}, whose edits are no LoRA; the page takes IBKE and MEND, which "
+            "`ibke train` makes"
         )
-    return editor
-
-
-def _placed(model: Any, editor: Any, tokenizer: Any, **options: Any) -> Workbench:
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        model, editor = model.to(device), editor.to(device)
-    return Workbench(model, tokenizer, editor, **options)

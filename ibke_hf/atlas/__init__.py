@@ -16,31 +16,25 @@ HYPER_PARAMETERS = "hyper_parameters.json"
 
 def load_backbone(folder: str | Path | None = None) -> tuple[Any, Any]:
     """Return the Atlas backbone, in eval mode and fp32, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from ..loading import ATLAS, load_model
 
-    path = Path(folder) if folder else ASSETS / "backbone"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.config.name_or_path = "ibke-atlas"
-    return model.eval(), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = load_model(folder, dtype="float32")
+    model.config.name_or_path = ATLAS
+    return model, tokenizer
 
 
 def load_editor(name: str = "ibke") -> Any:
     """Return a trained Atlas editor in eval mode and fp32: ``ibke`` or ``mend``."""
-    import torch
-
-    from ..core.modeling_ibke import IBKEEditor
-    from ..editors.mend import MENDEditor
+    from .. import loading
 
     if name not in EDITORS:
         raise ValueError(f"Atlas has trained editors named {', '.join(EDITORS)}, found {name!r}")
-    kind: Any = {"ibke": IBKEEditor, "mend": MENDEditor}[name]
-    editor = kind.from_pretrained(ASSETS / name, dtype=torch.float32)
-    editor.config.name_or_path = f"ibke-atlas/{name}"
-    return editor.eval()
+    editor = loading.load_editor(ASSETS / name)
+    editor.config.name_or_path = f"{loading.ATLAS}/{name}"
+    return editor
 
 
-def load_rival(name: str, model: Any = None, statistics: Any = None, *, edits: int = 1) -> Any:
+def load_rival(name: str, model: Any = None, statistics: Any = None, *, edits: int = 1, **settings: Any) -> Any:
     """Return an editor without weights for the Atlas backbone, its hyper-parameters as chosen on validation records.
 
     Args:
@@ -48,25 +42,25 @@ def load_rival(name: str, model: Any = None, statistics: Any = None, *, edits: i
         model: The backbone; by default it is loaded.
         statistics: Its key statistics, where the editor needs them; by default :func:`atlas_statistics`.
         edits: Number of edits that the model will carry at once; see :func:`tuned_at`.
+        settings: Hyper-parameters in place of those.
 
     Raises:
         ValueError: If there is no such editor.
     """
     from ..editors.catalogue import build_editor, kind_of
 
-    settings = chosen_settings()[str(tuned_at(name, edits))][name]
+    chosen = chosen_settings()[str(tuned_at(name, edits))][name] | settings
     model = load_backbone()[0] if model is None else model
     if statistics is None and kind_of(name).needs_statistics:
         statistics = atlas_statistics(model)
-    return build_editor(name, model, statistics=statistics, **settings)
+    return build_editor(name, model, statistics=statistics, **chosen)
 
 
 def chosen_settings() -> dict[str, dict[str, Any]]:
     """Return the hyper-parameters of :data:`RIVALS` by the number of edits they were chosen at, then by editor."""
-    import json
+    from ..io import read_json
 
-    chosen: dict[str, dict[str, Any]] = json.loads((ASSETS / HYPER_PARAMETERS).read_text(encoding="utf-8"))
-    return chosen
+    return read_json(ASSETS / HYPER_PARAMETERS)
 
 
 def tuned_at(name: str, edits: int) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..benchmark import Bench, BenchmarkError
 from ..core.records import EditRecord
-from ..editors.catalogue import editor_class, kind_of
+from ..editors.catalogue import kind_of
 from ..io import read_json, write_json
+from ..loading import load_editor
 from ..training.trainer import last_complete_checkpoint
 from . import atlas_statistics, chosen_settings, load_backbone, load_records, load_rival, tuned_at
 from .editors import LOG, TRAINING, choose_strength, set_strength, train_atlas_editor
@@ -86,10 +87,8 @@ class AtlasBench(Bench):
 
     def editor(self, name: str, folder: Path, edits: int = 1) -> Any:
         """Load a trained editor, or build one; what is chosen on validation records is chosen for so many edits."""
-        import torch
-
         if kind_of(name).trained:
-            editor = editor_class(name).from_pretrained(folder, dtype=torch.float32).eval()
+            editor = load_editor(folder, backbone=self.loaded[0])
             if edits > 1:
                 self._tune(name, editor, folder / f"strength-{edits}.json", edits)
             return editor

@@ -97,7 +97,7 @@ class ModelBench(Bench):
         load: Loads the model and its tokenizer.
         read: Reads the records of a dataset by its name.
         saved: Folders or Hub ids of editors that are trained already, by id.
-        load_saved: Loads one of these.
+        load_saved: Loads one of these, called with it and ``backbone=``.
         training: Returns the settings of a training, called with id, seed and folder. None: there is nothing to train
             on.
         train: Trains an editor by such settings; goes on from a checkpoint if there is one.
@@ -113,7 +113,7 @@ class ModelBench(Bench):
         read: Callable[[str], Iterable[EditRecord]],
         *,
         saved: Mapping[str, str],
-        load_saved: Callable[[str], Any],
+        load_saved: Callable[..., Any],
         training: Callable[[str, int, Path], Mapping[str, Any]] | None = None,
         train: Callable[[Mapping[str, Any]], Any] | None = None,
         statistics: Callable[[Any, Any], Any] | None = None,
@@ -155,7 +155,7 @@ class ModelBench(Bench):
     def editor(self, name: str, folder: Path, edits: int = 1) -> Any:
         """Load or build an editor, with the same hyper-parameters whatever the number of edits."""
         if kind_of(name).trained:
-            editor = self._load_saved(self._saved.get(name, str(folder)))
+            editor = self._load_saved(self._saved.get(name, str(folder)), backbone=self.loaded[0])
             if not isinstance(editor, editor_class(name)):
                 raise BenchmarkError(
                     f"{name}={self._saved[name]}: holds a {type(editor).__name__}; give it under its own id"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import add_command, positive
+from .options import add_command, port
 
 
 def add(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--backbone", help="folder or Hub id of its model (default: the one that the editor was trained for)"
     )
-    command.add_argument("--port", type=positive, help="port to serve on (default: the first free one from 7860 on)")
+    command.add_argument("--port", type=port, help="port to serve on (default: the first free one from 7860 on)")
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..atlas import RIVALS
-from .options import add_command, positive
+from .options import add_command, place, positive, seed
 
 NOT_TO_SET = (
     "output_dir",
@@ -29,12 +29,12 @@ def add(commands: Any) -> None:
         dest="action", required=True, metavar="action"
     )
     command = add_command(actions, "build-data", "write the evaluation records of the embedded world", _run_build_data)
-    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
     command = add_command(actions, "build-backbone", "pretrain the embedded language model", _run_build_backbone)
-    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
     command.add_argument("--epochs", type=positive, help="passes over the taught facts")
     command.add_argument("--max-steps", type=positive, help="stop after so many steps, for trials")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=seed, default=0)
     command = add_command(
         actions, "tune", "choose the hyper-parameters of the editors without weights on validation records", _run_tune
     )
@@ -54,17 +54,17 @@ def add(commands: Any) -> None:
         metavar="N",
         help="edits that the model carries, each number tuned for itself (default: 1 10 100)",
     )
-    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
     command = add_command(
         actions, "report", "score the embedded editors on all test and held-out records", _run_report
     )
-    command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
+    command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
     for name in ("ibke", "mend"):
         action = "train-editor" if name == "ibke" else "train-mend"
         command = add_command(actions, action, f"train the embedded {name.upper()} editor", _run_train_atlas)
         command.set_defaults(editor_name=name)
-        command.add_argument("--out", metavar="DIR", help="default: the package's own assets")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
+        command.add_argument("--seed", type=seed, default=0)
         command.add_argument("--max-steps", type=positive, help="training steps (default: the recipe's)")
         command.add_argument("--records", type=positive, help="number of training records (default: the recipe's)")
         command.add_argument(

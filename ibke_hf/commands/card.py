@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, load_saved_editor
+from .options import add_command, place
 
 FOLDER = "model_cards"
 ALL = "all"
@@ -22,7 +22,9 @@ def add(commands: Any) -> None:
         metavar="NAME|FOLDER",
         help="atlas, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b or all; or the folder of a trained editor",
     )
-    command.add_argument("--out", metavar="DIR", help=f"folder that holds one for each card (default: {FOLDER})")
+    command.add_argument(
+        "--out", type=place, metavar="DIR", help=f"folder that holds one for each card (default: {FOLDER})"
+    )
     command.add_argument(
         "--check", action="store_true", help="write nothing; fail where a card is not what would be written"
     )
@@ -90,6 +92,7 @@ def _show(given: argparse.Namespace) -> None:
     from ..hub.cards.results import RESULTS, read_results
     from ..hub.push import folder_kind
     from ..hub.remote_code import code_files
+    from ..loading import load_editor
 
     folder = Path(given.name)
     kind = folder_kind(folder)
@@ -101,7 +104,7 @@ def _show(given: argparse.Namespace) -> None:
                 f"--{option} belongs to the cards of this package; the card of the editor in {folder} is printed"
             )
     results = read_results(given.results or (folder / RESULTS if (folder / RESULTS).exists() else None))
-    editor = load_saved_editor(given.name)
+    editor = load_editor(given.name)
     card = editor_card(
         editor, given.repository or folder.resolve().name, results=results, remote=bool(code_files(editor))
     )

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, positive
+from ..io import locked
+from .options import add_command, place, positive, seed
+from .outputs import require_free
 
 
 def add(commands: Any) -> None:
@@ -19,7 +21,7 @@ def add(commands: Any) -> None:
         "--facts", required=True, metavar="DIR", help="tables: relations.tsv, templates.tsv, triples.tsv, entities.tsv"
     )
     command.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of the record files, train and validation"
+        "--out", type=place, required=True, metavar="DIR", help="folder of the record files, train and validation"
     )
     command.add_argument("--records", type=positive, default=1000, help="number of training records (default 1000)")
     command.add_argument(
@@ -27,19 +29,25 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--generality", type=positive, default=3, help="generality cases a record (default 3)")
     command.add_argument("--locality", type=positive, default=2, help="locality cases a record (default 2)")
-    command.add_argument("--seed", type=int, default=0, help="seed of every draw (default 0)")
+    command.add_argument("--seed", type=seed, default=0, help="seed of every draw (default 0)")
+    command.add_argument("--force", action="store_true", help="replace the records that --out holds")
 
 
 def _run_build(given: argparse.Namespace) -> None:
     from ..data.folders import build_folder
 
-    counts = build_folder(
-        given.facts,
-        given.out,
-        records=given.records,
-        validation=given.validation,
-        generality=given.generality,
-        locality=given.locality,
-        seed=given.seed,
-    )
+    out = Path(given.out)
+    if any((out / split).exists() for split in ("train", "validation")):  # beside other files it harms nothing
+        require_free(out, "records", force=given.force)
+    with locked(out):
+        counts = build_folder(
+            given.facts,
+            out,
+            records=given.records,
+            validation=given.validation,
+            generality=given.generality,
+            locality=given.locality,
+            seed=given.seed,
+            replace=given.force,
+        )
     print("\n".join(f"{Path(given.out) / name}: {number} records" for name, number in counts.items()))

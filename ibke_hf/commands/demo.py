@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import add_command
+from ..io import locked
+from .options import add_command, count, place
+from .outputs import require_writable_file
 
 
 def add(commands: Any) -> None:
@@ -15,9 +17,9 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--compare", action="store_true", help="score four editors on records of Atlas, too")
     command.add_argument(
-        "--records", type=int, metavar="N", help="with --compare: records of each split (default 50; 0 for all)"
+        "--records", type=count, metavar="N", help="with --compare: records of each split (default 50; 0 for all)"
     )
-    command.add_argument("--json", metavar="FILE", help="write the answers, and the scores, to this file")
+    command.add_argument("--json", type=place, metavar="FILE", help="write the answers, and the scores, to this file")
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -25,4 +27,9 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError("--records says how many records to score editors on; give --compare as well")
     from ..app.demo import run_demo
 
-    run_demo(json_file=given.json, compare=given.compare, records=given.records)
+    if given.json is None:
+        run_demo(compare=given.compare, records=given.records)
+        return
+    file = require_writable_file(given.json)  # not after all scoring
+    with locked(file.parent, lock=f".{file.name}.lock"):
+        run_demo(json_file=file, compare=given.compare, records=given.records)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from .options import add_command, load_atlas_editor, load_model, load_saved_editor, model_options, positive
+from .options import add_command, load_options, model_options, place, positive
+from .outputs import require_free
+
+WIDTH = 46  # of a column of answers
 
 
 def add(commands: Any) -> None:
@@ -20,44 +23,105 @@ def _edit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", required=True, help="what the edited model is to answer")
     command.add_argument("--subject", help="the entity that the fact is about, for editors that need it")
     model_options(command)
-    command.add_argument("--editor", help="folder or Hub id of a trained editor (default: Atlas's)")
-    command.add_argument("--out", metavar="DIR", help="save the edit here, as a LoRA adapter")
+    command.add_argument(
+        "--editor",
+        metavar="NAME|PATH|ID",
+        help="ft, rome, grace, t_patcher, lemoe or alphaedit for any model, ibke or mend for Atlas; or the folder or Hub "
+        "id of a trained editor (default: ibke)",
+    )
+    command.add_argument(
+        "--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on"
+    )
+    command.add_argument(
+        "--rephrasing",
+        action="append",
+        metavar="TEXT",
+        help="the same question in other words, to be asked too; repeat it",
+    )
+    command.add_argument(
+        "--neighbour",
+        action="append",
+        metavar="TEXT",
+        help="a question whose answer is to stay, to be asked too; repeat it",
+    )
+    command.add_argument(
+        "--out", type=place, metavar="DIR", help="save the edit here, if it is a low-rank one as a LoRA adapter"
+    )
     command.add_argument("--rank", type=positive, help="truncate the saved edit to this rank")
+    command.add_argument("--force", action="store_true", help="replace the edit that --out holds")
 
 
-def _run_edit(given: argparse.Namespace) -> None:
+def _run_edit(options: argparse.Namespace) -> None:
+    from ..core.edits import LowRankEdit
     from ..core.records import EditRequest
-    from ..evaluation.inspection import top_predictions
+    from ..loading import load_all
 
-    if given.rank and not given.out:
+    if options.rank and options.out is None:
         raise ValueError("--rank says how to save the edit; give --out DIR as well")
-    model, tokenizer = load_model(given)
-    editor = load_atlas_editor("ibke") if given.editor is None else load_saved_editor(given.editor)
-    edit = editor.edit(model, tokenizer, [EditRequest(given.prompt, given.target, given.subject)])
-    before = top_predictions(model, tokenizer, given.prompt)
+    if options.editor == "none":
+        raise ValueError("--editor none stands for the unedited model; name an editor")
+    if options.out is not None:
+        require_free(options.out, "an edit", force=options.force)
+    model, tokenizer, editor = load_all(options.editor, options.model, corpus=options.corpus, **load_options(options))
+    request = EditRequest(options.prompt, options.target, options.subject)
+    edit = editor.edit(model, tokenizer, [request])
+    if options.rank and not isinstance(edit, LowRankEdit):
+        raise ValueError(f"--rank: an edit of {options.editor} has no rank; leave it out")
+    print(f"{request.prompt} -> {request.target}\n")
+    print(_answers(model, tokenizer, edit, _questions(options)))
+    if options.out is not None:
+        edit.save_pretrained(options.out, **({"rank": options.rank} if options.rank else {}))
+        more = " or with PEFT" if isinstance(edit, LowRankEdit) else ""
+        print(f"\nsaved to {options.out}: load it with {type(edit).__name__}.from_pretrained{more}")
+
+
+def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return what is asked before and after, each with its role."""
+    questions = [("request", options.prompt)]
+    questions += [("rephrasing", text) for text in options.rephrasing or ()]
+    return questions + [("neighbour", text) for text in options.neighbour or ()]
+
+
+def _answers(model: Any, tokenizer: Any, edit: Any, questions: Sequence[tuple[str, str]]) -> str:
+    """Return the whole answers to the questions, without the edit and with it, as a table."""
+    from tabulate import tabulate
+
+    from ..evaluation.inspection import answer
+
+    before = [answer(model, tokenizer, prompt) for _, prompt in questions]
     with edit.attached(model):
-        after = top_predictions(model, tokenizer, given.prompt)
-    print(f"{given.prompt} -> {given.target}\n\n{'before':<32}after")
-    for (old, p_old), (new, p_new) in zip(before, after, strict=True):
-        print(f"{old!r:<24}{p_old:6.1%}  {new!r:<24}{p_new:6.1%}")
-    if given.out:
-        edit.save_pretrained(given.out, rank=given.rank)
-        print(f"\nsaved to {given.out}: load it with LowRankEdit.from_pretrained or with PEFT")
+        after = [answer(model, tokenizer, prompt) for _, prompt in questions]
+    rows = [
+        (role, prompt, _first_line(old), _first_line(new))
+        for (role, prompt), old, new in zip(questions, before, after, strict=True)
+    ]
+    return tabulate(
+        rows,
+        ["", "asked", "before", "after"],
+        tablefmt="plain",
+        disable_numparse=True,
+        maxcolwidths=[None, *[WIDTH] * 3],
+    )
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.splitlines()), "")
 
 
 def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--edit", required=True, help="folder or Hub id of a saved edit")
-    command.add_argument("--out", required=True, metavar="DIR", help="folder of the full model")
+    command.add_argument("--out", type=place, required=True, metavar="DIR", help="folder of the full model")
     model_options(command)
 
 
-def _run_merge(given: argparse.Namespace) -> None:
+def _run_merge(options: argparse.Namespace) -> None:
     from ..core.edits import LowRankEdit
+    from ..loading import load_model
 
-    edit = LowRankEdit.from_pretrained(given.edit)
-    Path(given.out).mkdir(parents=True, exist_ok=True)  # transformers would only log that it is a file
-    model, tokenizer = load_model(given)
+    edit = LowRankEdit.from_pretrained(options.edit)
+    out = require_free(options.out, "a model")
+    model, tokenizer = load_model(options.model, **load_options(options))
     edit.merge_into(model)
-    model.save_pretrained(given.out)
-    tokenizer.save_pretrained(given.out)
-    print(f"saved the edited model to {given.out}")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"saved the edited model to {options.out}")

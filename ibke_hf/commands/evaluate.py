@@ -9,17 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..editors.catalogue import KINDS, build_editor
-from .options import (
-    add_command,
-    load_atlas_editor,
-    load_model,
-    load_saved_editor,
-    model_options,
-    positive,
-    read_dataset,
-    statistics_of,
-)
+from ..editors.catalogue import KINDS
+from ..io import locked
+from .options import add_command, load_options, model_options, place, positive, read_dataset, seed
 from .prompt_options import prompt_changes, prompt_options
 
 SELECTION = (
@@ -35,7 +27,7 @@ SELECTION = (
     "chat_options",
     "leading_space",
 )
-ATLAS, ATLAS_EDITORS = "atlas", ("ibke", "mend")
+ATLAS = "atlas"
 WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if not kind.trained)
 
 
@@ -67,7 +59,7 @@ def add(commands: Any) -> None:
     )
     chosen.add_argument("--hops", nargs="+", type=positive, metavar="N", help="cases of these numbers of hops only")
     chosen.add_argument("--limit", type=positive, metavar="N", help="so many records only")
-    chosen.add_argument("--seed", type=int, help="draw the N records with this seed (default: the first N)")
+    chosen.add_argument("--seed", type=seed, help="draw the N records with this seed (default: the first N)")
     how = command.add_argument_group("how they are asked")
     how.add_argument(
         "--sequential", type=positive, default=1, metavar="N", help="edits that the model carries at once (default 1)"
@@ -99,18 +91,28 @@ def add(commands: Any) -> None:
         "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default 64)"
     )
     command.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of results.json, rows.jsonl and rows.html"
+        "--out", type=place, required=True, metavar="DIR", help="folder of results.json, rows.jsonl and rows.html"
     )
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
+    from ..loading import require_editor
 
-    _require_editor_for_model(given)
+    require_editor(given.editor or "ibke", given.model)
+    _require_corpus_used(given)
+    with locked(given.out):  # before anything is loaded
+        _evaluate(given)
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
+    from ..loading import load_all
+
     unread: Counter[str] = Counter()
     records = list(_records(given, unread))
-    model, tokenizer = load_model(given)
-    editor = _editor(given, model, tokenizer)
+    model, tokenizer, editor = load_all(
+        given.editor, given.model, corpus=given.corpus, edits=given.sequential, **load_options(given)
+    )
     changes = prompt_changes(given, tokenizer)
     records = [record.formatted(**changes) for record in records]
     settings = {name: getattr(given, name) for name in SELECTION}
@@ -132,7 +134,7 @@ def _run(given: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
         settings={
             **settings,
-            "model": given.model or "ibke-atlas",
+            "model": given.model or model.config.name_or_path,
             "editor": given.editor or "ibke",
             "corpus": given.corpus,
         },
@@ -163,30 +165,10 @@ def _records(given: argparse.Namespace, unread: Counter[str]) -> Iterator[Any]:
     return read_dataset(given.dataset, format=given.format, split=given.split, skipped=unread, **filters)
 
 
-def _require_editor_for_model(given: argparse.Namespace) -> None:
-    name = given.editor or "ibke"
-    if given.model is not None and name in ATLAS_EDITORS:
-        raise ValueError(
-            f"--editor {name} edits the embedded Atlas model only; for {given.model} give "
-            f"{', '.join(WITHOUT_WEIGHTS)}, "
-            f"or the folder or Hub id of an editor trained for it (a folder of that name: ./{name})"
-        )
-    if given.corpus and (given.model is None or name not in KINDS or not KINDS[name].needs_statistics):
-        raise ValueError(f"--corpus: {name} on {given.model or 'atlas'} reads none; leave it out")
-
-
-def _editor(given: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
-    name = given.editor or "ibke"
-    if name in ATLAS_EDITORS:
-        return load_atlas_editor(name)
-    if name not in WITHOUT_WEIGHTS:
-        return load_saved_editor(name)
-    if given.model is None and name != "none":
-        from ..atlas import load_rival
-
-        return load_rival(name, model)
-    statistics = statistics_of(model, tokenizer, given.corpus) if given.corpus else None
-    return build_editor(name, model, statistics=statistics)
+def _require_corpus_used(options: argparse.Namespace) -> None:
+    name = options.editor or "ibke"
+    if options.corpus and (options.model is None or name not in KINDS or not KINDS[name].needs_statistics):
+        raise ValueError(f"--corpus: {name} on {options.model or 'atlas'} reads none; leave it out")
 
 
 # --- the table in the terminal ------------------------------------------------------------------------------------

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 HUB_DATASETS = {"uniedit": "qizhou/UniEdit"}
 WITHOUT_HUB = ("zsre", "counterfact", "mquake")  # PROTOCOL names files for these, and no dataset of the Hub
+LONGEST_NUMBER, LONGEST_SHOWN = 20, 80  # letters
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,36 +23,33 @@ def add_command(
     return command
 
 
-def model_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that :func:`load_model` reads."""
-    command.add_argument("--model", help="folder or Hub id of the model (default: the embedded Atlas backbone)")
+def model_options(command: argparse.ArgumentParser, flag: str = "--model", default: str | None = None) -> None:
+    """Add the options that :func:`load_options` reads, the model's name under `flag`."""
+    command.add_argument(
+        flag,
+        dest="model",
+        default=default,
+        metavar="PATH|ID",
+        help="folder, Hub id or GGUF file of the model, or smollm2 (default: the one that --editor was trained for, else "
+        "the embedded Atlas backbone)",
+    )
     command.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
+    command.add_argument(
+        "--device-map", metavar="MAP", help="spread the model over devices, such as auto (needs accelerate)"
+    )
     command.add_argument(
         "--dtype", default="auto", choices=PRECISIONS, help="precision to load the model in (default: as saved)"
     )
+    command.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with the model, if you trust it"
+    )
 
 
-def load_model(given: argparse.Namespace) -> tuple[Any, Any]:
-    """Load the model and tokenizer that the options name, by default Atlas's.
-
-    Raises:
-        ValueError: If the device cannot compute or the model cannot be loaded.
-        FileNotFoundError: If the folder does not exist.
-    """
-    if given.device:
-        _require_device(given.device)
-    if given.model is None:
-        from ..atlas import ASSETS, load_backbone
-
-        with _loading(str(ASSETS / "backbone")):
-            model, tokenizer = load_backbone()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        with _loading(given.model):
-            model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).eval()
-            tokenizer = AutoTokenizer.from_pretrained(given.model)
-    return (model.to(given.device) if given.device else model), tokenizer
+def load_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as keyword arguments of :func:`~ibke_hf.loading.load_model`."""
+    names = ("device", "device_map", "dtype", "revision", "trust_remote_code")
+    return {name: getattr(options, name) for name in names}
 
 
 def upload_options(command: argparse.ArgumentParser) -> None:
@@ -75,33 +71,6 @@ def upload_settings(given: argparse.Namespace) -> dict[str, Any]:
         "token": given.token,
     }
     return settings | ({} if given.message is None else {"commit_message": given.message})
-
-
-def load_atlas_editor(name: str) -> Any:
-    """Load a trained editor of Atlas, ``ibke`` or ``mend``."""
-    from ..atlas import ASSETS, load_editor
-
-    with _loading(str(ASSETS / name)):
-        return load_editor(name)
-
-
-def load_saved_editor(name: str) -> Any:
-    """Load a saved editor, of whatever type its config names, from a folder or the Hub.
-
-    Raises:
-        ValueError: If it cannot be loaded or is none.
-        FileNotFoundError: If the folder does not exist.
-    """
-    from transformers import AutoModel
-
-    from ..editors.catalogue import register_trained
-
-    register_trained()
-    with _loading(name):
-        editor = AutoModel.from_pretrained(name, dtype="float32").eval()
-    if not hasattr(editor, "edit"):
-        raise ValueError(f"{name}: holds a {type(editor).__name__}, not an editor; `ibke train` makes one")
-    return editor
 
 
 def read_dataset(name: str, **filters: Any) -> Iterator[Any]:
@@ -126,57 +95,46 @@ def read_dataset(name: str, **filters: Any) -> Iterator[Any]:
     return read_records(name, **filters)
 
 
-def statistics_of(model: Any, tokenizer: Any, corpus: str, layers: Sequence[Sequence[int] | None] = (None,)) -> Any:
-    """Measure a model's keys on a corpus, or read them from the cache; see :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics`.
+def whole_number(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return a reader of whole numbers from `least` to `most`."""
 
-    Args:
-        model: The backbone.
-        tokenizer: Its tokenizer.
-        corpus: See :func:`~ibke_hf.data.texts.read_texts`.
-        layers: Those of each editor that needs them; None for its own choice.
-    """
-    from huggingface_hub.constants import HF_HOME
+    def read(text: str) -> int:
+        digits = text.strip()
+        if not (digits.isascii() and digits.removeprefix("-").isdecimal() and len(digits) <= LONGEST_NUMBER):
+            number = None
+        else:
+            number = int(digits)
+        if number is None or number < least:
+            raise argparse.ArgumentTypeError(f"a whole number of at least {least} is wanted, found {shown(text)}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"a whole number of at most {most} is wanted, found {shown(text)}")
+        return number
 
-    from ..data.texts import read_texts
-    from ..editors.locate.key_statistics import KeyStatistics, default_layers
-
-    needed = sorted({i for own in layers for i in (default_layers(model) if own is None else own)})
-    return KeyStatistics.of(
-        model, tokenizer, read_texts(corpus), needed, cache=Path(HF_HOME) / "ibke_hf", progress=sys.stderr.isatty()
-    )
+    return read
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Name what was being loaded, whatever transformers, safetensors and their kin raise about a broken folder."""
-    from transformers.utils import logging
+def place(text: str) -> str:
+    """Read the name of a file or folder to write to."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"the name of a file or folder is wanted, found {shown(text)}")
+    return text
 
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).exists():
-        raise FileNotFoundError(f"{name}: no such folder")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+
+def shown(text: str) -> str:
+    """Quote what a user gave, shortened."""
+    return repr(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}...")
+
+
+positive, count, port = whole_number(1), whole_number(0), whole_number(1, 65535)
+seed = whole_number(0, 2**32 - 1)  # what every generator of random numbers takes
+
+
+def positive_float(text: str) -> float:
+    """Read a finite number above 0."""
     try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"{name}: cannot be loaded ({textwrap.shorten(str(error), 300, placeholder=' ...')})"
-        ) from error
-
-
-def _require_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(
-            f"--device {device}: this machine cannot compute there ({reason}); leave it out or use cpu"
-        ) from error
-
-
-def positive(text: str) -> int:
-    """Read a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, found {text!r}")
-    return int(text)
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"a number above 0 is wanted, found {shown(text)}")
+    return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import add_command, upload_options, upload_settings
+from .options import add_command, place, upload_options, upload_settings
 
 
 def add(commands: Any) -> None:
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "folder", metavar="FOLDER", help="the Space, such as spaces/edit_quality of a clone of this project"
     )
-    command.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    command.add_argument("--out", type=place, required=True, metavar="DIR", help="new or empty folder")
 
 
 def _run_push(given: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..editors.catalogue import KINDS, kind_of
-from .options import PRECISIONS, add_command, load_model, load_saved_editor, positive, read_dataset, statistics_of
+from ..io import locked
+from .options import add_command, load_options, model_options, place, positive, read_dataset
 
 ATLAS = "atlas"
 WITH_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.trained)
@@ -23,13 +24,7 @@ def add(commands: Any) -> None:
         commands, "table", "compare editors as the paper's table does; a killed run goes on where it stopped", _run
     )
     what = command.add_argument_group("what is compared")
-    what.add_argument(
-        "--backbone",
-        dest="model",
-        default=ATLAS,
-        metavar="PATH|ID",
-        help="folder or Hub id of the model (default: atlas)",
-    )
+    model_options(what, "--backbone", default=ATLAS)  # type: ignore[arg-type]  # a group has the parser's method
     what.add_argument(
         "--datasets",
         nargs="+",
@@ -79,14 +74,10 @@ def add(commands: Any) -> None:
         "--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training"
     )
     made.add_argument(
-        "--trained", metavar="DIR", help="folder of the trained editors (default: editors in the output folder)"
-    )
-    made.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
-    made.add_argument(
-        "--dtype",
-        default="auto",
-        choices=PRECISIONS,
-        help="precision to load the model in (default: the paper's for its backbones, else as saved)",
+        "--trained",
+        type=place,
+        metavar="DIR",
+        help="folder of the trained editors (default: editors in the output folder)",
     )
     made.add_argument(
         "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default: 64)"
@@ -96,15 +87,25 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--merge", nargs="+", metavar="DIR", help="join the cells of these folders and run nothing")
     command.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of table.json, .md, .csv, .html, the plot and the cells"
+        "--out",
+        type=place,
+        required=True,
+        metavar="DIR",
+        help="folder of table.json, .md, .csv, .html, the plot and the cells",
     )
 
 
 def _run(given: argparse.Namespace) -> None:
-    from ..benchmark import merge_cells, open_folder, run_cells
     from ..evaluation.report.trade_off import require_plots
 
     require_plots()  # not after hours of work
+    with locked(given.out):
+        _make(given)
+
+
+def _make(given: argparse.Namespace) -> None:
+    from ..benchmark import merge_cells, open_folder, run_cells
+
     if given.merge:
         merge_cells(given.merge, given.out)
         _show(given.out)
@@ -159,7 +160,11 @@ def _bench_and_plan(given: argparse.Namespace) -> tuple[Any, Any]:
 def _atlas_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..atlas.bench import STEPS, AtlasBench
 
-    named = [f"--{name}" for name in ("records", "validation", "corpus", "config", "device") if getattr(given, name)]
+    named = [
+        f"--{name}"
+        for name in ("records", "validation", "corpus", "config", "device", "device_map", "revision")
+        if getattr(given, name)
+    ]
     named += ["--dtype"] * (given.dtype != "auto")
     named += [f"--editors {name}={path}" for name, path in editors.items() if path]
     if named:
@@ -169,6 +174,7 @@ def _atlas_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
 
 def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..benchmark import ModelBench
+    from ..loading import key_statistics, load_editor, load_model
     from ..training.recipe import PAPER_DTYPES, read_settings, train_editor, training_settings
 
     config = read_settings(given.config, SETTINGS) if given.config else {}
@@ -202,7 +208,7 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
         )
 
     def statistics(model: Any, tokenizer: Any) -> Any:
-        return statistics_of(
+        return key_statistics(
             model, tokenizer, str(corpus), [fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")]
         )
 
@@ -216,10 +222,10 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
         "corpus": corpus,
     }
     return ModelBench(
-        lambda: load_model(given),
+        lambda: load_model(given.model, **load_options(given)),
         _read,
         saved={name: path for name, path in editors.items() if path},
-        load_saved=load_saved_editor,
+        load_saved=load_editor,
         training=training if given.records else None,
         train=train,
         statistics=statistics if corpus else None,

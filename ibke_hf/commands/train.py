@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ..editors.catalogue import TRAINED
-from .options import PRECISIONS, add_command, positive
+from .options import PRECISIONS, add_command, count, place, positive, positive_float, seed
 
 TOP_LEVEL = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
 TRAINING = {  # flags that set fields of the training arguments
@@ -39,15 +39,19 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--augment-records", type=positive, metavar="N", help="records of each of them (default: 512)"
     )
-    command.add_argument("--out", metavar="DIR", help="folder of the trained editor")
-    command.add_argument("--layers", type=int, nargs="+", help="edited layers (default: the preset's, else by depth)")
+    command.add_argument("--out", type=place, metavar="DIR", help="folder of the trained editor")
+    command.add_argument(
+        "--layers", type=count, nargs="+", help="edited layers (default: the preset's, else by depth)"
+    )
     command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
     command.add_argument("--max-steps", type=positive, help="training steps (default: the paper's 1,000,000)")
-    command.add_argument("--epochs", type=float, metavar="N", help="passes over the records, in place of steps")
-    command.add_argument("--learning-rate", type=float, help="learning rate of the hypernetworks")
+    command.add_argument(
+        "--epochs", type=positive_float, metavar="N", help="passes over the records, in place of steps"
+    )
+    command.add_argument("--learning-rate", type=positive_float, help="learning rate of the hypernetworks")
     command.add_argument("--batch-size", type=positive, help="records per step and device")
     command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
-    command.add_argument("--seed", type=int, help="seed of initialisation, order and noise")
+    command.add_argument("--seed", type=seed, help="seed of initialisation, order and noise")
     command.add_argument(
         "--save-steps", type=positive, metavar="N", help="steps between checkpoints and evaluations (default: 3000)"
     )

@@ -13,6 +13,8 @@ from .build import Json, RecordBuilder
 from .facts import Triple, World, load_world
 from .files import record_files
 
+RECORDS_A_TRIPLE = 1000  # more would only repeat themselves, and take hours to do so
+
 
 def build_folder(
     facts: str | Path,
@@ -23,10 +25,21 @@ def build_folder(
     generality: int = 3,
     locality: int = 2,
     seed: int = 0,
+    replace: bool = False,
 ) -> dict[str, int]:
     """Turn tables of facts into training and validation records with disjoint subjects; return the number of each.
 
     Half of the edits are counterfactual, half state the true triple (which a model may or may not know already).
+
+    Args:
+        facts: Folder of the tables, see :mod:`ibke_hf.data.facts`.
+        out: Gets the folders ``train`` and ``validation``.
+        records: Number of training records.
+        validation: Share of the subjects kept for validation, and of so many records more.
+        generality: Generality cases a record.
+        locality: Locality cases a record.
+        seed: Of every draw.
+        replace: Remove the record files that lie there, once the new ones can be written.
 
     Raises:
         FactsError: Naming every bad row by file and line.
@@ -40,22 +53,30 @@ def build_folder(
     if not 0 <= validation < 1:
         raise ValueError(f"validation must be in [0, 1), found {validation}")
     world = load_world(facts)
+    if records > RECORDS_A_TRIPLE * len(world.triples):
+        raise ValueError(
+            f"{facts}: {len(world.triples):,} triples make no more than {RECORDS_A_TRIPLE:,} unlike records each, and "
+            f"{records:,} are asked for; add triples or ask for fewer"
+        )
     subjects = sorted({t.subject for t in world.triples})
     random.Random(seed).shuffle(subjects)
     held = set(subjects[: round(validation * len(subjects))])
-    counts = {}
-    for name, wanted in (("train", records), ("validation", round(records * validation))):
+    splits = {}
+    for name, number in (("train", records), ("validation", round(records * validation))):
         triples = [t for t in world.triples if (t.subject in held) == (name == "validation")]
         builder = RecordBuilder(world, world, seed=f"{seed}-{name}", generality=generality, locality=locality)
-        made = _records(builder, world, triples, wanted, random.Random(f"{seed}-{name}"))
-        if wanted and not made:
+        splits[name] = _records(builder, world, triples, number, random.Random(f"{seed}-{name}"))
+        if number and not splits[name]:
             raise ValueError(
                 f"{facts}: no {name} record can be built; add triples, wordings, or a larger validation share"
             )
-        if made:
-            write_records(made, Path(out) / name)
-        counts[name] = len(made)
-    return counts
+    for name, built in splits.items():
+        if replace and (Path(out) / name).is_dir():
+            for file in record_files(Path(out) / name):
+                file.unlink()
+        if built:
+            write_records(built, Path(out) / name)
+    return {name: len(built) for name, built in splits.items()}
 
 
 def _records(

@@ -20,7 +20,8 @@ from ..core.edits import LowRankEdit
 from ..data.files import record_files
 from ..data.rows import records_dataset
 from ..data.sources import SPLITS
-from ..editors.catalogue import TRAINED, register_trained
+from ..editors.catalogue import TRAINED
+from ..loading import load_editor
 from .cards.dataset import ROWS, dataset_card
 from .cards.edit import edit_card
 from .cards.editor import editor_card
@@ -116,11 +117,8 @@ def push_editor_folder(folder: str | Path, repo_id: str, **options: Any) -> Comm
         OSError: If there are no weights.
         UploadError: If the upload is cut; another call finishes it.
     """
-    from transformers import AutoModel
-
-    register_trained()
     path = Path(folder)
-    editor = AutoModel.from_pretrained(path, use_safetensors=True)
+    editor = load_editor(path)
     if options.get("results") is None and (path / RESULTS).exists():
         options["results"] = path / RESULTS
     if options.get("card") is None and (path / CARD).exists():

@@ -191,13 +191,17 @@ def test_an_editor_that_is_given_is_not_mixed_with_another(bench: Any, tmp_path:
     serac = editor_class("serac").for_backbone(tiny_model(), embedding_dim=4).eval()
     plan = Plan(("serac",), ("places",), seeds=1, records=1)
     with pytest.raises(BenchmarkError, match="1 of 1 cells failed: serac on places, seed 0: x: no such folder"):
-        run(bench(saved={"serac": "x"}, load_saved=lambda _: _raise(OSError("x: no such folder"))), tmp_path, plan)
+        run(
+            bench(saved={"serac": "x"}, load_saved=lambda _, **__: _raise(OSError("x: no such folder"))),
+            tmp_path,
+            plan,
+        )
     with pytest.raises(BenchmarkError, match="mend=x: holds a SERACEditor; give it under its own id"):
-        run(bench(saved={"mend": "x"}, load_saved=lambda _: serac), tmp_path, replace(plan, editors=("mend",)))
-    run(bench(saved={"serac": "one"}, load_saved=lambda _: serac), tmp_path, plan)
+        run(bench(saved={"mend": "x"}, load_saved=lambda _, **__: serac), tmp_path, replace(plan, editors=("mend",)))
+    run(bench(saved={"serac": "one"}, load_saved=lambda _, **__: serac), tmp_path, plan)
     run(bench(saved={"mend": "x"}), tmp_path, replace(plan, editors=("none",)))  # another id does not matter
     with pytest.raises(ResultsError, match=r'given was \{"serac": "one"\}, now \{"serac": "two"\}'):
-        run(bench(saved={"serac": "two"}, load_saved=lambda _: serac), tmp_path, plan)
+        run(bench(saved={"serac": "two"}, load_saved=lambda _, **__: serac), tmp_path, plan)
 
 
 def _raise(error: Exception) -> Any:

@@ -56,6 +56,34 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
+@pytest.fixture
+def edit_arguments(store: Path) -> list[str]:
+    return [
+        "edit",
+        "--prompt",
+        PROMPT,
+        "--target",
+        TARGET,
+        "--model",
+        str(store / "model"),
+        "--editor",
+        str(store / "editor"),
+    ]
+
+
+@pytest.fixture
+def misused(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command with wrong options; return what stands on stderr."""
+
+    def run(*arguments: Any) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
 def documented() -> list[str]:
     files = [ROOT / "README.md", *sorted((ROOT / "model_cards").rglob("*.md"))]
     texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]

