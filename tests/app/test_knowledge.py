@@ -18,7 +18,7 @@ from ibke_hf.app.workbench import Session, load_workbench
 from ibke_hf.atlas import load_split
 from ibke_hf.core.records import EditRequest
 from ibke_hf.evaluation.inspection import answer
-from ibke_hf.evaluation.scores import exact_match
+from ibke_hf.evaluation.wording import exact_match
 
 
 @pytest.fixture(scope="module")
