@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from ..data.build import Json, RecordBuilder
+from ..data.build import RecordBuilder
+from ..data.case_maker import Json
 from ..data.facts import Triple, World
 
 SEED = 20261123

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 from pathlib import Path
 
+from ..core.prompts import is_unspaced_text
 from ..io import write_json
-from .build import Json, RecordBuilder
+from .build import RecordBuilder
+from .case_maker import Json
 from .facts import Triple, World, load_world
 from .files import record_files
 
@@ -86,8 +88,19 @@ def _records(
     makers, number = (builder.counterfactual, builder.unknown), max(len(triples), 1)
     turns = enumerate(islice(cycle(triples), 4 * wanted))  # each triple gets the other kind of edit at its next turn
     tries = ((makers[(i // number + i % number) % 2](triple), triple) for i, triple in turns)
-    made = ((world.relations[triple.relation].domain, record) for record, triple in tries if record is not None)
+    made = (
+        (world.relations[triple.relation].domain, with_spacing(record))
+        for record, triple in tries
+        if record is not None
+    )
     return list(islice(made, wanted))
+
+
+def with_spacing(record: Json) -> Json:
+    """Return a record that says so if its targets follow their prompts without a space, as its script has them."""
+    asked = [record["edit"], *record["generality"].values(), *record["locality"].values()]
+    unspaced = any(is_unspaced_text(one["prompt"]) for one in asked)
+    return {**record, "leading_space": "auto"} if unspaced else record
 
 
 def write_records(records: Iterable[tuple[str, Json]], folder: str | Path) -> None:
