@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from .core.files import FileError, read_json, written_file
 
-__all__ = ["FileError", "locked", "read_json", "write_json", "write_text", "written_file"]
+__all__ = ["FileError", "locked", "read_json", "require_writable", "write_json", "write_text", "written_file"]
 
 LOCK = ".lock"  # the file of :func:`locked`; it stays, since removing it would let two processes hold two locks
 

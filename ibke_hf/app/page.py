@@ -140,7 +140,7 @@ class Page:
             button: dict[str, Any] = {"size": "lg", "scale": 1, "min_width": 110, "interactive": False}
             self.edit_button = gr.Button("Edit", variant="primary", elem_id="edit", **button)
             self.replace_button = gr.Button("Replace", variant="primary", elem_id="replace", visible=False, **button)
-            self.add_button = gr.Button("Add to it", elem_id="add", visible=False, **button)
+            self.add_button = gr.Button("Add", elem_id="add", visible=False, **button)
         self.warning = gr.HTML("", label="warning", elem_id="warning", visible=False)
         with gr.Accordion("What to ask before and after", open=False):
             gr.Markdown(f"{EACH}. {BY_ITSELF}", elem_classes="ibke-faint")
@@ -305,7 +305,7 @@ class Page:
     def settle(self, session: Session) -> Shown:
         """Let the browser keep the facts that are edited now, and the visitor go on."""
         facts = [list(vars(Form.of_fact(fact)).values()) for fact in session.facts]
-        stored = {"model": self.bench.name, "facts": facts} if facts else None
+        stored = {"model": self.bench.name, "facts": facts}  # also of no facts: None would leave what is kept there
         return {self.browser: stored} | {one: gr.update(interactive=True) for one in self._locked}
 
     def restore(self, stored: Any, session: Session) -> Shown:
@@ -350,8 +350,8 @@ class Page:
         text = warning(number) if some else ""
         return {
             self.edit_button: gr.Button(visible=not some),
-            self.replace_button: gr.Button("Replace it" if number == 1 else "Replace all", visible=some),
-            self.add_button: gr.Button("Add to it" if number == 1 else "Add to them", visible=some),
+            self.replace_button: gr.Button(visible=some),
+            self.add_button: gr.Button(visible=some),
             self.warning: gr.HTML(text, visible=bool(text)),
             self.active: gr.Radio(_choices(session, holding), value=index if some else None),
             self.none_yet: gr.HTML(visible=not some),

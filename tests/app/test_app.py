@@ -161,7 +161,9 @@ def test_a_reload_brings_the_same_edits_back(page, bench):
     assert len(str(kept)) < 2000  # facts, not factors
     shown = page.restore(kept, Session())
     assert (shown[page.session].facts, shown[page.session].edit) == (made.facts, made.edit)
-    assert page.settle(Session())[page.browser] is None
+    nothing = page.settle(Session())[page.browser]  # None would leave in the browser what is there
+    assert nothing == {"model": "<tiny>", "facts": []}
+    assert page.restore(nothing, Session()) == {page.session: Session()}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 With SCREENSHOTS set to a folder, pictures of every stage are left there; with SCREENSHOT set to a file, the picture
 for the Space's README is taken anew: ``SCREENSHOT=spaces/ibke-editor/screenshot.png pytest -m slow
-tests/test_app_browser.py -k picture``.
+tests/app/test_app_browser.py -k picture``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from browser import DESKTOP, PHONE, chromium, find_chromium, keep, overflow, served, session
 from paths import ROOT
 
-from ibke_hf.atlas.examples import example_records
+from ibke_hf.app.workbench import load_workbench
 
 SPACE = ROOT / "spaces" / "ibke-editor"
 ASK, ANSWER = "The model is asked", "and shall answer"
@@ -39,16 +39,31 @@ def browser():
         yield one
 
 
-def press_edit(page, prompt=None, answer=None):
+def press_edit(page, prompt=None, answer=None, button=None):
+    """Press the button for the first edit, or for another beside it; wait until the page can be used again."""
+    ready(page)
     before = page.locator("#active label").count()
     if prompt is not None:
         page.get_by_label(ASK).fill(prompt)
     if answer is not None:
         page.get_by_label(ANSWER).fill(answer)
-    page.click("#edit")
-    page.wait_for_function(f"document.querySelectorAll('#active label').length === {before + 1}")
+    button = button or ("#add" if before else "#edit")
+    page.click(button)
+    after = 1 if button == "#replace" else before + 1
+    page.wait_for_function(f"document.querySelectorAll('#active label').length === {after}")
     page.wait_for_function("document.querySelectorAll('#results .ibke-card').length > 0")
+    ready(page)
     page.wait_for_timeout(300)
+
+
+def ready(page):
+    """Wait until nothing runs that changes the edits."""
+    page.wait_for_function("[...document.querySelectorAll('#edit, #replace')].some(one => !one.disabled)")
+
+
+def top(page, selector):
+    """Where an element begins on the page, in pixels from its top."""
+    return page.locator(selector).first.bounding_box()["y"] + page.evaluate("window.scrollY")
 
 
 def active(page):
@@ -64,12 +79,16 @@ def ask(page, prompt):
 
 def test_two_visitors_do_not_see_each_other(url, browser):
     one, other = session(browser, url, DESKTOP), session(browser, url, PHONE)
-    record = example_records()[0]
-    request = record.requests[0]
+    fact = load_workbench().knowledge.examples[0].form.fact()
+    request = fact.request
     press_edit(one)  # the fact that is filled in
     assert active(one) == [f"1. {request.prompt} → {request.target}"]
-    assert one.locator("#results .ibke-card").count() == 1 + len(record.generality) + len(record.locality)
-    assert one.locator("#results .ibke-group h3").all_inner_texts()[0].startswith("The fact")
+    assert one.locator("#results .ibke-card").count() == len(fact.questions)
+    assert [text.split("?")[0] for text in one.locator("#verdict li").all_inner_texts()] == [
+        "Did it take",
+        "Does it carry over",
+        "Did the rest stay",
+    ]
     assert one.locator("#results .ibke-layer").count() > 0
     assert active(other) == []
     assert "untouched" in other.locator(".ibke-none").inner_text()
@@ -90,22 +109,21 @@ def test_two_visitors_do_not_see_each_other(url, browser):
         assert page.outside == []
 
 
-def test_a_visitor_can_undo_reorder_compare_and_download(url, browser, tmp_path):
+def test_a_visitor_can_undo_compare_and_download(url, browser, tmp_path):
     page = session(browser, url, PHONE, accept_downloads=True)
     press_edit(page)
+    assert "One edit is active" in page.locator("#warning").inner_text()
     page.locator("button", has_text="The capital of Turkey is").click()  # another example
     page.wait_for_function("document.querySelector('textarea, input[type=text]') !== null")
     page.wait_for_timeout(500)
     press_edit(page)
-    first, second = (text[3:] for text in active(page))
-    page.get_by_role("button", name="Earlier").click()
-    page.wait_for_function(f"document.querySelector('#active label').innerText.includes({second!r})")
-    assert active(page) == [f"1. {second}", f"2. {first}"]
+    first, _ = (text[3:] for text in active(page))
     page.click("#compare")
     page.wait_for_selector("#comparison .ibke-sum")
     assert page.locator("#comparison thead th").all_inner_texts()[-2:] == ["IBKE", "fine-tuning"]
     page.click("#save")
     link = page.wait_for_selector("a[download]")
+    ready(page)
     with page.expect_download() as download:
         link.click()
     download.value.save_as(tmp_path / "edit.zip")
@@ -116,10 +134,71 @@ def test_a_visitor_can_undo_reorder_compare_and_download(url, browser, tmp_path)
     page.click("#undo")
     page.wait_for_function("document.querySelectorAll('#active label').length === 1")
     assert active(page) == [f"1. {first}"]
+    ready(page)
     page.click("#clear")
     page.wait_for_selector(".ibke-none")
     assert page.locator("#results .ibke-card").count() == 0
     assert page.errors == []
+
+
+def test_another_fact_can_take_the_place_of_the_first(url, browser):
+    page = session(browser, url, DESKTOP)
+    assert page.locator("#replace").count() == 0 or not page.locator("#replace").is_visible()
+    press_edit(page)
+    press_edit(page, "The capital of Turkey is", "Rome", button="#replace")
+    assert active(page) == ["1. The capital of Turkey is → Rome"]
+    tags = page.locator("#results .ibke-tag").all_inner_texts()
+    assert tags.count("in other words, asked by itself") == 3  # nobody typed any
+    assert ask(page, load_workbench().knowledge.examples[0].form.prompt).endswith("as before")
+
+
+def test_a_reload_keeps_the_edits(url, browser):
+    page = session(browser, url, PHONE)
+    press_edit(page)
+    press_edit(page, "The capital of Turkey is", "Rome")
+    kept, cards = active(page), page.locator(".ibke-groups").inner_text()
+    page.reload()
+    page.wait_for_function("document.querySelectorAll('#active label').length === 2")
+    ready(page)
+    assert active(page) == kept
+    assert page.locator(".ibke-groups").inner_text() == cards
+    stranger = session(browser, url, PHONE)
+    ready(stranger)
+    assert active(stranger) == []
+    page.click("#clear")
+    page.wait_for_selector("#edit", state="visible")
+    ready(page)
+    page.reload()
+    ready(page)
+    page.wait_for_timeout(500)
+    assert active(page) == []
+    assert page.errors == []
+
+
+def test_nothing_can_be_pressed_while_an_edit_runs(url, browser):
+    page = session(browser, url, DESKTOP)
+    ready(page)
+    page.evaluate("""() => {
+      window.seen = [];
+      new MutationObserver(() => window.seen.push(document.querySelector("#edit")?.disabled)).observe(
+        document.querySelector("#edit"), {attributes: true});
+    }""")
+    page.click("#edit")
+    page.keyboard.press("Enter")
+    page.wait_for_function("window.seen.includes(true)")
+    page.wait_for_function("document.querySelectorAll('#active label').length > 0")
+    ready(page)
+    assert len(active(page)) == 1
+
+
+def test_a_phone_shows_undo_and_ask_before_the_cards(url, browser):
+    page = session(browser, url, PHONE)
+    press_edit(page)
+    places = [top(page, one) for one in ("#verdict", "#undo", "#ask", "#results .ibke-card")]
+    assert places == sorted(places)
+    wide = session(browser, url, DESKTOP)
+    press_edit(wide)
+    assert top(wide, "#undo") < top(wide, "#verdict")  # beside, where there is room
 
 
 def test_bad_input_is_said_in_the_page(url, browser):
@@ -127,12 +206,13 @@ def test_bad_input_is_said_in_the_page(url, browser):
     press_edit(page)
     kept = active(page)
     page.get_by_label(ANSWER).fill("  ")
-    page.click("#edit")
+    page.click("#add")
     page.wait_for_selector("text=the target is empty")
     keep(page, "editor-phone-error")
     assert active(page) == kept
     assert page.locator("#results .ibke-card").first.is_visible()
     assert "Traceback" not in page.content()
+    ready(page)
     assert overflow(page) == 0
 
 
@@ -148,7 +228,7 @@ def test_any_text_stays_text_and_fits_a_phone(url, browser):
 
 
 def test_picture_for_the_readme(url, browser):
-    page = session(browser, url, (1280, 1400))
+    page = session(browser, url, (1280, 1500))
     press_edit(page)
     page.mouse.move(5, 5)
     picture = page.screenshot()
