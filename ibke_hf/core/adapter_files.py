@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .adapter_schema import CONFIG, INFO, WEIGHTS, AdapterError, AdapterSettings, edit_info
+from .capture import NonFiniteError
 from .edit_values import EditInfo, info_json
-from .files import FileError, read_json, written_together
-from .records import EditRequest
+from .files import read_json, written_together
+from .hub_files import NETWORK_ERRORS, MissingFileError, find_file, pinned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .edits import LowRankEdit
 
-WEIGHTS, CONFIG, INFO = "adapter_model.safetensors", "adapter_config.json", "edit.json"
+__all__ = [
+    "CONFIG",
+    "INFO",
+    "NETWORK_ERRORS",
+    "WEIGHTS",
+    "AdapterError",
+    "MissingFileError",
+    "publisher",
+    "read_edit",
+    "read_info",
+    "read_weights",
+    "save_edit",
+    "save_tensors",
+    "with_uniform_rank",
+]
+
 PREFIX = "base_model.model."
-FORMAT_VERSION = 1
-NETWORK_ERRORS: tuple[type[Exception], ...] = tuple(  # of the HTTP library that the Hub's client uses
-    kind for kind in HfHubHTTPError.__mro__ if issubclass(kind, Exception) and kind.__name__ == "HTTPError"
-)
-_INFO_FIELDS = ("editor", "backbone", "fingerprint", "transposed", "scores")
-
-
-class AdapterError(FileError):
-    """A saved edit or adapter that cannot be read as a low-rank edit; the message names the file and the key."""
-
-
-class MissingFileError(AdapterError):
-    """A file of a saved edit that is not there."""
+LARGEST_RANK = 512  # that serving engines take; a layer may have more
+LARGEST_NORM = 1e30  # of an update; far below fp32's end, so that products of its entries are finite
 
 
 def save_edit(
@@ -63,9 +65,12 @@ def save_edit(
         transposed: PEFT's `fan_in_fan_out`, true for Conv1D backbones; remembered from the backbone by default.
 
     Raises:
-        ValueError: If this holds several independent edits, a rank is below 1, or both ranks are given.
+        ValueError: If this holds several independent edits, a rank is below 1 or far too high, or both are given.
+        AdapterError: If PEFT would not apply the adapter, as to the experts of a mixture.
+        NonFiniteError: If a factor is NaN or infinite; nothing is written then.
     """
     edit = with_uniform_rank(edit, max_rank, rank)
+    _require_finite(edit.tensors())
     rank = max(edit.ranks.values())
     weights = {}
     for name in edit.inputs:
@@ -93,7 +98,12 @@ def save_edit(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: str | Path, file: str, info: EditInfo, **more: Any) -> None:
-    """Save an edit that is no adapter as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""
+    """Save an edit that is no adapter as one safetensors file and ``edit.json``, each written whole or not at all.
+
+    Raises:
+        NonFiniteError: If a value is NaN or infinite; nothing is written then.
+    """
+    _require_finite(tensors)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written_together(folder) as scratch:
         save_file(weights, scratch / file, metadata={"format": "pt"})
@@ -106,6 +116,11 @@ def with_uniform_rank(edit: LowRankEdit, max_rank: int | None = None, rank: int 
     if max_rank is not None and rank is not None:
         raise ValueError(
             f"max_rank={max_rank} and rank={rank} say different things; give max_rank, or rank for one with padding"
+        )
+    most = max(LARGEST_RANK, *(min(h.shape[2], edit.outputs[name].shape[2]) for name, h in edit.inputs.items()))
+    if rank is not None and rank > most:
+        raise ValueError(
+            f"rank {rank} is beyond what any of these layers or a serving engine takes; {most} is the most"
         )
     limit = max_rank if rank is None else rank
     if limit is not None and limit < max(edit.ranks.values()):
@@ -130,39 +145,46 @@ def read_edit(
         AdapterError: If a file is missing, damaged or cannot be downloaded, or holds keys that are no LoRA factors, of
             layers that the config does not name, or not of all that it names.
     """
-    hub_arguments |= _pinned(name_or_path, hub_arguments)
+    hub_arguments |= pinned(name_or_path, CONFIG, hub_arguments)
     config = _read_json(name_or_path, CONFIG, hub_arguments)
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise AdapterError(
-            f"{name_or_path}: only plain LoRA adapters can be read as edits, found {config.get('peft_type')!r}"
-        )
-    inputs, outputs = _factors(str(name_or_path), read_weights(name_or_path, WEIGHTS, hub_arguments), config)
-    _require_targets(str(name_or_path), list(inputs), config.get("target_modules"))
+    settings = AdapterSettings.of(config, f"{name_or_path}/{CONFIG}")
+    where = f"{name_or_path}/{WEIGHTS}"
+    inputs, outputs = _factors(where, read_weights(name_or_path, WEIGHTS, hub_arguments), settings)
+    settings.require_targets(list(inputs), where)
     try:
         info, content = read_info(name_or_path, hub_arguments)
     except MissingFileError:
-        info, content = EditInfo(backbone=config.get("base_model_name_or_path") or ""), {}
+        info, content = EditInfo(backbone=settings.backbone), {}
     return inputs, outputs, info, content.get("relative_error", {})
 
 
 def read_weights(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read a safetensors file of a saved edit.
 
+    The tensors are copied to where the allocator would put them: those of a memory-mapped file may lie at odd
+    addresses, where other kernels run, and the edit's answers would differ in their last bits from the saved edit's.
+
     Raises:
-        AdapterError: If the file is missing, damaged, empty, or holds a value that is not finite.
+        AdapterError: If the file is missing, damaged, empty, or holds a value that is not finite or of an odd type.
     """
+    where = f"{name_or_path}/{name}"
     try:
-        weights = load_file(_file(name_or_path, name, hub_arguments))
-    except SafetensorError as error:
-        raise AdapterError(
-            f"{name_or_path}/{name}: not a complete safetensors file ({error}); save or download it again"
-        ) from error
-    bad = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if bad or not weights:
-        raise AdapterError(
-            f"{name_or_path}/{name}: {f'{bad[0]} is not finite' if bad else 'the file holds no tensor'}"
-        )
-    return weights
+        weights = load_file(find_file(name_or_path, name, hub_arguments))
+    except AdapterError:
+        raise
+    except (SafetensorError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise AdapterError(f"{where}: not a complete safetensors file ({error}); save or download it again") from error
+    if not weights:
+        raise AdapterError(f"{where}: the file holds no tensor; save or download it again")
+    for key, tensor in weights.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2):
+            raise AdapterError(f"{where}: {key} is {dtype}, which cannot be read as an edit; save it in float32")
+        if not tensor.ndim:
+            raise AdapterError(f"{where}: {key} is a single number, not a tensor of an edit; save the edit again")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{where}: {key} is not finite; make the edit again")
+    return {key: tensor.clone() for key, tensor in weights.items()}
 
 
 def read_info(name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> tuple[EditInfo, dict[str, Any]]:
@@ -172,18 +194,7 @@ def read_info(name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> tup
         MissingFileError: If there is none.
         AdapterError: If it is damaged, lacks a field, or is of a newer format.
     """
-    content = _read_json(name_or_path, INFO, hub_arguments)
-    try:
-        version = content["format_version"]
-        requests = tuple(EditRequest(**request) for request in content["requests"])
-        info = EditInfo(requests=requests, **{key: content[key] for key in _INFO_FIELDS})
-    except (KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{name_or_path}/{INFO}: not the description of an edit ({error!r}); save the edit again"
-        ) from error
-    if version > FORMAT_VERSION:
-        raise AdapterError(f"{name_or_path}/{INFO}: format {version} is newer than {FORMAT_VERSION}; update ibke_hf")
-    return info, content
+    return edit_info(_read_json(name_or_path, INFO, hub_arguments), f"{name_or_path}/{INFO}")
 
 
 def publisher() -> Any:
@@ -203,90 +214,43 @@ def publisher() -> Any:
         raise
 
 
-def _file(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> Path:
-    try:
-        found = cached_file(str(name_or_path), name, **hub_arguments)
-    except OSError as error:
-        if isinstance(error.__cause__, (HfHubHTTPError, LocalEntryNotFoundError)) and not _known_missing(
-            name_or_path, name, hub_arguments
-        ):
-            raise AdapterError(f"{name_or_path}: {name} cannot be downloaded ({error})") from error
-        raise MissingFileError(
-            f"{name_or_path}: no {name}; a saved edit has its weights and a description beside ({error})"
-        ) from error
-    except NETWORK_ERRORS as error:
-        raise AdapterError(f"{name_or_path}: {name} cannot be downloaded ({error}); try again") from error
-    return Path(str(found))
-
-
-def _pinned(name_or_path: str | Path, hub_arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Return the commit that a revision is now, so that a push between two files does not mix old weights with a new config."""
-    commit = extract_commit_hash(str(_file(name_or_path, CONFIG, hub_arguments)), None)
-    return {} if commit is None or Path(name_or_path).is_dir() else {"revision": commit}
-
-
-def _known_missing(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> bool:
-    """Tell whether the cache knows that the repository has no such file, as of an adapter of PEFT's that is read offline."""
-    where = {key: hub_arguments[key] for key in ("cache_dir", "revision") if key in hub_arguments}
-    return try_to_load_from_cache(str(name_or_path), name, **where) is _CACHED_NO_EXIST
-
-
 def _read_json(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, Any]:
-    file = _file(name_or_path, name, hub_arguments)
+    file = find_file(name_or_path, name, hub_arguments)
     return read_json(file, name=f"{name_or_path}/{name}", cure="save or download it again", error=AdapterError)
 
 
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise NonFiniteError(f"{bad[0]} of the edit is NaN or infinite; nothing is saved: make the edit again")
+
+
 def _factors(
-    where: str, weights: dict[str, Tensor], config: dict[str, Any]
+    where: str, weights: dict[str, Tensor], settings: AdapterSettings
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return ĥ (1, r, d_in) and û (1, r, d_out) by layer, the adapter's scale folded into û."""
     sides: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
     for key, tensor in weights.items():
         name, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if side not in sides:
-            raise AdapterError(f"{where}/{WEIGHTS}: key {key!r} is not a LoRA factor of a linear layer")
+            raise AdapterError(f"{where}: key {key!r} is not a LoRA factor of a linear layer")
+        if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
+            raise AdapterError(
+                f"{where}: {key} must be a matrix of floating-point numbers, found {tuple(tensor.shape)} of "
+                f"{str(tensor.dtype).removeprefix('torch.')}; save or download it again"
+            )
         sides[side][name] = tensor
     unpaired = set(sides["lora_A"]) ^ set(sides["lora_B"])
     if unpaired:
-        raise AdapterError(f"{where}/{WEIGHTS}: layers without both factors: {sorted(unpaired)}")
+        raise AdapterError(f"{where}: layers without both factors: {sorted(unpaired)}")
     inputs, outputs = {}, {}
     for name, a in sides["lora_A"].items():
-        alpha = _alpha(config, name)
-        rank = a.shape[0]
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        b = sides["lora_B"][name].T
+        scale, b = settings.scale(name, a.shape[0]), sides["lora_B"][name].T
+        if math.prod((a.double().norm().item(), b.double().norm().item(), abs(scale))) > LARGEST_NORM:
+            raise AdapterError(
+                f"{where}: the factors of {name} times lora_alpha / r = {scale:g} are no finite update; make the edit "
+                f"again"
+            )
         inputs[name] = a.unsqueeze(0).contiguous()
         outputs[name] = (b if scale == 1 else b * scale).unsqueeze(0).contiguous()
     return inputs, outputs
-
-
-def _require_targets(where: str, layers: Sequence[str], targets: Any) -> None:
-    """Hold the layers of the weights against the config's: PEFT only warns about the difference.
-
-    A target names a layer in full or by the end of its name; of the latter a model may have none.
-    """
-    if not isinstance(targets, list):  # a pattern, or none stated
-        foreign, missing = (
-            [name for name in layers if isinstance(targets, str) and not re.fullmatch(targets, name)],
-            [],
-        )
-    else:
-        foreign = [
-            name for name in layers if not any(name == target or name.endswith(f".{target}") for target in targets)
-        ]
-        in_full = [target for target in targets if any(part.isdigit() for part in target.split("."))]
-        missing = [
-            target for target in in_full if not any(name == target or name.endswith(f".{target}") for name in layers)
-        ]
-    if foreign or missing:
-        what = f"factors of {foreign[0]!r}, not named" if foreign else f"no factors of {missing[0]!r}, which is named"
-        raise AdapterError(
-            f"{where}/{WEIGHTS}: holds {what} in {CONFIG}; the two are not of one adapter, save or download it again"
-        )
-
-
-def _alpha(config: Mapping[str, Any], name: str) -> float:
-    """Return a layer's alpha; PEFT matches the keys of `alpha_pattern` as patterns against the end of its name."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(alpha)
-    return float(config.get("lora_alpha", 8))  # PEFT's default

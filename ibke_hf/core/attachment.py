@@ -2,9 +2,10 @@
 
 A hook fires for every caller of a shared model, so each hook asks a ContextVar whether *its* block is the one that is
 running: two threads (or asyncio tasks) with two edits on one model never see each other's. A thread that the block
-starts is outside of it; start it with ``contextvars.copy_context().run``. The recomputation of a gradient checkpoint
-may run on autograd's own thread, which has no such context; there the one attached block is used, and several at once
-are refused rather than guessed.
+starts is outside of it: start it with ``contextvars.copy_context().run``, or open the block with ``all_threads=True``,
+as streaming needs it; a model that is run unedited beside an open block is logged. The recomputation of a gradient
+checkpoint may run on autograd's own thread, which has no such context; there the one attached block is used, and
+several at once are refused rather than guessed.
 
 Code that torch.compile made before the block knows nothing of the hooks (and code made inside of it would keep them),
 so compiled models run eagerly as long as any block is open; merge an edit to run it compiled.
@@ -17,30 +18,74 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import Lock, _DummyThread, current_thread
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from .library_internals import on_autograd_thread
+
+logger = logging.get_logger(__name__)
 SidePath = Callable[[Tensor], Tensor]
 LayerHook = Callable[[Tensor, Tensor], Tensor]
 CallHook = Callable[[Mapping[str, Any], Any], Any]
-_running: ContextVar[tuple[object, ...]] = ContextVar("ibke_hf_attached", default=())
+OUTSIDE = (
+    "a model was run in a thread outside of the block that attached an edit to it, and answered unedited. Streaming "
+    "(TextIteratorStreamer with Thread(target=model.generate)) needs edit.attached(model, all_threads=True), or "
+    "Thread(target=contextvars.copy_context().run, args=(model.generate,)); if that thread means the unedited model, "
+    "run it inside of ibke_hf.core.attachment.detached(). Said once for each block"
+)
+
+
+@dataclass(eq=False)
+class Block:
+    """One `with` block whose hooks lie on modules.
+
+    Attributes:
+        is_edit: Whether its hooks change what a model answers for a user; recorders do not.
+        all_threads: Whether it holds for every thread that has no edit of its own.
+        has_warned: Whether a run outside of it was logged.
+    """
+
+    is_edit: bool = False
+    all_threads: bool = False
+    has_warned: bool = False
+
+
+_running: ContextVar[tuple[Block, ...]] = ContextVar("ibke_hf_attached", default=())
 _columns: ContextVar[MovedColumns | None] = ContextVar("ibke_hf_columns", default=None)
-_attached: dict[int, list[object]] = {}
+_attached: dict[int, list[Block]] = {}
 _registry = Lock()  # torch hands out hook ids without one
 _eager: list[Any] = []  # the compiler's stance, set by the first open block and put back by the last one
 
 
-def hooked(modules: Mapping[str, nn.Module], hooks: Mapping[str, LayerHook]) -> AbstractContextManager[None]:
+def hooked(
+    modules: Mapping[str, nn.Module],
+    hooks: Mapping[str, LayerHook],
+    *,
+    is_edit: bool = False,
+    all_threads: bool = False,
+) -> AbstractContextManager[None]:
     """Replace the output y of ``modules[name]`` by ``hooks[name](x, y)``, x its input, while the block runs.
 
     Of a layer that returns a tuple, y is the first entry. Blocks nest: the inner hook gets what the outer one
     returned. Hooks are removed when the block ends, also by an exception; no weight is touched, and other threads that
     run the same model are left alone.
+
+    Args:
+        modules: Modules by name.
+        hooks: What replaces their outputs.
+        is_edit: Whether they are an edit, about which a thread is to be warned that runs the model without it.
+        all_threads: Have the block hold for every thread that has no edit of its own, not for this one alone.
+
+    Raises:
+        RuntimeError: If another thread holds a block for all threads on one of the modules.
     """
-    return _open(modules, {name: _on_first(hook) for name, hook in hooks.items()}, with_kwargs=True)
+    return _open(
+        modules, {name: _on_first(hook) for name, hook in hooks.items()}, Block(is_edit, all_threads), with_kwargs=True
+    )
 
 
 def _on_first(hook: LayerHook) -> Callable[..., Any]:
@@ -49,6 +94,7 @@ def _on_first(hook: LayerHook) -> Callable[..., Any]:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         y, *rest = output if isinstance(output, tuple) else (output,)
+        x = x.to(y.device)  # accelerate moves it only inside of the layer's call
         columns = _columns.get()
         if columns is None:
             changed = hook(x, y)
@@ -98,18 +144,18 @@ def _gathered(x: Tensor, columns: Tensor) -> Tensor:
 
 @contextmanager
 def detached() -> Iterator[None]:
-    """Run a model as if no block were open around this one."""
-    token = _running.set(())
+    """Run a model as if no block were open around this one, and without a warning that it answers unedited."""
+    token = _running.set((Block(is_edit=True),))
     try:
         yield
     finally:
         _running.reset(token)
 
 
-def call_hooked(model: nn.Module, hook: CallHook) -> AbstractContextManager[None]:
-    """Replace what a whole model returns by ``hook(arguments, output)`` while the block runs, arguments by name.
+def call_hooked(model: nn.Module, hook: CallHook, *, all_threads: bool = False) -> AbstractContextManager[None]:
+    """Replace what a whole model returns by ``hook(arguments, output)``, arguments by name, while the block runs.
 
-    See :func:`hooked`.
+    It is an edit; see :func:`hooked`.
     """
     called = getattr(model, "_orig_mod", model)  # what torch.compile wraps, and calls while a block is open
     signature = inspect.signature(called.forward)
@@ -118,16 +164,20 @@ def call_hooked(model: nn.Module, hook: CallHook) -> AbstractContextManager[None
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         return hook({**arguments, **arguments.get("kwargs", {})}, output)
 
-    return _open({"": called}, {"": run}, with_kwargs=True)
+    return _open({"": called}, {"": run}, Block(True, all_threads), with_kwargs=True)
 
 
 @contextmanager
 def _open(
-    modules: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]], *, with_kwargs: bool = False
+    modules: Mapping[str, nn.Module],
+    hooks: Mapping[str, Callable[..., Any]],
+    block: Block,
+    *,
+    with_kwargs: bool = False,
 ) -> Iterator[None]:
-    block = object()
     handles = []
     with _registry:
+        _require_only_one_for_all_threads(modules, block)
         if not _attached:
             _eager.append(torch.compiler.set_stance("force_eager"))
         for name, hook in hooks.items():
@@ -146,11 +196,24 @@ def _open(
                 _eager.pop().__exit__(None, None, None)
 
 
+def _require_only_one_for_all_threads(modules: Mapping[str, nn.Module], block: Block) -> None:
+    if not block.all_threads:
+        return
+    for module in modules.values():
+        for other in _attached.get(id(module), ()):
+            if other.all_threads and other not in _running.get():
+                raise RuntimeError(
+                    "another thread has attached an edit to this model for all threads; wait until its block ends, or "
+                    "attach without all_threads and start threads with contextvars.copy_context().run"
+                )
+
+
 def attached_side_paths(
-    modules: Mapping[str, nn.Module], side_paths: Mapping[str, SidePath]
+    modules: Mapping[str, nn.Module], side_paths: Mapping[str, SidePath], *, all_threads: bool = False
 ) -> AbstractContextManager[None]:
     """Add ``side_paths[name](x)`` to the output of ``modules[name]`` while the block runs; nested blocks add up."""
-    return hooked(modules, {name: _adding(path) for name, path in side_paths.items()})
+    hooks = {name: _adding(path) for name, path in side_paths.items()}
+    return hooked(modules, hooks, is_edit=True, all_threads=all_threads)
 
 
 def _adding(side_path: SidePath) -> LayerHook:
@@ -160,7 +223,7 @@ def _adding(side_path: SidePath) -> LayerHook:
     return add
 
 
-def _hook(block: object, hook: Callable[..., Any]) -> Callable[..., Any]:
+def _hook(block: Block, hook: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         module: nn.Module, *call: Any
     ) -> Any:  # a thread in the midst of its registration may call it without the keywords
@@ -169,21 +232,27 @@ def _hook(block: object, hook: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _detach(module: int, block: object) -> None:
+def _detach(module: int, block: Block) -> None:
     _attached[module].remove(block)
     if not _attached[module]:
         del _attached[module]
 
 
-def _on_autograd_thread() -> bool:
-    """Tell whether this is a thread of autograd's own, which Python did not start and knows by a stand-in only."""
-    return torch._C._current_graph_task_id() != -1 and isinstance(current_thread(), _DummyThread)
-
-
-def _applies(block: object, module: nn.Module) -> bool:
+def _applies(block: Block, module: nn.Module) -> bool:
     running = _running.get()
-    if running or not _on_autograd_thread():
-        return block in running
+    if block in running:
+        return True
+    if not running and on_autograd_thread():
+        return _is_alone(module)
+    if any(other.is_edit for other in running):  # a thread with an edit of its own keeps to that
+        return False
+    if block.is_edit and not block.all_threads and not running and not block.has_warned:
+        block.has_warned = True
+        logger.warning(OUTSIDE)
+    return block.all_threads
+
+
+def _is_alone(module: nn.Module) -> bool:
     if len(_attached.get(id(module), ())) > 1:
         raise RuntimeError(
             "gradient checkpointing recomputes a layer while several edits are attached to it from different threads; "
@@ -192,19 +261,20 @@ def _applies(block: object, module: nn.Module) -> bool:
     return True
 
 
-def require_row_per_edit(number: int, x: Tensor) -> None:
+def require_row_per_edit(number: int, x: Tensor, *, shared: bool | None = None) -> None:
     """Check that a batch has a row for each of several independent edits; one edit serves any batch.
 
     Args:
         number: n, how many edits are attached.
         x: Input of a hook: (n, l, d).
+        shared: Whether one edit serves every row; by default wherever there is one.
 
     Raises:
         ValueError: If the batch has another number of rows.
     """
-    if number > 1 and (x.ndim != 3 or len(x) != number):
+    shared = number == 1 if shared is None else shared
+    if not shared and (x.ndim != 3 or len(x) != number):
         raise ValueError(
             f"{number} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); "
-            f"pass one row "
-            "per edit, or rows= to say which edit each row carries (beam search repeats rows)"
+            "pass one row per edit, or rows= to say which edit each row carries (beam search repeats rows)"
         )

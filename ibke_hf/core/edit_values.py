@@ -7,16 +7,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from .fingerprints import fingerprint, same_backbone
 from .layers import is_transposed
 from .records import EditRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.get_logger(__name__)
+Described = TypeVar("Described", bound="EditValue")
 
 
 @runtime_checkable
@@ -26,7 +32,9 @@ class Edit(Protocol):
     def __len__(self) -> int:
         """Return the number of independent edits held."""
 
-    def attached(self, model: Any, rows: Tensor | None = None) -> AbstractContextManager[Any]:
+    def attached(
+        self, model: Any, rows: Tensor | None = None, *, all_threads: bool = False
+    ) -> AbstractContextManager[Any]:
         """Edit the model for the length of a `with` block."""
 
     @property
@@ -36,7 +44,18 @@ class Edit(Protocol):
 
 @dataclass(frozen=True)
 class EditInfo:
-    """Where an edit comes from: saved beside it as ``edit.json``."""
+    """Where an edit comes from: saved beside it as ``edit.json``.
+
+    Attributes:
+        requests: Everything that the model was asked to answer, earlier edits that this one contains first.
+        editor: What made it; several, joined by `` + ``, where it contains edits of others.
+        backbone: What it was made for.
+        fingerprint: A few weights of each edited layer, see :mod:`ibke_hf.core.fingerprints`.
+        transposed: Whether weights are stored (d_in, d_out), which PEFT calls fan_in_fan_out.
+        scores: Scores by name.
+        rows: For each of n independent edits the places of its requests in `requests`; empty where they need not be
+            told: a single edit has all of them, n edits of n requests one each.
+    """
 
     requests: tuple[EditRequest, ...] = ()
     editor: str = ""
@@ -44,6 +63,25 @@ class EditInfo:
     fingerprint: Mapping[str, list[float]] = field(default_factory=dict)
     transposed: bool = False
     scores: Mapping[str, float] = field(default_factory=dict)
+    rows: tuple[tuple[int, ...], ...] = ()
+
+    def requests_of(self, row: int, number: int) -> tuple[EditRequest, ...]:
+        """Return the requests of one of `number` independent edits; all of them where nothing tells them apart."""
+        if len(self.rows) == number:
+            return tuple(self.requests[place] for place in self.rows[row])
+        return self.requests[row : row + 1] if len(self.requests) == number > 1 else self.requests
+
+
+def with_rows(info: EditInfo, rows: Sequence[Sequence[EditRequest]]) -> EditInfo:
+    """Return an info of len(rows) independent edits, each of which was made for the requests of its row."""
+    requests = tuple(request for row in rows for request in row)
+    if len(rows) == 1 or not requests or all(len(row) == 1 for row in rows):
+        return replace(info, requests=requests, rows=())
+    if len(set(map(tuple, rows))) == 1:  # nothing tells the rows apart
+        return replace(info, requests=tuple(rows[0]), rows=(tuple(range(len(rows[0]))),) * len(rows))
+    ends = list(accumulate(map(len, rows)))
+    places = tuple(tuple(range(end - len(row), end)) for end, row in zip(ends, rows, strict=True))
+    return replace(info, requests=requests, rows=places)
 
 
 class EditValue(ABC):
@@ -100,11 +138,9 @@ class EditValue(ABC):
         return self._with_requests_of(chosen, self._map(lambda t: t.index_select(0, index.to(t.device))))
 
     def _with_requests_of(self, rows: Sequence[int], edit: Self) -> Self:
-        """Give `edit` the requests of the rows that it was made of, where each row has one request."""
-        requests = self.info.requests
-        if len(requests) == len(self):
-            requests = tuple(requests[row] for row in rows)
-        return replace(edit, info=replace(self.info, requests=requests))  # type: ignore[type-var]
+        """Give `edit` the requests of the rows that it was made of."""
+        chosen = [self.info.requests_of(row, len(self)) for row in rows]
+        return replace(edit, info=with_rows(self.info, chosen))  # type: ignore[type-var]
 
     @property
     def nbytes(self) -> int:
@@ -137,36 +173,80 @@ def describe(
     return EditInfo(
         requests=tuple(requests),
         editor=editor,
-        backbone=getattr(model.config, "name_or_path", "") or backbone,
+        backbone=name_of(model) or backbone,
         fingerprint=fingerprint(modules),
         transposed=any(is_transposed(module) for module in modules.values()),
     )
 
 
-def fingerprint(modules: Mapping[str, nn.Module], values: int = 16) -> dict[str, list[float]]:
-    """Sample a few weights of each layer: tells backbones apart in any precision (compare with a 2 % tolerance)."""
-    sampled = {}
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta":
-            sampled[name] = [round(float(v), 6) for v in weight.detach().flatten()[:values].float()]
-    return sampled
+def name_of(model: Any) -> str:
+    """Return what a model's config calls it, empty where it has no name."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or ""
 
 
-def same_backbone(mine: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> bool:
-    """Compare two fingerprints on the layers that both have."""
-    return all(
-        torch.allclose(torch.tensor(mine[name]), torch.tensor(other[name]), rtol=0.02, atol=1e-4)
-        for name in set(mine) & set(other)
+def joined_info(parts: Sequence[tuple[EditInfo, int]], number: int) -> EditInfo:
+    """Return where the edit comes from that does all of several; each of its rows has the requests of its own parts.
+
+    Args:
+        parts: Infos, the earliest first, each with the number of independent edits that it describes: 1 or `number`.
+        number: Independent edits of the result.
+    """
+    infos = [info for info, _ in parts]
+    rows = [
+        [request for info, length in parts for request in info.requests_of(row if length > 1 else 0, length)]
+        for row in range(number)
+    ]
+    editors = dict.fromkeys(name for info in infos for name in info.editor.split(" + ") if name)
+    joined = EditInfo(
+        editor=" + ".join(editors),
+        backbone=next((info.backbone for info in infos if info.backbone), ""),
+        fingerprint={name: values for info in reversed(infos) for name, values in info.fingerprint.items()},
+        transposed=any(info.transposed for info in infos),
     )
+    return with_rows(joined, rows)
+
+
+def described(edit: Described, info: EditInfo, previous: Any = None) -> Described:
+    """Return an edit with where it comes from, which is also where `previous` does that it contains.
+
+    Args:
+        edit: What an editor made.
+        info: Of the requests at hand, one for each row where there are several rows.
+        previous: What the model carried already.
+    """
+    number = len(edit)
+    parts = [(info, number if len(info.requests) == number else 1)]
+    if previous is not None:
+        warn_of_other_backbone(previous.info, info.fingerprint, info.backbone, "the previous edit")
+        parts.insert(0, (previous.info, len(previous)))
+    return replace(edit, info=joined_info(parts, number))  # type: ignore[type-var]
+
+
+def warn_of_other_backbone(
+    info: EditInfo, found: Mapping[str, Sequence[float]], model_name: str, what: str = "the edit"
+) -> None:
+    """Say so where the layers of a model have other weights than those that an edit was made on.
+
+    Args:
+        info: Of the edit.
+        found: Fingerprint of the model's layers.
+        model_name: What the model is called.
+        what: What the edit is called.
+    """
+    if not same_backbone(info.fingerprint, found):
+        logger.warning_once(
+            f"{what} ({info.editor or 'of an unknown editor'}) was made on {info.backbone or 'another backbone'}, and "
+            f"the weights of {model_name or 'this model'} differ from those: it may say anything there. Make the edit "
+            f"on the model that is to carry it"
+        )
 
 
 def info_json(info: EditInfo, **more: Any) -> str:
     """Serialise what ``edit.json`` holds."""
-    requests = [request.to_json() for request in info.requests]
-    return json.dumps(
-        {"format_version": 1, **asdict(info), "requests": requests, **more}, indent=2, ensure_ascii=False
-    )
+    fields = {**asdict(info), "requests": [request.to_json() for request in info.requests]}
+    if not info.rows:
+        del fields["rows"]  # as earlier versions wrote it
+    return json.dumps({"format_version": 1, **fields, **more}, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def require_length(previous: Edit, number: int) -> None:

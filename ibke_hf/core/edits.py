@@ -17,8 +17,18 @@ from torch import Tensor, nn
 
 from .adapter_files import AdapterError, publisher, read_edit, save_edit
 from .attachment import SidePath, attached_side_paths, require_row_per_edit
-from .edit_values import Edit, EditInfo, EditValue, common_length
-from .layers import BackboneError, add_to_weight, dimensions, modules_to_edit, weight_of
+from .edit_values import (
+    Edit,
+    EditInfo,
+    EditValue,
+    common_length,
+    joined_info,
+    name_of,
+    warn_of_other_backbone,
+)
+from .fingerprints import fingerprint, same_backbone
+from .layers import BackboneError, dimensions, modules_to_edit
+from .weights import add_to_weight, require_untied, weight_of
 
 __all__ = ["Edit", "EditInfo", "LowRankEdit", "MergedEdit", "WeightEdit", "recompress", "side_path"]
 
@@ -53,16 +63,18 @@ class WeightEdit(EditValue):
         modules = modules_to_edit(model, self.layers)
         for name, module in modules.items():
             matrices = self.matrices(name)
-            wanted = (matrices[0].shape[1], matrices[-1].shape[2])
-            if dimensions(module) != wanted:
+            widths = (matrices[0].shape[1], matrices[-1].shape[2])
+            if dimensions(module) != widths:
                 raise BackboneError(
-                    f"the edit expects {name} to map {wanted[0]} to {wanted[1]}, the model's maps "
+                    f"the edit expects {name} to map {widths[0]} to {widths[1]}, the model's maps "
                     f"{dimensions(module)[0]} to {dimensions(module)[1]}; it was made for another backbone"
                 )
         return modules
 
     @contextmanager
-    def attached(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[nn.Module]:
+    def attached(
+        self, model: nn.Module, rows: Tensor | None = None, *, all_threads: bool = False
+    ) -> Iterator[nn.Module]:
         """Edit the model for the code inside the block: y <- y + x ΔW, accumulated in fp32 ((x ĥᵀ) û for factors).
 
         Args:
@@ -70,32 +82,55 @@ class WeightEdit(EditValue):
             rows: (batch,) which edit each row of the batch carries. By default a single edit applies to every row and
                 n edits need a batch of exactly n rows. Beam search repeats rows, so pass
                 ``torch.arange(n).repeat_interleave(num_beams)`` there.
+            all_threads: Edit the model for every thread that has no edit of its own attached, not for this one alone:
+                what streaming needs, where a thread that the block starts runs `generate`. Not for two users at once.
+
+        Warns (in the log):
+            Where the model's weights are not those that the edit was made on, and, once for each block, where a
+            thread runs the model outside of every block.
 
         Raises:
             BackboneError: If the model does not fit.
             IndexError: If `rows` names an edit that does not exist.
+            RuntimeError: If another thread has attached an edit to this model for all threads.
             ValueError: On a forward pass with another number of rows than edits.
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
         shared = len(self) == 1
-        with attached_side_paths(
-            self.modules(model), {name: side_path(edit.matrices(name), shared) for name in edit.layers}
-        ):
+        modules = self.modules(model)
+        if self.info.fingerprint:
+            warn_of_other_backbone(self.info, fingerprint(modules), name_of(model))
+        paths = {name: side_path(edit.matrices(name), shared) for name in edit.layers}
+        with attached_side_paths(modules, paths, all_threads=all_threads):
             yield model
 
-    def merge_into(self, model: nn.Module) -> MergedEdit:
+    def merge_into(self, model: nn.Module, *, force: bool = False) -> MergedEdit:
         """Add ΔW to the weights on purpose; the result undoes it bit-exactly (from saved weights, not by subtraction).
+
+        Args:
+            model: The backbone.
+            force: Merge also where the model's weights are not those that the edit was made on, such as where
+                another edit was merged before.
 
         Raises:
             ValueError: If this holds several independent edits: merge one of them.
-            BackboneError: If a layer does not fit or is quantised; nothing is merged then.
+            BackboneError: If a layer does not fit, has other weights than the edit was made on, is quantised, offloaded
+                to disk, or tied to another module's; nothing is merged then.
+            NonFiniteError: If a merged weight would be NaN or infinite; nothing is merged then.
         """
         self._require_one("merge")
         modules = self.modules(model)
+        if not force and not same_backbone(self.info.fingerprint, fingerprint(modules)):
+            raise BackboneError(
+                f"the edit was made on {self.info.backbone or 'another backbone'}, and the weights of "
+                f"{name_of(model) or 'this model'} differ from those (another model, or another edit was merged into "
+                f"it): merge into that model, or force it (force=True, on the command line --force)"
+            )
+        require_untied(model, modules)
         merged = MergedEdit(modules, {name: weight_of(module).detach().clone() for name, module in modules.items()})
         try:
             for name, module in modules.items():
-                add_to_weight(module, self.weight_update(name))
+                add_to_weight(module, self.weight_update(name), name)
         except BaseException:
             merged.undo()
             raise
@@ -129,7 +164,7 @@ def side_path(matrices: Sequence[Tensor], shared: bool) -> SidePath:
     """
 
     def apply(x: Tensor) -> Tensor:
-        require_row_per_edit(1 if shared else len(matrices[0]), x)
+        require_row_per_edit(len(matrices[0]), x, shared=shared)
         y = x.float()
         for matrix in matrices:
             factor = matrix.to(x.device).float()
@@ -209,8 +244,7 @@ class LowRankEdit(WeightEdit):
             h = _joined_rows([part.inputs[name] for part in parts], number)
             u = _joined_rows([part.outputs[name] for part in parts], number)
             inputs[name], outputs[name] = recompress(h, u) if h.shape[1] > min(h.shape[2], u.shape[2]) else (h, u)
-        requests = tuple(request for edit in edits for request in edit.info.requests)
-        return LowRankEdit(inputs, outputs, replace(self.info, requests=requests, scores={}))
+        return LowRankEdit(inputs, outputs, joined_info([(edit.info, len(edit)) for edit in edits], number))
 
     def truncate(self, rank: int) -> LowRankEdit:
         """Return the best rank-`rank` edit in Frobenius norm, by QR and SVD of the factors; ΔW is not formed.

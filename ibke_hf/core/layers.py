@@ -10,9 +10,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+
+from .offload import execution_device
 
 MOST_NAMES = 16  # that an error lists
 FEW = 4  # FFN outputs in fewer than one of so many blocks are passed over
@@ -38,34 +40,6 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight of a projection, of a PEFT layer the weight that it wraps.
-
-    Raises:
-        BackboneError: If the weight is quantised, so that nothing can be added to it.
-    """
-    weight = getattr(module, "weight", None)
-    if (
-        not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize < 2
-    ):  # 8-bit floats have scales beside
-        raise BackboneError(
-            "a quantised weight cannot take a merged edit; attach the edit, or load the model unquantised"
-        )
-    return weight
-
-
-def add_to_weight(module: nn.Module, update: Tensor) -> None:
-    """Add ΔW (d_in, d_out) to a projection's weight in place, accumulated in fp32.
-
-    Raises:
-        BackboneError: If the weight is quantised, so that nothing can be added to it.
-    """
-    weight = weight_of(module)
-    oriented = update if is_transposed(module) else update.T
-    with torch.no_grad():
-        weight.copy_(weight.float() + oriented.to(weight.device))
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -256,13 +230,26 @@ def number_of_layers(model: Any) -> int:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device that a projection computes on."""
-    return next(chain(module.parameters(), module.buffers())).device  # some quantised layers have buffers alone
+    """Return the device that a projection computes on.
+
+    Raises:
+        BackboneError: If its weights have no values and nothing brings them in.
+    """
+    device = next(chain(module.parameters(), module.buffers())).device  # some quantised layers have buffers alone
+    if device.type != "meta":
+        return device
+    computes_on = execution_device(module)
+    if computes_on is None:
+        raise BackboneError(
+            f"a {type(module).__name__} has no values (they are on the meta device); load the model's weights, "
+            f"without preload_module_classes if they are offloaded"
+        )
+    return computes_on
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device that token ids have to be on, also for a model spread by `device_map`."""
-    return next(model.get_input_embeddings().parameters()).device
+    """Return the device that token ids have to be on, also for a model spread or offloaded by `device_map`."""
+    return device_of(model.get_input_embeddings())
 
 
 def _layer_index(name: str) -> int | None:

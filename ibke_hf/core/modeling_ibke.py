@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .adapter_files import publisher
 from .capture import GradientFactors, capture_factors, evaluating
 from .configuration_ibke import GradientEditorConfig, IBKEConfig, Mode, require_mode
-from .edit_values import EditInfo, describe
+from .edit_values import EditInfo, describe, described
 from .editor_model import EditorModel
 from .edits import LowRankEdit
 from .factor_statistics import FactorStatistics, Moments
@@ -218,20 +218,19 @@ class GradientEditor(EditorModel):
             if mode == "sequential":
                 return self._edit_sequentially(model, batch, previous, info)
             adapted = self(self.capture(model, batch, previous))
-        edit = self.as_edit(adapted, torch.arange(len(batch)) if mode == "independent" else None, info)
-        return replace(
-            edit.compose() if previous is None else previous.compose(edit), info=info
-        )  # recompresses large joint edits
+        edit = self.as_edit(adapted, torch.arange(len(batch)) if mode == "independent" else None)
+        edit = edit.compose() if previous is None else previous.compose(edit)  # recompresses large joint edits
+        return described(edit, info, previous)
 
     def _edit_sequentially(
         self, model: Any, batch: TokenBatch, previous: LowRankEdit | None, info: EditInfo
     ) -> LowRankEdit:
         edit = previous
         for k in range(len(batch)):
-            step = self.as_edit(self(self.capture(model, batch[k : k + 1], edit, [f"request {k}"])), None, info)
+            step = self.as_edit(self(self.capture(model, batch[k : k + 1], edit, [f"request {k}"])))
             edit = step if edit is None else edit.compose(step)
         assert edit is not None
-        return replace(edit, info=info)
+        return described(edit, info, previous)
 
     def _info(self, model: Any, requests: Sequence[EditRequest]) -> EditInfo:
         editor = self.config.name_or_path or type(self).__name__

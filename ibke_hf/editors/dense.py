@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.adapter_files import AdapterError, read_info, read_weights, save_tensors
-from ..core.edit_values import EditInfo, common_length
+from ..core.edit_values import EditInfo, common_length, joined_info
 from ..core.edits import WeightEdit
 
 WEIGHTS = "dense_edit.safetensors"
@@ -70,8 +70,7 @@ class DenseEdit(WeightEdit):
             for part in parts[1:]:
                 total += part.to(total.device)
             updates[name] = total
-        requests = tuple(request for edit in edits for request in edit.info.requests)
-        return DenseEdit(updates, replace(self.info, requests=requests, scores={}))
+        return DenseEdit(updates, joined_info([(edit.info, len(edit)) for edit in edits], number))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save all n edits as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ..core.configuration_ibke import Mode, require_mode, require_range
-from ..core.edit_values import EditInfo, describe
+from ..core.edit_values import EditInfo, describe, described
 from ..core.edits import WeightEdit
 from ..core.layers import device_of, dimensions, layers_to_edit, modules_to_edit
 from ..core.records import EditRequest
@@ -134,13 +134,13 @@ class FineTuningEditor:
         names = [f"request {k}" for k in range(len(batch))]
         if mode == "independent":
             update = self._fit_in_lots(model, modules, batch, previous, names)
-            return replace(update if previous is None else update.compose(previous), info=info)
+            return described(update if previous is None else update.compose(previous), info, previous)
         edit: WeightEdit | None = previous
         for rows in [slice(k, k + 1) for k in range(len(batch))] if mode == "sequential" else [slice(None)]:
             update = self._fit(model, modules, batch[rows], edit, names=names[rows], number=1)
             edit = update if edit is None else update.compose(edit)
         assert isinstance(edit, DenseEdit)
-        return replace(edit, info=info)
+        return described(edit, info, previous)
 
     def _fit_in_lots(
         self,

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
 from ..core.adapter_files import AdapterError, read_info, read_weights, save_tensors
 from ..core.attachment import LayerHook, hooked
-from ..core.edit_values import EditInfo, EditValue
+from ..core.edit_values import EditInfo, EditValue, name_of, warn_of_other_backbone
+from ..core.fingerprints import fingerprint
 
 WEIGHTS = "memory_edit.safetensors"
 
@@ -62,24 +63,41 @@ class MemoryEdit(EditValue):
         return replace(self, memory={name: change(tensor) for name, tensor in self.memory.items()})
 
     @contextmanager
-    def attached(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[nn.Module]:
+    def attached(
+        self, model: nn.Module, rows: Tensor | None = None, *, all_threads: bool = False
+    ) -> Iterator[nn.Module]:
         """Edit the model for the code inside the block; nothing of the model is touched, so undo is exact.
 
         Args:
             model: The backbone.
             rows: (batch,) which edit each row of the batch carries; see
                 :meth:`ibke_hf.core.edits.WeightEdit.attached`.
+            all_threads: Edit the model for every thread that has no edit of its own, as streaming needs it; see there.
 
         Raises:
             BackboneError: If the model does not fit.
             IndexError: If `rows` names an edit that does not exist.
+            RuntimeError: If another thread has attached an edit to this model for all threads.
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
-        hooks = edit.hooks(model)
-        with hooked(
-            {name: module for name, (module, _) in hooks.items()}, {name: hook for name, (_, hook) in hooks.items()}
-        ):
+        pairs = edit.hooks(model)
+        modules = {name: module for name, (module, _) in pairs.items()}
+        if self.info.fingerprint:
+            warn_of_other_backbone(self.info, fingerprint(modules), name_of(model))
+        hooks = {name: hook for name, (_, hook) in pairs.items()}
+        with hooked(modules, hooks, is_edit=True, all_threads=all_threads):
             yield model
+
+    def merge_into(self, model: nn.Module, **_: Any) -> NoReturn:
+        """Refuse: a memory is no change of weights.
+
+        Raises:
+            ValueError: Always; says what to do instead.
+        """
+        raise ValueError(
+            f"a {self.kind} edit is a memory beside the model, which no weight can hold: it cannot be merged; attach "
+            f"it instead, with {type(self).__name__}.from_pretrained(...) and `with edit.attached(model):`"
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save all n edits as one safetensors file and ``edit.json``, each written to a temporary name and renamed."""
@@ -104,7 +122,7 @@ class MemoryEdit(EditValue):
         weights = read_weights(name_or_path, WEIGHTS, hub_arguments)
         try:
             return cls(weights, content["settings"], info)
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise AdapterError(
                 f"{name_or_path}/{WEIGHTS}: not a {cls.kind} edit ({error}); save the edit again"
             ) from error

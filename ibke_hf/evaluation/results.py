@@ -6,7 +6,6 @@ and ``results.json`` and ``rows.html`` come last. A killed run goes on where it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
+from ..core.fingerprints import digest_of, weights_digest
 from ..core.records import EditRecord
 from ..io import FileError, read_json, write_json, written_file
 from .judging import Row
@@ -31,7 +30,6 @@ NOT_SETTINGS = (
     "progress",
     "strict",
 )  # they decide how fast rows are made, or whether any, not which: a resumed run may change them
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ResultsError(FileError):
@@ -198,33 +196,14 @@ def fingerprint_of(thing: Any) -> str | None:
         return None
     if not isinstance(thing, nn.Module):
         corpus = getattr(getattr(thing, "statistics", None), "corpus", "")
-        return _digest([repr(getattr(thing, "config", type(thing).__name__)), corpus])
+        return digest_of([repr(getattr(thing, "config", type(thing).__name__)), corpus], length=12)
     threshold = getattr(getattr(thing, "config", None), "threshold", None)  # SERAC's, which is set after training
-    chosen = [] if threshold is None else [str(threshold)]
-    return _digest(
-        [
-            *chosen,
-            *(f"{name} {tuple(tensor.shape)} {_integer_sum(tensor)}" for name, tensor in thing.state_dict().items()),
-        ]
-    )
+    return weights_digest(thing, *([] if threshold is None else [str(threshold)]))
 
 
 def fingerprint_of_records(records: Sequence[EditRecord]) -> str:
     """Tell a selection of records from any other."""
-    return f"{len(records)} ({_digest(map(repr, records))})"
-
-
-def _integer_sum(tensor: torch.Tensor) -> int | None:
-    if tensor.is_meta or tensor.is_complex():
-        return None
-    return int(tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
-
-
-def _digest(parts: Iterable[str]) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part.encode("utf-8", "backslashreplace") + b"\n")
-    return whole.hexdigest()[:12]
+    return f"{len(records)} ({digest_of(map(repr, records), length=12)})"
 
 
 def _append(file: TextIO | None, value: Mapping[str, Any]) -> None:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ibke_hf.core.edit_values import Edit, fingerprint, same_backbone
+from ibke_hf.core.edit_values import Edit
 from ibke_hf.core.edits import LowRankEdit, recompress
-from ibke_hf.core.layers import BackboneError, add_to_weight, dimensions, find_ffn_output, modules_to_edit
+from ibke_hf.core.fingerprints import fingerprint, same_backbone
+from ibke_hf.core.layers import BackboneError, dimensions, find_ffn_output, modules_to_edit
 from ibke_hf.core.records import EditRequest
+from ibke_hf.core.weights import add_to_weight
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 near = {"rtol": 1e-5, "atol": 1e-5}

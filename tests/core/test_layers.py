@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from ibke_hf.core.configuration_ibke import PRESET_DIMENSIONS, PRESETS
 from ibke_hf.core.layers import (
     BackboneError,
-    add_to_weight,
     device_of,
     dimensions,
     find_ffn_output,
@@ -26,8 +25,8 @@ from ibke_hf.core.layers import (
     named_projections,
     number_of_layers,
     plain_name,
-    weight_of,
 )
+from ibke_hf.core.weights import add_to_weight, weight_of
 
 WIDE = {
     "hidden_size": 32,

@@ -18,10 +18,11 @@ from ibke_hf.core.configuration_ibke import PRESETS, IBKEConfig
 from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.core.factor_statistics import Moments
 from ibke_hf.core.hypernetworks import AdaptedFactors, CrossAttention
-from ibke_hf.core.layers import BackboneError, add_to_weight, modules_to_edit
+from ibke_hf.core.layers import BackboneError, modules_to_edit
 from ibke_hf.core.modeling_ibke import IBKEEditor, join_groups
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
+from ibke_hf.core.weights import add_to_weight
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 near = {"rtol": 1e-5, "atol": 1e-5}

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModel
 from ibke_hf.core.adapter_files import AdapterError
 from ibke_hf.core.capture import NonFiniteError, case_losses, target_logits
 from ibke_hf.core.edits import Edit, EditInfo, LowRankEdit
-from ibke_hf.core.layers import BackboneError, add_to_weight, is_transposed, modules_to_edit
+from ibke_hf.core.layers import BackboneError, is_transposed, modules_to_edit
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
+from ibke_hf.core.weights import add_to_weight
 from ibke_hf.editors.dense import DenseEdit
 from ibke_hf.editors.ft import FineTuningEditor, FTConfig
 from ibke_hf.editors.mend import MENDBlock, MENDConfig, MENDEditor

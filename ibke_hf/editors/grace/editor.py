@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...core.attachment import hooked
 from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ...core.configuration_ibke import Mode, require_mode, require_range
-from ...core.edit_values import Edit, describe, require_length
+from ...core.edit_values import Edit, describe, described, require_length
 from ...core.layers import device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ...core.records import EditRequest
 from ...core.tokens import IGNORED, TokenBatch, context_length, encode_requests
@@ -148,7 +148,8 @@ class GRACEEditor:
         with torch.inference_mode(False), evaluating(model):
             for rows in steps:
                 self._write(model, modules, batch[rows].trimmed(), books, names[rows])
-        return replace(books.edit(), info=describe(model, modules, requests, editor=type(self).__name__))
+        info = describe(model, modules, requests, editor=type(self).__name__)
+        return described(books.edit(), info, previous)
 
     def _books(self, previous: Edit | None, number: int, module: nn.Module) -> Codebooks:
         """Return the codebooks that `previous` holds, or empty ones; `number` of them."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 from ...core.attachment import hooked
 from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ...core.configuration_ibke import Mode, require_mode, require_range
-from ...core.edit_values import EditInfo, describe, require_length
+from ...core.edit_values import EditInfo, describe, described, require_length
 from ...core.layers import BackboneError, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ...core.records import EditRequest
 from ...core.tokens import IGNORED, TokenBatch, context_length, encode_requests
@@ -143,7 +143,8 @@ class LEMoEEditor:
                 )
                 edit = expert if edit is None else edit.joined(expert)
         assert edit is not None
-        return replace(edit, info=describe(model, module, requests, editor=type(self).__name__))
+        info = describe(model, module, requests, editor=type(self).__name__)
+        return described(edit, info, previous)
 
     def _require_fit(self, previous: Any, number: int) -> None:
         if previous is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from ...core.capture import evaluating
 from ...core.configuration_ibke import Mode, require_mode
-from ...core.edit_values import Edit, describe
+from ...core.edit_values import Edit, describe, described
 from ...core.edits import LowRankEdit
 from ...core.layers import layers_to_edit, modules_to_edit
 from ...core.records import EditRequest
@@ -102,11 +101,12 @@ class LocatingEditor(ABC):
             texts = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
             names = [f"request {k}" for k in range(len(requests))]
             if mode != "sequential":
-                return replace(self._edit(model, modules, texts, previous, names, joint=mode == "joint"), info=info)
+                edit = self._edit(model, modules, texts, previous, names, joint=mode == "joint")
+                return described(edit, info, previous)
             edit: Any = previous
             for k, name in enumerate(names):
                 edit = self._edit(model, modules, texts.only(k), edit, [name], joint=True)
-        return replace(edit, info=info)
+        return described(edit, info, previous)
 
     @staticmethod
     def check_request(request: EditRequest, name: str) -> None:

@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from ...core.attachment import LayerHook, hooked
 from ...core.capture import evaluating, target_logits
-from ...core.edit_values import fingerprint, same_backbone
 from ...core.files import written_together
+from ...core.fingerprints import fingerprint, quick_digest, same_backbone
 from ...core.layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ...core.tokens import TokenBatch, context_length, pad_and_label
 
@@ -94,7 +94,9 @@ class KeyStatistics:
         max_length = min(max_length, batch_tokens, context_length(model) or max_length)
         corpus, number, openings = _survey(texts)
         file = (
-            None if cache is None else Path(cache) / f"keys-{_digest(model, modules, corpus, max_length)}.safetensors"
+            None
+            if cache is None
+            else Path(cache) / f"keys-{_cache_name(model, modules, corpus, max_length)}.safetensors"
         )
         if file is not None and file.exists() and (cached := cls._cached(file)) is not None:
             return cached
@@ -229,13 +231,9 @@ def _survey(texts: Iterable[str]) -> tuple[str, int, tuple[str, ...]]:
     return digest.hexdigest(), number, tuple(openings)
 
 
-def _digest(model: Any, modules: Mapping[str, nn.Module], corpus: str, max_length: int) -> str:
-    """Name what the keys depend on: the corpus, the layers and a few values of every parameter below and in them."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {corpus} {max_length} {sorted(modules)}".encode())
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            digest.update(name.encode() + parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]
+def _cache_name(model: Any, modules: Mapping[str, nn.Module], corpus: str, max_length: int) -> str:
+    """Name what the keys depend on: the corpus, the layers and a few values of every parameter."""
+    return quick_digest(model, str(FORMAT_VERSION), corpus, str(max_length), str(sorted(modules)))
 
 
 def _measure(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ...core.adapter_files import publisher
 from ...core.configuration_ibke import Mode, require_mode
-from ...core.edit_values import describe, require_length
+from ...core.edit_values import describe, described, require_length
 from ...core.editor_model import EditorModel
 from ...core.forward import evaluating, last_states, target_logits
 from ...core.layers import BackboneError
@@ -267,7 +267,8 @@ class SERACEditor(EditorModel):
             editor=self.config.name_or_path or type(self).__name__,
             backbone=self.config.base_model_name_or_path,
         )
-        return SERACEdit(memory_of([old + new for old, new in zip(carried, rows, strict=True)]), {}, info, self)
+        edit = SERACEdit(memory_of([old + new for old, new in zip(carried, rows, strict=True)]), {}, info, self)
+        return described(edit, info, previous)
 
     @torch.no_grad()
     def remember(self, entries: Sequence[Entry]) -> Tensor | None:

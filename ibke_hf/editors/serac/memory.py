@@ -102,7 +102,9 @@ class SERACEdit(MemoryEdit):
         return self.editor
 
     @contextmanager
-    def attached(self, model: nn.Module, rows: Tensor | None = None) -> Iterator[nn.Module]:
+    def attached(
+        self, model: nn.Module, rows: Tensor | None = None, *, all_threads: bool = False
+    ) -> Iterator[nn.Module]:
         """Edit the model for the code inside the block; out of scope its logits stay as they are, bit for bit.
 
         A forward pass over several tokens decides for each of them by what is before it, so that a target that is fed
@@ -113,6 +115,7 @@ class SERACEdit(MemoryEdit):
             model: The backbone.
             rows: (batch,) which edit each row of the batch carries; see
                 :meth:`ibke_hf.core.edits.WeightEdit.attached`.
+            all_threads: Edit the model for every thread that has no edit of its own, as streaming needs it; see there.
 
         Raises:
             BackboneError: If the model has another vocabulary than the editor.
@@ -122,7 +125,7 @@ class SERACEdit(MemoryEdit):
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
         edit.hooks(model)
-        with call_hooked(model, _Reading(edit)):
+        with call_hooked(model, _Reading(edit), all_threads=all_threads):
             yield model
 
 

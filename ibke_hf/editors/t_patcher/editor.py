@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
 from ...core.configuration_ibke import Mode, require_mode, require_range
-from ...core.edit_values import Edit, describe, require_length
+from ...core.edit_values import Edit, describe, described, require_length
 from ...core.layers import (
     device_of,
     layers_to_edit,
@@ -185,7 +185,8 @@ class TPatcherEditor:
             for rows in steps:
                 patches = self._add(model, {ffn: module}, batch[rows].trimmed(), patches, memory, names[rows])
         modules = modules_to_edit(model, [self.config.module])
-        return replace(self._edit_of(patches), info=describe(model, modules, requests, editor=type(self).__name__))
+        info = describe(model, modules, requests, editor=type(self).__name__)
+        return described(self._edit_of(patches), info, previous)
 
     def _edit_of(self, patches: Patches) -> TPatcherEdit:
         return TPatcherEdit(patches, self._settings())
