@@ -87,11 +87,6 @@ class TrainingSettings:
                 values[name] = [values[name]]
         if (kind := values.get("kind", "ibke")) not in TRAINED:
             raise ValueError(f"kind must be one of {', '.join(TRAINED)}, found {kind!r}")
-        missing = [name for name in REQUIRED if values.get(name) in (None, "", [])]
-        if missing:
-            raise ValueError(
-                f"missing setting: {', '.join(missing)}; give it as a flag (--{missing[0]}) or in the YAML file"
-            )
         hints = get_type_hints(cls)
         unknown = [name for name in values if name not in hints]
         if unknown:
@@ -102,6 +97,11 @@ class TrainingSettings:
             _require_finite(values.get(group, {}), group)
         values["training"] = _training(values.get("training", {}))
         values["editor"] = _editor(values.get("editor", {}), kind)
+        missing = [name for name in REQUIRED if values.get(name) in (None, "", [])]
+        if missing:
+            raise ValueError(
+                f"missing setting: {', '.join(missing)}; give it as a flag (--{missing[0]}) or in the YAML file"
+            )
         try:
             return cls(**values)
         except StrictDataclassError as error:
