@@ -60,20 +60,12 @@ class AtlasBench(Bench):
         if not kind_of(name).trained:
             return
         if (folder / LOG).exists():
-            found = read_json(folder / LOG)["training"]["max_steps"]
-            if found != self.steps:
-                raise BenchmarkError(
-                    f"{folder}: was trained for {found} steps, {self.steps} are asked for; choose another folder"
-                )
+            self._require_steps(read_json(folder / LOG)["training"]["max_steps"], f"{folder}: was trained for")
             return
         started = last_complete_checkpoint(folder / "checkpoints")
-        if (
-            started is not None
-            and (found := read_json(Path(started) / "trainer_state.json")["max_steps"]) != self.steps
-        ):
-            raise BenchmarkError(
-                f"{started}: is of a run of {found} steps, {self.steps} are asked for; choose another folder"
-            )
+        if started is not None:
+            steps = read_json(Path(started) / "trainer_state.json")["max_steps"]
+            self._require_steps(steps, f"{started}: is of a run of")
         train_atlas_editor(
             name,
             folder,
@@ -84,6 +76,10 @@ class AtlasBench(Bench):
             locality_floor=None,
             resume=started is not None,
         )
+
+    def _require_steps(self, steps: int, what: str) -> None:
+        if steps != self.steps:
+            raise BenchmarkError(f"{what} {steps} steps, {self.steps} are asked for; choose another folder")
 
     def editor(self, name: str, folder: Path, edits: int = 1) -> Any:
         """Load a trained editor, or build one; what is chosen on validation records is chosen for so many edits."""

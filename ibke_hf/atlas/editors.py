@@ -97,13 +97,13 @@ def train_atlas_editor(
     """Train an editor on Atlas train records and save it in 16 bit (statistics in fp32) with its log.
 
     Args:
-        name: ``ibke``, ``mend`` or ``serac``.
+        name: One of :func:`new_editor`.
         out: Folder of the result; checkpoints lie in its sub-folder ``checkpoints`` until the end.
         seed: Seeds records, initialisation and order.
         records: Number of training records.
         options: Fields of the editor's config that differ from the recipe, and ``layers``.
         resume: Go on from the last checkpoint.
-        trials: What :func:`choose_strength` tries on the validation records once the editor is trained.
+        trials: What :func:`choose_strength` tries once the editor is trained.
         locality_floor: See there.
         training: Fields of :class:`IBKETrainingArguments` that differ from the recipe.
 
@@ -114,8 +114,39 @@ def train_atlas_editor(
     backbone, tokenizer = load_backbone()
     torch.manual_seed(seed)
     editor = new_editor(name, backbone, **(options or {}))
-    checkpoints = target / "checkpoints"
     settings = {**TRAINING, **TRAINING_OF.get(name, {}), **training}
+    trainer = _trainer(name, editor, backbone, tokenizer, target / "checkpoints", seed, records, settings)
+    trainer.train(resume_from_checkpoint=resume or None)
+    report = trainer.evaluate()
+    tried = choose_strength(editor, backbone, tokenizer, trials, locality_floor)
+    report |= {"minutes": round((time.monotonic() - started) / 60, 1), "parameters": editor.num_parameters()}
+    save_in_16_bit(editor, target)
+    shutil.rmtree(target / "checkpoints", ignore_errors=True)
+    log = {
+        "editor": name,
+        "seed": seed,
+        "records": records,
+        "options": options or {},
+        "training": settings,
+        "threshold_trials" if name == "serac" else "step_size_trials": tried,
+        "report": report,
+        "history": trainer.state.log_history,
+    }
+    write_json(target / LOG, log)
+    return report
+
+
+def _trainer(
+    name: str,
+    editor: Any,
+    backbone: Any,
+    tokenizer: Any,
+    checkpoints: Path,
+    seed: int,
+    records: int,
+    settings: dict[str, Any],
+) -> Any:
+    """Return the trainer of an editor, which evaluates and saves half-way unless the settings say otherwise."""
     every = max(settings["max_steps"] // 2, 1)
     checkpointing = {
         "eval_strategy": "steps",
@@ -128,7 +159,7 @@ def train_atlas_editor(
         str(checkpoints), seed=seed, use_cpu=not torch.accelerator.is_available(), **{**checkpointing, **settings}
     )
     kind: Any = SERACTrainer if name == "serac" else GradientEditorTrainer
-    trainer = kind(
+    return kind(
         editor,
         backbone=backbone,
         args=arguments,
@@ -137,28 +168,6 @@ def train_atlas_editor(
         eval_dataset=RecordDataset(load_records("validation")),
         callbacks=[_Minutes()],
     )
-    trainer.train(resume_from_checkpoint=resume or None)
-    report = trainer.evaluate()
-    tried = choose_strength(editor, backbone, tokenizer, trials, locality_floor)
-    report |= {
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "parameters": sum(p.numel() for p in editor.parameters()),
-    }
-    save_in_16_bit(editor, target)
-    trials_of = "threshold_trials" if name == "serac" else "step_size_trials"
-    log = {
-        "editor": name,
-        "seed": seed,
-        "records": records,
-        "options": options or {},
-        "training": settings,
-        trials_of: tried,
-        "report": report,
-        "history": trainer.state.log_history,
-    }
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    write_json(target / LOG, log)
-    return report
 
 
 def choose_strength(

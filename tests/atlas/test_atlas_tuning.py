@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -23,8 +25,9 @@ from ibke_hf.atlas import (
     load_rival,
     tuned_at,
 )
+from ibke_hf.atlas.bench import TRIALS_OF_MANY as TRIALS_OF_TRAINED
 from ibke_hf.atlas.bench import AtlasBench
-from ibke_hf.atlas.editors import LAYERS
+from ibke_hf.atlas.editors import LAYERS, set_strength
 from ibke_hf.atlas.tuning import (
     EDITS,
     TRIALS,
@@ -36,7 +39,7 @@ from ibke_hf.atlas.tuning import (
     tune,
 )
 from ibke_hf.core.layers import layers_to_edit, modules_to_edit
-from ibke_hf.editors.catalogue import TRAINED, editor_class
+from ibke_hf.editors.catalogue import KINDS, TRAINED, editor_class
 from ibke_hf.editors.locate.key_statistics import KeyStatistics
 
 
@@ -109,6 +112,30 @@ def test_settings_are_those_of_the_largest_number_of_edits_that_was_tuned(monkey
     bench = AtlasBench()
     assert bench.editor("ft", Path(), 100).config.learning_rate == 3e-3
     assert [bench.tuned_at(name, 10) for name in ("none", "ft", "mend")] == [None, 1, 10]
+
+
+def test_a_trained_editor_moves_as_much_as_suits_the_number_of_edits(
+    tmp_path: Path, backbone: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step sizes chosen at one edit add up to nonsense at a hundred: four are tried for each number, once."""
+    shutil.copytree(ASSETS / "mend", tmp_path / "mend-0")
+    calls: list[Any] = []
+
+    def choose(editor: Any, *_: Any, edits: int, number: int) -> list[dict[str, float]]:
+        calls.append((edits, number))
+        tried = [{"factor": 1.0, "avg": 1.0}, {"factor": 0.25, "avg": 2.0}]
+        set_strength(editor, tried[-1])
+        return tried
+
+    monkeypatch.setattr("ibke_hf.atlas.bench.choose_strength", choose)
+    bench = AtlasBench()
+    bench.loaded = backbone
+    alone, first, again = (bench.editor("mend", tmp_path / "mend-0", edits) for edits in (1, 10, 10))
+    assert calls == [(10, TUNING_RECORDS)]
+    for editor in (first, again):
+        torch.testing.assert_close(editor.log_step_sizes, alone.log_step_sizes + math.log(0.25))
+    assert all(len(factors) == 4 for factors in TRIALS_OF_TRAINED.values())
+    assert set(TRIALS_OF_TRAINED) == {name for name, kind in KINDS.items() if kind.trained}
 
 
 # --- loading ---
