@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.records import EditRecord
+from ..editors.catalogue import KINDS
+from ..evaluation.editing import clock, edit_alone
 from ..evaluation.protocol import evaluate_records
+from ..evaluation.report import tabular
+from ..evaluation.report.table import METRICS
 from ..evaluation.scores import REPORTED
 from ..io import write_json
 from . import load_backbone, load_editor, load_records, load_rival, load_split
@@ -15,6 +19,7 @@ from .near import near_records
 
 SPLITS = ("test", "held_out")
 NAMES = ("none", "ft", "mend", "ibke")
+TITLES = {name: KINDS[name].title for name in NAMES}
 
 
 def atlas_editors() -> dict[str, Any]:
@@ -53,6 +58,22 @@ def keep_near(editors: dict[str, Any], model: Any, tokenizer: Any, records: list
     return report
 
 
+def edit_times(
+    editors: dict[str, Any], model: Any, tokenizer: Any, records: list[EditRecord]
+) -> dict[str, dict[str, float | None]]:
+    """Return the seconds of one edit by editor: ``alone``, and its share of a batch where many are made ``at_once``."""
+    times: dict[str, dict[str, float | None]] = {}
+    for name, editor in editors.items():
+        if editor is None:
+            continue
+        requests = [record.requests[0] for record in records[:100]]
+        alone, _ = edit_alone(editor, model, tokenizer, requests)
+        started = clock()
+        editor.edit(model, tokenizer, requests, mode="independent")
+        times[name] = {"alone": alone, "at_once": (clock() - started) / len(requests)}
+    return times
+
+
 def write_report(out: str | Path) -> dict[str, Any]:
     """Score the committed weights on all test and held-out records; write ``results.json``."""
     model, tokenizer = load_backbone()
@@ -61,6 +82,7 @@ def write_report(out: str | Path) -> dict[str, Any]:
     results = {
         "records": {split: len(chosen) for split, chosen in records.items()},
         "editors": compare_editors(editors, model, tokenizer, records),
+        "times": edit_times(editors, model, tokenizer, records["test"]),
         "near": keep_near(editors, model, tokenizer, records["test"]),
     }
     target = Path(out)
@@ -71,12 +93,9 @@ def write_report(out: str | Path) -> dict[str, Any]:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """Return the overall scores of a report as a Markdown table."""
-    head = f"| editor | records | {' | '.join(REPORTED)} |\n|---|---|{'---|' * len(REPORTED)}"
-    lines = [
-        f"| {name} | {split} | "
-        + " | ".join(f"{results['editors'][name][split][score]:.1f}" for score in REPORTED)
-        + " |"
+    rows = [
+        [TITLES.get(name, name), split, *(f"{results['editors'][name][split][score]:.1f}" for score in REPORTED)]
         for split in SPLITS
         for name in NAMES
     ]
-    return "\n".join([head, *lines])
+    return tabular.markdown_table(["Editor", "Records", *(METRICS[score] for score in REPORTED)], rows, left=2)

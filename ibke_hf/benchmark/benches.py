@@ -163,8 +163,8 @@ class ModelBench(Bench):
             for field, value in kind_of(name).settings.items():
                 if getattr(editor.config, field) != value:
                     raise BenchmarkError(
-                        f"{name}={self._saved.get(name, folder)}: has {field} = {getattr(editor.config, field)!r}, where "
-                        f"{kind_of(name).title} has {value!r}; give it as {kind_of(name).variant_of}"
+                        f"{name}={self._saved.get(name, folder)}: has {field} = {getattr(editor.config, field)!r}, "
+                        f"where {kind_of(name).title} has {value!r}; give it as {kind_of(name).variant_of}"
                     )
             return editor
         model, _ = self.loaded

@@ -23,11 +23,12 @@ from ..core.records import EditRecord
 from ..editors.catalogue import KINDS, kind_of
 from ..evaluation.results import evaluate_to_folder, require_same
 from ..evaluation.scores import REPORTED
-from ..io import locked, read_json, write_json
+from ..io import locked, write_json
 from .benches import Bench
 from .cells import BenchmarkError, Cell, Plan
+from .files import CELL, PLAN, SETTINGS, read_cell, read_plan, read_settings
 
-CELLS, EDITORS, CELL, SETTINGS, PLAN = "cells", "editors", "cell.json", "settings.json", "plan.json"
+CELLS, EDITORS = "cells", "editors"
 FAILURES = (ValueError, ArithmeticError, OSError, ImportError, RuntimeError)  # the last for memory that runs out
 logger = logging.get_logger(__name__)
 
@@ -113,7 +114,7 @@ def _require_enough(cell: Cell, records: Sequence[EditRecord]) -> None:
 def _is_done(cell: Cell, folder: Path) -> bool:
     if not (folder / CELL).exists():
         return False
-    line = read_json(folder / CELL)
+    line = read_cell(folder / CELL)
     require_same(folder, {name: line.get(name) for name in asdict(cell)}, asdict(cell))
     return True
 
@@ -132,13 +133,13 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
         batch_size=batch_size,
         progress=False,
     )
-    size = None if editor is None else editor.edit(model, tokenizer, records[0].requests[:1]).nbytes
     line = {
         **asdict(cell),
         "records": results["records"],
         **{score: results["overall"][score] for score in REPORTED},
         "edit_seconds": results["edit_seconds"],
-        "edit_bytes": size,
+        "edit_seconds_alone": results["edit_seconds_alone"],
+        "edit_bytes": results["edit_bytes"],
     }
     if (tuned_at := bench.tuned_at(cell.editor, cell.sequential)) is not None:
         line["tuned_at"] = tuned_at
@@ -147,11 +148,13 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
 
 def found_cells(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of all cells that are done, in the order of the plan, of the paper's editors and of seeds."""
-    lines = [read_json(file) for file in (Path(folder) / CELLS).glob(f"*/{CELL}")]
+    lines = [read_cell(file) for file in (Path(folder) / CELLS).glob(f"*/{CELL}")]
     (_, groups), editors = planned(folder), list(KINDS)
+    of_lines = [(line["split"], line["edits"], line["sequential"]) for line in lines]
+    order = list(dict.fromkeys([*groups, *of_lines]))  # a plan that was made anew may lack groups of the cells
     return sorted(
         lines,
-        key=lambda c: (groups.index((c["split"], c["edits"], c["sequential"])), editors.index(c["editor"]), c["seed"]),
+        key=lambda c: (order.index((c["split"], c["edits"], c["sequential"])), editors.index(c["editor"]), c["seed"]),
     )
 
 
@@ -167,7 +170,7 @@ def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str
     for folder in map(Path, folders):
         if not (folder / SETTINGS).exists():
             raise BenchmarkError(f"{folder}: holds no {SETTINGS}, so it is no folder of `ibke table`")
-        _require_settings(target, read_json(folder / SETTINGS))
+        _require_settings(target, read_settings(folder / SETTINGS))
         _add_to_plan(target, *planned(folder))
         with locked(target):
             for file in sorted((folder / CELLS).glob(f"*/{CELL}")):
@@ -179,8 +182,8 @@ def _copy_cell(file: Path, there: Path) -> None:
     """Copy the folder of a cell, the line of the table last: a copy that was cut is made again."""
     if not (there / CELL).exists():
         shutil.copytree(file.parent, there, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CELL))
-        write_json(there / CELL, read_json(file))
-    elif _scores(read_json(there / CELL)) != _scores(read_json(file)):
+        write_json(there / CELL, read_cell(file))
+    elif _scores(read_cell(there / CELL)) != _scores(read_cell(file)):
         raise BenchmarkError(
             f"{file.parent} and {there} hold different results of one cell; remove the folder of the wrong one"
         )
@@ -190,7 +193,7 @@ def _scores(line: Mapping[str, Any]) -> list[Any]:
     return [line[name] for name in REPORTED]
 
 
-# --- the folder -------------------------------------------------------------------------------------------------------
+# --- the folder ---------------------------------------------------------------------------------------------------
 
 
 def open_folder(bench: Bench, plan: Plan, out: str | Path) -> None:
@@ -209,10 +212,9 @@ def open_folder(bench: Bench, plan: Plan, out: str | Path) -> None:
 
 
 def planned(folder: str | Path) -> tuple[list[str], list[tuple[str, str, int]]]:
-    """Return the editors, and the (split, edits, sequential) that a folder's table has in the end, whatever of it is done."""
+    """Return the editors and the (split, edits, sequential) that a folder's table has in the end, done or not."""
     file = Path(folder) / PLAN
-    found = read_json(file) if file.exists() else {"editors": [], "groups": []}
-    return found["editors"], [tuple(group) for group in found["groups"]]
+    return read_plan(file) if file.exists() else ([], [])
 
 
 def _add_to_plan(folder: Path, editors: Sequence[str], groups: Sequence[tuple[str, str, int]]) -> None:
@@ -228,10 +230,10 @@ def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     file, given = folder / SETTINGS, dict(settings["given"])
     if file.exists() and any((folder / CELLS).glob(f"*/{CELL}")):
-        found = read_json(file)
-        both = {name: source for name, source in found["given"].items() if name in given}
-        require_same(folder, {**found, "given": both}, {**settings, "given": {name: given[name] for name in both}})
-        given = {**found["given"], **given}
+        earlier = read_settings(file)
+        both = {name: source for name, source in earlier["given"].items() if name in given}
+        require_same(folder, {**earlier, "given": both}, {**settings, "given": {name: given[name] for name in both}})
+        given = {**earlier["given"], **given}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, {**settings, "given": given})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
+    from ..evaluation.report.score_table import score_table
     from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
     from ..loading import load_all
 
@@ -169,54 +170,3 @@ def _require_corpus_used(options: argparse.Namespace) -> None:
     name = options.editor or "ibke"
     if options.corpus and (options.model is None or name not in KINDS or not KINDS[name].needs_statistics):
         raise ValueError(f"--corpus: {name} on {options.model or 'atlas'} reads none; leave it out")
-
-
-# --- the table in the terminal ------------------------------------------------------------------------------------
-
-
-def score_table(results: Mapping[str, Any]) -> str:
-    """Return what ``results.json`` holds as a table, teacher-forced scores beside generated ones."""
-    overall, cases, settings = results["overall"], results["cases"], results["settings"]
-    lines = [
-        f"{settings['editor']} on {settings['dataset']}: {results['records']} records, percent",
-        f"{'':<26}{'teacher-forced':>16}{'generated':>14}",
-        f"{'':<26}{'score':>8}{'top 1':>8}{'exact match':>14}{'cases':>8}",
-        _line(
-            "reliability",
-            overall["reliability"],
-            overall["reliability"],
-            overall["reliability_exact_match"],
-            cases["reliability"],
-        ),
-    ]
-    for role, match in (("generality", overall["exact_match"]), ("locality", None)):
-        lines.append(_line(role, overall[role], overall[f"{role}_top1"], match, cases[role]))
-        lines += [
-            _line(f"  {name}", cell["score"], cell["top1"], cell["exact_match"], cell["cases"])
-            for name, cell in results["by_criterion"][role].items()
-        ]
-    lines += [
-        _line(title, overall[name])
-        for name, title in (
-            ("f1", "F1"),
-            ("avg", "Avg"),
-            ("first_token", "first token (generality)"),
-            ("js_similarity", "JS similarity (locality)"),
-        )
-    ]
-    lines += [f"skipped: {number} × {reason}" for reason, number in results["skipped"].items()]
-    if results["incomplete_group"]:
-        found = f"{results['incomplete_group']} of {settings['sequential']} requests"
-        lines.append(f"the last group has {found}; it is scored, where UniEdit drops it")
-    if results["edit_seconds"] is not None:
-        lines.append(f"one edit took {1e3 * results['edit_seconds']:.1f} ms on average")
-    return "\n".join(lines)
-
-
-def _line(
-    title: str, score: float | None, top1: float | None = None, match: float | None = None, cases: int | None = None
-) -> str:
-    texts = ["–" if value is None else f"{value:.1f}" for value in (score, top1, match)]
-    if cases is None:
-        return f"{title:<26}{texts[0]:>8}"
-    return f"{title:<26}{texts[0]:>8}{texts[1]:>8}{texts[2]:>14}{cases:>8}"

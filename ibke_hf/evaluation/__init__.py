@@ -1,4 +1,4 @@
-"""Evaluation of edits: formulas in `scores`, the procedure in `protocol`, files in `results`, an `evaluate` metric in `edit_quality`."""
+"""Evaluation: formulas in `scores`, procedure in `protocol`, files in `results`, the metric `edit_quality`."""
 
 from __future__ import annotations
 

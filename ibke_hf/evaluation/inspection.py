@@ -15,7 +15,7 @@ from ..core.tokens import RequestError, encode_prompt
 def top_predictions(
     model: Any, tokenizer: Any, prompt: str, k: int = 5, prompt_format: PromptFormat = PLAIN
 ) -> list[tuple[str, float]]:
-    """Return the k most probable next tokens with their probabilities, as the model is now (attached edits included)."""
+    """Return the k most probable next tokens with their probabilities, attached edits included."""
     if not prompt.strip():
         raise RequestError("the prompt is empty; give it at least one word")
     ids = torch.tensor([encode_prompt(tokenizer, prompt, prompt_format)], device=input_device(model))

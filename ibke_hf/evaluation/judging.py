@@ -24,6 +24,8 @@ from .generation import generate_texts
 from .questions import RecordQuestion, Tokens
 from .wording import exact_match
 
+LOGIT_BYTES = 256 << 20  # unedited logits of locality cases that are kept for a lot; the others are asked again
+EDIT_BYTES = 4 << 30  # edits that are made, held or copied to the rows of a batch at once
 KNOWN_WITHIN = 5  # a supporting hop is known if every target token is within the top 5
 LocalityMatch = Literal["ids", "string"]
 Row = dict[str, Any]
@@ -49,6 +51,12 @@ class Carried:
         edit: Any = self.edit
         return None if edit is None else edit.select(torch.tensor([self.rows[member] for member in members]))
 
+    def rows_at_once(self, batch_size: int) -> int:
+        """Return how many rows a batch may have: each takes a copy of its edit, for which `EDIT_BYTES` are there."""
+        if self.edit is None or len(self.edit) == 1:
+            return batch_size
+        return max(1, min(batch_size, EDIT_BYTES * len(self.edit) // max(self.edit.nbytes, 1)))
+
     def attached(self, model: Any, members: Sequence[int]) -> AbstractContextManager[Any]:
         """Edit the model for a batch of which each row belongs to one of the members."""
         if self.edit is None:
@@ -64,7 +72,8 @@ class Prediction:
 
     Attributes:
         ids: (p,) argmax, on the CPU.
-        logits: (p, vocabulary) on the CPU in the model's precision; of locality questions only.
+        logits: (p, vocabulary) on the CPU in the model's precision; of locality questions only, as many as
+            `LOGIT_BYTES` have room for.
     """
 
     ids: Tensor
@@ -83,15 +92,17 @@ class Judge:
 
     def predictions(self, questions: Sequence[RecordQuestion]) -> list[Prediction]:
         """Record what the unedited model predicts."""
-        found: dict[int, Prediction] = {}
+        predictions: dict[int, Prediction] = {}
+        room = LOGIT_BYTES
         unedited = Carried(None, dict.fromkeys(range(len(questions)), 0))
         for members, logits, parts in self._batches({i: q.tokens for i, q in enumerate(questions)}, unedited):
             ids = logits.float().argmax(-1).cpu()
             for member, part in zip(members, parts, strict=True):
-                found[member] = Prediction(
-                    ids[part], logits[part].cpu() if questions[member].role == "locality" else None
-                )
-        return [found[i] for i in range(len(questions))]
+                keep = questions[member].role == "locality" and logits[part].nbytes <= room
+                room -= logits[part].nbytes if keep else 0
+                # a copy: a view would keep the logits of the whole batch alive
+                predictions[member] = Prediction(ids[part], logits[part].clone().cpu() if keep else None)
+        return [predictions[i] for i in range(len(questions))]
 
     def unknown(self, hops: Mapping[int, Tokens], carried: Carried) -> list[int]:
         """Return the members whose hop has ANY target token outside the top 5 of the model that they carry."""
@@ -125,7 +136,8 @@ class Judge:
             expected = torch.cat([_expected(questions[i], before[i]) for i in members])
             ranks = scores.token_ranks(logits, expected.to(logits.device)).cpu()
             top = logits.float().argmax(-1).cpu()
-            similarities = _similarities(logits, parts, [before[i].logits for i in members])
+            unedited = self._unedited_logits(questions, before, members)
+            similarities = _similarities(logits, parts, unedited)
             for i, part, similarity in zip(members, parts, similarities, strict=True):
                 question = questions[i]
                 hits, first = ranks[part] < question.top_k, ranks[part] < 1
@@ -143,13 +155,26 @@ class Judge:
                 }
         return rows
 
+    def _unedited_logits(
+        self, questions: Sequence[RecordQuestion], before: Sequence[Prediction], members: Sequence[int]
+    ) -> list[Tensor | None]:
+        """Return the unedited logits of a batch's locality questions; those that were not kept are asked again."""
+        unedited = {i: before[i].logits for i in members}
+        asked = {i: questions[i].tokens for i in members if questions[i].role == "locality" and unedited[i] is None}
+        if asked:
+            plain = Carried(None, dict.fromkeys(asked, 0))
+            for again, logits, parts in self._batches(asked, plain):
+                unedited |= {i: logits[part] for i, part in zip(again, parts, strict=True)}
+        return [unedited[i] for i in members]
+
     def _batches(
         self, tokens: Mapping[int, Tokens], carried: Carried
     ) -> Iterator[tuple[list[int], Tensor, list[slice]]]:
-        """Yield members, the logits (p, vocabulary) of all their target positions, and which of the p are each one's."""
+        """Yield members, the logits (p, vocabulary) of all their target positions, and which of the p are whose."""
         order = sorted(tokens, key=lambda member: len(tokens[member][0]))
-        for start in range(0, len(order), self.batch_size):
-            members = order[start : start + self.batch_size]
+        size = carried.rows_at_once(self.batch_size)
+        for start in range(0, len(order), size):
+            members = order[start : start + size]
             with torch.no_grad(), carried.attached(self.model, members):
                 logits, labels = target_logits(self.model, pad_and_label([tokens[member] for member in members]))
             ends = list(accumulate(len(_target_ids(tokens[member])) for member in members))
@@ -160,7 +185,8 @@ class Judge:
         asked = {i: questions[i] for i in carried.rows if questions[i].role != "locality"}
         prompts = {i: (question.asked.prompt, len(question.target_ids)) for i, question in asked.items()}
         formats = {i: question.asked.format for i, question in asked.items()}
-        return generate_texts(self.model, self.tokenizer, prompts, self.batch_size, carried.attached, formats)
+        size = carried.rows_at_once(self.batch_size)
+        return generate_texts(self.model, self.tokenizer, prompts, size, carried.attached, formats)
 
     def _equal_strings(self, logits: Tensor, expected: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Hits within the top k and the top 1 where equal decoded tokens count as equal, as UniEdit compares them."""
@@ -228,6 +254,6 @@ def _similarities(logits: Tensor, parts: Sequence[slice], before: Sequence[Tenso
     if not kept:
         return [None] * len(parts)
     edited = torch.cat([logits[part] for part, _ in kept])
-    similar = scores.js_similarity(edited, torch.cat([other for _, other in kept]).to(edited.device)).cpu()
+    similar = scores.js_similarity(edited, torch.cat([other.to(edited.device) for _, other in kept])).cpu()
     means = iter([float(part.mean()) for part in similar.split([len(other) for _, other in kept])])
     return [None if other is None else next(means) for other in before]

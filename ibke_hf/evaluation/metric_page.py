@@ -15,24 +15,22 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-NAMES = {
-    "predictions": "prediction",
-    "references": "reference",
-}  # a line may use the names of the metric's columns too
+# A line may use the names of the metric's columns too.
+NAMES = {"predictions": "prediction", "references": "reference"}
 FIELDS = ("role", "reference", "prediction", "criterion", "top_k")
 NOTES = ("prompt", "id")  # for whoever reads the lines; not scored
 MOST = 8  # bad lines that are listed
-SCORES = {
-    "reliability": ("reliability", "the edit itself is answered"),
-    "generality": ("generality", "what follows from it is answered too"),
-    "locality": ("locality", "everything else is as before"),
-    "f1": ("F1", "harmonic mean of generality and locality"),
-    "avg": ("average", "mean of reliability, generality and locality"),
+TOP_1 = {  # what is right: the best guess alone counts
+    "reliability": ("reliability, top 1", "the edit itself is answered"),
+    "generality_top1": ("generality, top 1", "what follows from it is answered too"),
+    "locality_top1": ("locality, top 1", "everything else is as before"),
+    "first_token": ("first token, top 1", "of the answers that follow from the edit"),
 }
-STRICT = {
-    "generality_top1": ("generality, top 1", "were only the best guess to count"),
-    "locality_top1": ("locality, top 1", "were only the best guess to count"),
-    "first_token": ("first token", "best guess for the first token of a generality answer"),
+TOP_5 = {  # what the paper counts
+    "generality": ("generality, in the top 5", "what follows is among the first guesses"),
+    "locality": ("locality, in the top 5", "what the model said before is among the first guesses"),
+    "avg": ("average, in the top 5", "mean of reliability, generality and locality"),
+    "f1": ("F1, in the top 5", "harmonic mean of generality and locality"),
 }
 EXAMPLE = """\
 {"role": "reliability", "prompt": "The company behind GeForce is", "reference": "Sony", "prediction": "Sony"}
@@ -40,7 +38,8 @@ EXAMPLE = """\
 "prediction": ["Sony", "Nvidia", "AMD", "Intel", "Apple"]}
 {"role": "generality", "criterion": "Rephrase", "prompt": "The maker of GeForce cards is", "reference": "Sony", \
 "prediction": ["Nvidia", "Sony", "AMD", "Intel", "IBM"]}
-{"role": "generality", "criterion": "Multi-Hop", "prompt": "The firm behind GeForce has its seat in", "reference": ["To", "kyo"], \
+{"role": "generality", "criterion": "Multi-Hop", "prompt": "The firm behind GeForce has its seat in", \
+"reference": ["To", "kyo"], \
 "prediction": [["Santa", "San", "To", "the", "Cal"], ["ledo", "ron", "m", "p", "kens"]]}
 {"role": "locality", "criterion": "Same relation", "prompt": "The company behind Radeon is", "reference": "AMD", \
 "prediction": ["AMD", "Sony", "Intel", "Nvidia", "IBM"]}
@@ -49,23 +48,25 @@ EXAMPLE = """\
 SHOWN = '{"role": "reliability", "reference": "Sony", "prediction": "Sony"}'
 INTRODUCTION = """\
 # Did the edit work?
-A language model was edited to hold a new fact, say that *the company behind GeForce is Sony*. Paste what the **edited model predicts**, \
-one case a line, and press **Score**: is that its answer now, does what follows from it hold too, is everything else as before?"""
+A language model was edited to hold a new fact, say that *the company behind GeForce is Sony*. Paste what the \
+**edited model predicts**, one case a line, and press **Score**: is that its answer now, does what follows from it \
+hold too, is everything else as before?"""
 FORMAT = """\
-One JSON object a line: `role` (reliability, generality or locality); `reference`, the answer wanted (for locality, the one before the \
-edit); `prediction`, the model's guesses, best first: one for reliability, five for the others."""
+One JSON object a line: `role` (reliability, generality or locality); `reference`, the answer that is asked for (for \
+locality, the one before the edit); `prediction`, the guesses, best first: one for reliability, five for the others."""
 DETAILS = """\
 | field | what it holds |
 |---|---|
-| `role` | `reliability`: the edit itself. `generality`: a question that follows from it. `locality`: one whose answer must not move. |
-| `reference` | The target: a token's text or id; for several tokens, a list. Of locality, what the model said *before* the edit. |
-| `prediction` | The edited model's guesses for that token, best first; for several tokens, a list for each, the target being fed. |
+| `role` | `reliability`: the edit itself. `generality`: what follows from it. `locality`: what must not move. |
+| `reference` | The target: a token's text or id, several as a list. Of locality, what was said *before* the edit. |
+| `prediction` | The edited model's guesses, best first; for several tokens, a list for each, the target being fed. |
 | `criterion` | Optional: what the case tests, such as `"Rephrase"`; several separated by commas. |
-| `top_k` | Optional: guesses that count. Left out or null, 1 for reliability and 5 for the others; 1 suits Yes/No questions. |
+| `top_k` | Optional: guesses that count: 1 for reliability, 5 for the others; 1 suits Yes/No questions. |
 | `prompt`, `id` | Optional notes, not scored. |
 
-Tokens are compared exactly: `" Sony"` is not `"Sony"`. A score whose role has no case is left out, and so is F1 without both of its parts.
-What `metric.compute(predictions=..., references=..., role=...)` takes can be pasted too, as one JSON object. In Python:
+Tokens are compared exactly: `" Sony"` is not `"Sony"`. A score whose role has no case is left out, and so is F1
+without both of its parts. What `metric.compute(predictions=..., references=..., role=...)` takes can be pasted too,
+as one JSON object. In Python:
 
 ```python
 import evaluate
@@ -118,13 +119,13 @@ def read_cases(text: str) -> list[tuple[str, dict[str, Any]]]:
         PasteError: If there is no case or a line cannot be read; names every such line.
     """
     ids: dict[int | str, int] = {}
-    read = [(place, _read(place, found, ids)) for place, found in _objects(text)]
-    problems = [found for _, found in read if isinstance(found, str)]
-    if not read:
+    cases = [(place, _read(place, case, ids)) for place, case in _objects(text)]
+    problems = [problem for _, problem in cases if isinstance(problem, str)]
+    if not cases:
         problems = [f"There is no case yet. Paste one a line, such as {SHOWN}, or press Example."]
     if problems:
         raise PasteError(problems)
-    return [(place, found) for place, found in read if not isinstance(found, str)]
+    return [(place, case) for place, case in cases if not isinstance(case, str)]
 
 
 def _objects(text: str) -> Iterator[tuple[str, str]]:
@@ -136,7 +137,7 @@ def _objects(text: str) -> Iterator[tuple[str, str]]:
     if isinstance(whole, Mapping) and isinstance(whole.get("role"), list):
         whole = _rows(whole)
     if isinstance(whole, list):
-        yield from ((f"case {number}", json.dumps(found)) for number, found in enumerate(whole, 1))
+        yield from ((f"case {number}", json.dumps(case)) for number, case in enumerate(whole, 1))
     elif isinstance(whole, Mapping):
         yield "line 1", text
     else:
@@ -235,7 +236,7 @@ def score(text: str, load: Callable[[], Any]) -> tuple[dict[str, Any], dict[str,
     try:
         metric.add_batch(**{name: [row[name] for row in rows] for name in rows[0]})
     except ValueError as error:
-        raise PasteError([re.sub(r"^case (\d+)", lambda found: places[int(found[1])], str(error))]) from error
+        raise PasteError([re.sub(r"^case (\d+)", lambda match: places[int(match[1])], str(error))]) from error
     return metric.compute(), dict(Counter(row["role"] for row in rows))
 
 
@@ -243,7 +244,7 @@ def score(text: str, load: Callable[[], Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def render_scores(result: Mapping[str, Any], cases: Mapping[str, int]) -> str:
-    """Return scores as HTML: a bar for each, then the stricter ones and those by criterion.
+    """Return scores as HTML, a bar for each: top 1 first, then what the paper counts, then those by criterion.
 
     Args:
         result: What the metric computes.
@@ -253,22 +254,25 @@ def render_scores(result: Mapping[str, Any], cases: Mapping[str, int]) -> str:
     counted = ", ".join(f"{many} {role}" for role, many in cases.items())
     parts = [
         f"<p>{number} case{'' if number == 1 else 's'} scored: {counted}. In percent.</p>",
-        _table(_named(SCORES, result), "main"),
+        "<h3>Is the best guess right?</h3>",
+        _table(_named(TOP_1, result), "main"),
+        "<h3>Is it among the first guesses, as the paper counts?</h3>",
+        _table(_named(TOP_5, result)),
     ]
-    cells = [
-        (name, f"{role}, {cell['cases']} case{'' if cell['cases'] == 1 else 's'}", cell["score"])
-        for role, named in result["by_criterion"].items()
-        for name, cell in named.items()
-    ]
-    parts += ["<h3>By criterion</h3>", _table(cells)] if cells else []
-    parts += ["<h3>Stricter</h3>", _table(_named(STRICT, result))]
+    for title, field in (("By criterion, top 1", "top1"), ("By criterion, in the top 5", "score")):
+        cells = [
+            (name, f"{role}, {cell['cases']} case{'' if cell['cases'] == 1 else 's'}", cell[field])
+            for role, named in result["by_criterion"].items()
+            for name, cell in named.items()
+        ]
+        parts += [f"<h3>{title}</h3>", _table(cells)] if cells else []
     parts.append(f"<details><summary>As JSON</summary><pre>{escape(json.dumps(result, indent=1))}</pre></details>")
     return f'<div class="eq">{"".join(parts)}</div>'
 
 
 def render_waiting() -> str:
     """Return what stands in the place of scores at first: what they will mean."""
-    return f'<div class="eq"><p>In percent; more is better.</p>{_table(_named(SCORES, {}), "main")}</div>'
+    return f'<div class="eq"><p>In percent; more is better.</p>{_table(_named(TOP_1, {}), "main")}</div>'
 
 
 def render_problems(problems: Sequence[str]) -> str:

@@ -8,8 +8,9 @@ generality, with unknown supporting hops edited in for one case; locality; undo,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
@@ -21,7 +22,7 @@ from ..core.records import EditRecord
 from ..core.tokens import Span, context_length
 from .editing import Editing, GroupMode
 from .judging import Judge, LocalityMatch, Row
-from .questions import Group, Reader, fact_keys, fill_groups, fill_lots
+from .questions import Group, Reader, RecordQuestion, fact_keys, fill_groups, fill_lots, number_of_requests
 from .scores import summarise
 
 CollisionScope = Literal["set", "group"]
@@ -101,6 +102,10 @@ def evaluate_records(
         finished: Rows of a run that was killed. Lots of groups of which every row is among them are not run again, and
             `on_row` is called for missing rows only; the result holds all of them.
 
+    At any time one lot of groups (at most `batch_size` requests, or one group) is held as questions, the unedited
+    logits of its locality cases up to :data:`~ibke_hf.evaluation.judging.LOGIT_BYTES`, and edits that are made at once
+    up to :data:`~ibke_hf.evaluation.judging.EDIT_BYTES`; what is more is asked again, or edited in parts.
+
     Raises:
         RequestError: If a text is empty, too long or has no target token, or the editor cannot edit it, and `strict`,
             or if no record is usable; names record and case; nothing is run then.
@@ -117,34 +122,43 @@ def evaluate_records(
     )
     check = getattr(editor, "check_request", None)
     reader = Reader(tokenizer, span, context_length(model), supporting_hops, strict, check)
-    groups, dropped = _groups(list(records), sequential, collision_scope, reader)
-    done = {row_key(row): row for row in finished}
+    selection = _Selection(list(records), sequential, collision_scope, reader)
+    skipped = selection.leave_out(on_skip)
+    earlier = {row_key(row): row for row in finished}
     editing = Editing(editor, model, tokenizer, mode, batch_size)
     judge = Judge(model, tokenizer, batch_size, locality_match, generate)
-    made: dict[RowKey, Row] = {}
-    _name(dropped, on_skip)
-    with (
-        evaluating(model),
-        tqdm(total=sum(len(group.records) for group in groups), unit="record", disable=not progress) as bar,
-    ):
-        for lot in fill_lots(
-            groups, batch_size
-        ):  # the same lots after a kill: what shares a batch moves the last bits of a score
-            if any(question.key not in done for group in lot for question in group.questions):
-                for row in _run(lot, editing, judge):
-                    made[row_key(row)] = row
-                    if on_row is not None and row_key(row) not in done:
-                        on_row(row)
+    rows: list[Row] = []
+    with evaluating(model), tqdm(total=len(selection.records), unit="record", disable=not progress) as bar:
+        # The same lots after a kill: what shares a batch moves the last bits of a score.
+        for lot in selection.lots(batch_size):
+            rows += _rows_of_lot(lot, editing, judge, earlier, on_row)
             bar.update(sum(len(group.records) for group in lot))
-    rows = [done.get(question.key) or made[question.key] for group in groups for question in group.questions]
-    last = len(groups[-1].requests) if groups else 0
     return Evaluation(
         rows=tuple(rows),
         summary=summarise(rows),
-        skipped=dict(Counter(case["reason"] for case in dropped)),
+        skipped=skipped,
         edit_seconds=editing.seconds / editing.requests if editing.requests else None,
-        incomplete_group=last if last < sequential else 0,
+        incomplete_group=selection.incomplete,
     )
+
+
+def _rows_of_lot(
+    lot: Sequence[Group],
+    editing: Editing,
+    judge: Judge,
+    earlier: Mapping[RowKey, Row],
+    on_row: Callable[[Row], None] | None,
+) -> list[Row]:
+    """Return the rows of a lot, those of an earlier run as they are; the lot is run again if any is missing."""
+    questions = [question for group in lot for question in group.questions]
+    if all(question.key in earlier for question in questions):
+        return [earlier[question.key] for question in questions]
+    rows = []
+    for row in _run(lot, questions, editing, judge):
+        if on_row is not None and row_key(row) not in earlier:
+            on_row(row)
+        rows.append(earlier.get(row_key(row), row))
+    return rows
 
 
 def row_key(row: Row) -> RowKey:
@@ -152,9 +166,8 @@ def row_key(row: Row) -> RowKey:
     return row["dataset"], row["record"], row["role"], row["case"]
 
 
-def _run(lot: Sequence[Group], editing: Editing, judge: Judge) -> list[Row]:
+def _run(lot: Sequence[Group], questions: Sequence[RecordQuestion], editing: Editing, judge: Judge) -> list[Row]:
     """Take a lot of groups, each with an edit of its own, through the procedure; return their rows in order."""
-    questions = [question for group in lot for question in group.questions]
     group_of = [i for i, group in enumerate(lot) for _ in group.questions]
     before = judge.predictions(questions)
     rows: dict[int, Row] = {}
@@ -166,38 +179,67 @@ def _run(lot: Sequence[Group], editing: Editing, judge: Judge) -> list[Row]:
     return [rows[i] for i in range(len(questions))]
 
 
-def _groups(
-    records: Sequence[EditRecord], sequential: int, scope: CollisionScope, reader: Reader
-) -> tuple[list[Group], list[dict[str, Any]]]:
-    """Fill groups and tokenise all that they ask, with what is left out; say so if the last one is incomplete."""
-    repeated = [
-        key for key, number in Counter((record.dataset, record.id) for record in records).items() if number > 1
-    ]
-    if repeated:
-        dataset, record_id = repeated[0]
-        raise ValueError(
-            f"record {record_id!r} of {dataset!r} was given more than once; give each record an id of its own"
-        )
-    records, dropped = reader.usable(records)
-    filled = list(fill_groups(records, sequential))
-    everything = fact_keys(records)
-    groups = [reader.group(group, everything if scope == "set" else fact_keys(group)) for group in filled]
-    if groups and len(groups[-1].requests) < sequential:
-        number = len(groups[-1].requests)
-        logger.warning(f"the last group has {number} of {sequential} requests; it is scored, where UniEdit drops it")
-    return groups, [*dropped, *(case for group in groups for case in group.dropped)]
+class _Selection:
+    """The records of an evaluation in groups, which become questions a lot at a time and are forgotten after it.
 
+    Attributes:
+        records: Those whose requests can all be edited and asked.
+        incomplete: Number of requests of a last group that has fewer than asked for, 0 if there is none.
+    """
 
-def _name(dropped: Sequence[dict[str, Any]], on_skip: Callable[[dict[str, Any]], None] | None) -> None:
-    """Hand on what is left out, and log the first few that cannot be used."""
-    unusable = [case["detail"] for case in dropped if "detail" in case]
-    for detail in unusable[:NAMED]:
-        logger.warning(f"left out: {detail}")
-    if len(unusable) > NAMED:
-        logger.warning(f"left out: {len(unusable) - NAMED} more of the kind")
-    if on_skip is not None:
-        for case in dropped:
-            on_skip(case)
+    def __init__(self, records: Sequence[EditRecord], sequential: int, scope: CollisionScope, reader: Reader) -> None:
+        """Fill the groups; say so if the last one is incomplete.
+
+        Raises:
+            ValueError: If a record was given more than once.
+            RequestError: If no record is usable, or in a strict evaluation one is not.
+        """
+        numbers = Counter((record.dataset, record.id) for record in records)
+        repeated = [key for key, number in numbers.items() if number > 1]
+        if repeated:
+            dataset, record_id = repeated[0]
+            raise ValueError(
+                f"record {record_id!r} of {dataset!r} was given more than once; give each record an id of its own"
+            )
+        self.records, self._unusable = reader.usable(records)
+        self._reader, self._groups = reader, list(fill_groups(self.records, sequential))
+        self._edited = fact_keys(self.records) if scope == "set" else None
+        last = number_of_requests(self._groups[-1]) if self._groups else sequential
+        self.incomplete = last if last < sequential else 0
+        if self.incomplete:
+            logger.warning(f"the last group has {last} of {sequential} requests; it is scored, where UniEdit drops it")
+
+    def leave_out(self, on_skip: Callable[[dict[str, Any]], None] | None) -> dict[str, int]:
+        """Tokenise everything once and keep nothing, so that what cannot be asked is known in the first minute.
+
+        Returns:
+            The number of records and cases that are left out, by reason; `on_skip` is called with each, and the log
+            names the first few that are unusable.
+
+        Raises:
+            RequestError: In a strict evaluation, for the first that is unusable; names record and case.
+        """
+        numbers: Counter[str] = Counter()
+        unusable = 0
+        for case in chain(self._unusable, (case for records in self._groups for case in self._read(records).dropped)):
+            numbers[case["reason"]] += 1
+            if "detail" in case:
+                unusable += 1
+                if unusable <= NAMED:
+                    logger.warning(f"left out: {case['detail']}")
+            if on_skip is not None:
+                on_skip(case)
+        if unusable > NAMED:
+            logger.warning(f"left out: {unusable - NAMED} more of the kind")
+        return dict(numbers)
+
+    def lots(self, requests: int) -> Iterator[list[Group]]:
+        """Yield lots of groups as questions, see :func:`fill_lots`."""
+        for lot in fill_lots(self._groups, requests):
+            yield [self._read(records) for records in lot]
+
+    def _read(self, records: list[EditRecord]) -> Group:
+        return self._reader.group(records, fact_keys(records) if self._edited is None else self._edited)
 
 
 def _check(sequential: int, batch_size: int, **choices: tuple[str, Any]) -> None:

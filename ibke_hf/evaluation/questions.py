@@ -1,7 +1,7 @@
 """What an evaluation asks: records in groups, as tokenised questions, without the locality cases that collide.
 
-Everything is tokenised before anything runs, so that what cannot be asked is known in an evaluation's first minute:
-it is left out and named, or in a strict evaluation ends it.
+Records are tokenised group by group as they are asked; only one lot of groups is held as questions at a time. What
+cannot be asked is left out and named, or in a strict evaluation ends it.
 """
 
 from __future__ import annotations
@@ -262,11 +262,11 @@ def number_of_requests(records: Iterable[EditRecord]) -> int:
     return sum(len(record.requests) for record in records)
 
 
-def fill_lots(groups: Sequence[Group], requests: int) -> Iterator[list[Group]]:
+def fill_lots(groups: Iterable[list[EditRecord]], requests: int) -> Iterator[list[list[EditRecord]]]:
     """Cut groups into lots of at most that many requests (at least one group each), to be edited and asked at once."""
-    lot: list[Group] = []
+    lot: list[list[EditRecord]] = []
     for group in groups:
-        if lot and sum(len(g.requests) for g in lot) + len(group.requests) > requests:
+        if lot and sum(map(number_of_requests, lot)) + number_of_requests(group) > requests:
             yield lot
             lot = []
         lot.append(group)

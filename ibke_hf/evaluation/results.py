@@ -19,17 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from ..core.fingerprints import digest_of, weights_digest
 from ..core.records import EditRecord
-from ..io import FileError, read_json, write_json, written_file
+from ..io import FileError, locked, read_json, write_json, written_file
+from .editing import EDITS_ALONE, edit_alone
 from .judging import Row
 from .protocol import Evaluation, RowKey, evaluate_records, row_key
 from .report.page import write_page
 
 SETTINGS, ROWS, SKIPPED, RESULTS, PAGE = "settings.json", "rows.jsonl", "skipped.jsonl", "results.json", "rows.html"
-NOT_SETTINGS = (
-    "batch_size",
-    "progress",
-    "strict",
-)  # they decide how fast rows are made, or whether any, not which: a resumed run may change them
+# How fast rows are made, or whether any are, not which: a resumed run may change them.
+NOT_SETTINGS = ("batch_size", "progress", "strict")
 
 
 class ResultsError(FileError):
@@ -57,14 +55,13 @@ class ResultsFolder:
         self.folder = Path(folder)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = self._found_settings()
+        earlier = self._earlier_settings()
         self.rows: tuple[Row, ...] = tuple(_read_rows(self.folder / ROWS))
-        if found is None or not (
-            self.rows or (self.folder / RESULTS).exists()
-        ):  # nothing that other settings would spoil
+        # Without a row there is nothing that other settings would spoil.
+        if earlier is None or not (self.rows or (self.folder / RESULTS).exists()):
             write_json(self.folder / SETTINGS, self.settings)
         else:
-            require_same(self.folder, found, self.settings)
+            require_same(self.folder, earlier, self.settings)
         self._rows: TextIO | None = None
         self._skipped: TextIO | None = None
 
@@ -88,14 +85,17 @@ class ResultsFolder:
         """Append a case that is not asked."""
         _append(self._skipped, case)
 
-    def finish(self, evaluation: Evaluation, unread: Mapping[str, int]) -> dict[str, Any]:
+    def finish(
+        self, evaluation: Evaluation, unread: Mapping[str, int], edit: Mapping[str, float | None] | None = None
+    ) -> dict[str, Any]:
         """Write ``results.json`` and the page; return the results.
 
         Args:
             evaluation: With all rows, also those of an earlier run.
             unread: Number of records and cases that were skipped on reading, by reason.
+            edit: What one edit takes alone: ``edit_seconds_alone`` and ``edit_bytes``.
         """
-        results = results_of(evaluation, unread, self.settings)
+        results = results_of(evaluation, unread, self.settings, edit)
         if results["edit_seconds"] is None and (self.folder / RESULTS).exists():  # nothing was left to be edited
             results["edit_seconds"] = read_json(self.folder / RESULTS, error=ResultsError).get("edit_seconds")
         write_json(self.folder / RESULTS, results)
@@ -103,7 +103,7 @@ class ResultsFolder:
             write_page(evaluation.rows, results, temporary)
         return results
 
-    def _found_settings(self) -> dict[str, Any] | None:
+    def _earlier_settings(self) -> dict[str, Any] | None:
         """Return the settings of an earlier run; None in a new folder."""
         if (self.folder / SETTINGS).exists():
             return read_json(self.folder / SETTINGS, error=ResultsError)
@@ -127,7 +127,7 @@ def evaluate_to_folder(
     unread: Mapping[str, int] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score an editor on records by PROTOCOL's procedure and keep everything in a folder; go on there if a run was killed.
+    """Score an editor on records by PROTOCOL's procedure, in a folder in which a killed run goes on.
 
     Args:
         folder: Where the results lie.
@@ -143,10 +143,12 @@ def evaluate_to_folder(
     Returns:
         What ``results.json`` holds: ``overall``, ``by_criterion``, ``by_hops``, ``by_domain`` (see
         :func:`~ibke_hf.evaluation.scores.summarise`), ``records``, ``cases`` by role, ``skipped`` by reason,
-        ``incomplete_group``, ``edit_seconds`` and ``settings``.
+        ``incomplete_group``, ``edit_seconds`` (of a request, many at once), ``edit_seconds_alone``, ``edit_bytes`` and
+        ``settings``.
 
     Raises:
         ResultsError: If the folder holds results of other settings, or no record is selected.
+        FileError: If another process is writing to the folder.
         RequestError: If a text of a record is unusable.
         NonFiniteError: If an edit is not finite.
     """
@@ -159,8 +161,9 @@ def evaluate_to_folder(
         "model_weights": fingerprint_of(model),
         "editor_weights": fingerprint_of(editor),
     }
-    with ResultsFolder(folder, {"ibke_hf": __version__, **settings, **deciding, **prints}) as results:
-        found = evaluate_records(
+    decided = {"ibke_hf": __version__, **settings, **deciding, **prints}
+    with locked(folder), ResultsFolder(folder, decided) as results:
+        evaluation = evaluate_records(
             editor,
             model,
             tokenizer,
@@ -170,10 +173,16 @@ def evaluate_to_folder(
             finished=results.rows,
             **options,
         )
-        return results.finish(found, unread or {})
+        seconds, size = edit_alone(editor, model, tokenizer, [record.requests[0] for record in records[:EDITS_ALONE]])
+        return results.finish(evaluation, unread or {}, {"edit_seconds_alone": seconds, "edit_bytes": size})
 
 
-def results_of(evaluation: Evaluation, unread: Mapping[str, int], settings: Mapping[str, Any]) -> dict[str, Any]:
+def results_of(
+    evaluation: Evaluation,
+    unread: Mapping[str, int],
+    settings: Mapping[str, Any],
+    edit: Mapping[str, float | None] | None = None,
+) -> dict[str, Any]:
     """Return what ``results.json`` holds, see :func:`evaluate_to_folder`."""
     summary = dict(evaluation.summary)
     parts = {name: summary.pop(name) for name in ("by_criterion", "by_hops", "by_domain", "records", "cases")}
@@ -183,12 +192,15 @@ def results_of(evaluation: Evaluation, unread: Mapping[str, int], settings: Mapp
         "skipped": dict(Counter(unread) + Counter(evaluation.skipped)),
         "incomplete_group": evaluation.incomplete_group,
         "edit_seconds": evaluation.edit_seconds,
+        "edit_seconds_alone": None,
+        "edit_bytes": None,
+        **(edit or {}),
         "settings": dict(settings),
     }
 
 
 def fingerprint_of(thing: Any) -> str | None:
-    """Tell a model or editor from one of other weights or hyper-parameters, so that a retrained editor is not taken for the old one.
+    """Tell a model or editor from one of other weights or hyper-parameters, such as the same one trained again.
 
     Weights are summed as integers: exact on any device and in any order, and quick.
     """
@@ -242,16 +254,16 @@ def _read_rows(file: Path) -> Iterator[Row]:
         yield row
 
 
-def require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def require_same(folder: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse a folder whose results were made with other settings.
 
     Raises:
         ResultsError: Names each difference.
     """
-    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    names = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
     if names:
         changes = "; ".join(
-            f"{name} was {json.dumps(found.get(name))}, now {json.dumps(wanted.get(name))}" for name in names
+            f"{name} was {json.dumps(earlier.get(name))}, now {json.dumps(settings.get(name))}" for name in names
         )
         raise ResultsError(
             f"{folder}: holds an evaluation of other settings ({changes}); repeat those settings, choose another "

@@ -1,4 +1,4 @@
-"""The files of the `edit_quality` metric as a Space of the Hub holds them: the wrapper beside the formulas, without this package."""
+"""The files of the `edit_quality` metric as a Space holds them: wrapper beside formulas, without this package."""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from record_files import CITIES, write_records
 from training_runs import record
 
 from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, found_cells, merge_cells, run_cells
-from ibke_hf.benchmark.runs import CELL, CELLS
+from ibke_hf.benchmark.files import CELL, SETTINGS
+from ibke_hf.benchmark.files import PLAN as PLAN_FILE
+from ibke_hf.benchmark.runs import CELLS
 from ibke_hf.cli import main
 from ibke_hf.core.records import EditRecord
 from ibke_hf.data.texts import read_texts
@@ -106,6 +108,7 @@ def test_cells_hold_the_scores_of_the_procedure_on_the_records_of_their_seed(ben
     assert all(
         (cell["edit_seconds"] is None) == (cell["edit_bytes"] is None) == (cell["editor"] == "none") for cell in cells
     )
+    assert all((cell["edit_seconds_alone"] is None) == (cell["editor"] == "none") for cell in cells)
     assert all(cell["locality"] == 100 for cell in cells if cell["editor"] == "none")
     drawn = {(cell["edits"], cell["seed"]): _asked(tmp_path, cell) for cell in cells if cell["editor"] == "ft"}
     assert all({f"r{i}" for i in range(8) if i % 2 == (edits == "unknown")} > ids for (edits, _), ids in drawn.items())
@@ -166,6 +169,34 @@ def test_what_differs_is_not_joined(bench: Any, tmp_path: Path) -> None:
         merge_cells([tmp_path / "one", tmp_path / "three"], tmp_path / "joined")
     with pytest.raises(BenchmarkError, match=r"holds no settings\.json"):
         merge_cells([tmp_path], tmp_path / "joined")
+
+
+@pytest.mark.parametrize("broken", ["", "[]", "{}", "nul", "[" * 100_000, '{"a": 1e400}', "\\ud800"])
+@pytest.mark.parametrize("file", ["cell", "plan", "settings"])
+def test_a_broken_file_of_the_folder_is_named_with_the_cure(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, broken: str
+) -> None:
+    plan = replace(PLAN, editors=("none",), seeds=1)
+    run(bench(), tmp_path / "table", plan)
+    names = {"cell": next((tmp_path / "table" / CELLS).glob(f"*/{CELL}")), "plan": tmp_path / "table" / PLAN_FILE}
+    path = names.get(file, tmp_path / "table" / SETTINGS)
+    path.write_text(broken)
+    with pytest.raises(FileError, match=re.escape(str(path))):
+        run(bench(), tmp_path / "table", plan)
+    assert main(["table", "--merge", str(tmp_path / "table"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and len(error.strip().splitlines()) == 1 and len(error) < 1500
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seed", "one"), ("sequential", None), ("avg", 1e999), ("f1", "x"), ("split", 3)]
+)
+def test_a_value_that_no_cell_has_is_named(bench: Any, tmp_path: Path, field: str, value: Any) -> None:
+    run(bench(), tmp_path, replace(PLAN, editors=("none",), seeds=1))
+    path = next((tmp_path / CELLS).glob(f"*/{CELL}"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(FileError, match=rf"{re.escape(str(path))}: .*{field}.*remove its folder"):
+        found_cells(tmp_path)
 
 
 def test_a_folder_of_other_settings_is_refused(bench: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +19,9 @@ from ibke_hf import EditCase, EditRecord, EditRequest
 from ibke_hf.core.capture import NonFiniteError
 from ibke_hf.core.records import Hop, collides
 from ibke_hf.core.tokens import RequestError
-from ibke_hf.evaluation import editing, scores
+from ibke_hf.editors.dense import DenseEdit
+from ibke_hf.editors.ft import FineTuningEditor
+from ibke_hf.evaluation import editing, judging, questions, scores
 from ibke_hf.evaluation.generation import generate_texts
 from ibke_hf.evaluation.protocol import evaluate_records
 
@@ -85,6 +88,65 @@ def test_edits_carried_at_once_are_bounded_without_changing_a_row(setting, monke
     assert_same(
         evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False).rows, list(expected.rows)
     )
+
+
+def test_one_lot_of_questions_is_held_at_a_time(setting, monkeypatch):
+    model, tokenizer, editor = setting()
+    records, alive, most = make_records(30, 1), weakref.WeakValueDictionary(), []
+
+    class Watched(questions.RecordQuestion):
+        def __init__(self, *fields):
+            super().__init__(*fields)
+            alive[id(self)] = self
+            most.append(len(alive))
+
+    monkeypatch.setattr(questions, "RecordQuestion", Watched)
+    found = evaluate_records(editor, model, tokenizer, records, batch_size=3, generate=False, progress=False)
+    sizes = [len(record.requests) + len(record.generality) + len(record.locality) for record in records]
+    assert max(most) <= 2 * 3 * max(sizes) < len(found.rows)  # the lot that is read while the last is still held
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+def test_unedited_logits_are_kept_within_their_bytes_without_changing_a_row(setting, monkeypatch, room):
+    model, tokenizer, editor = setting()
+    records = make_records(12, 2)
+    expected = evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False)
+    monkeypatch.setattr(judging, "LOGIT_BYTES", room)
+    kept, predictions = [], judging.Judge.predictions
+
+    def watched(self, *given):
+        found = predictions(self, *given)
+        kept.append(sum(p.logits.untyped_storage().nbytes() for p in found if p.logits is not None))
+        return found
+
+    monkeypatch.setattr(judging.Judge, "predictions", watched)
+    found = evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False)
+    assert_same(found.rows, list(expected.rows))
+    assert max(kept) <= room and (max(kept) > 0) == (room > 0)
+
+
+def test_dense_edits_are_made_and_copied_within_their_bytes_without_changing_a_row(setting, monkeypatch):
+    model, tokenizer, _ = setting()
+    editor = FineTuningEditor.for_backbone(model, steps=2)
+    records = make_records(6, 1)
+    expected = evaluate_records(editor, model, tokenizer, records, progress=False)
+    one = editor.edit(model, tokenizer, records[0].requests[:1]).nbytes
+    numbers, edit, select = [], FineTuningEditor.edit, DenseEdit.select
+
+    def watched_edit(self, model, tokenizer, requests, **given):
+        numbers.append(len(requests))
+        return edit(self, model, tokenizer, requests, **given)
+
+    def watched_select(self, rows):
+        numbers.append(len(torch.as_tensor(rows).flatten()) / editing.WORKING_COPIES)  # copies that nothing is made of
+        return select(self, rows)
+
+    monkeypatch.setattr(FineTuningEditor, "edit", watched_edit)
+    monkeypatch.setattr(DenseEdit, "select", watched_select)
+    monkeypatch.setattr(judging, "EDIT_BYTES", 2 * editing.WORKING_COPIES * one)
+    found = evaluate_records(editor, model, tokenizer, records, progress=False)
+    assert_same(found.rows, list(expected.rows))
+    assert max(numbers) == 2
 
 
 # --- the procedure ------------------------------------------------------------------------------------------------

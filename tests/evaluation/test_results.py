@@ -25,6 +25,7 @@ from ibke_hf.evaluation.results import (
     fingerprint_of,
     fingerprint_of_records,
 )
+from ibke_hf.io import FileError
 
 SETTINGS = {"dataset": "made", "model": "tiny", "editor": "ibke"}
 OPTIONS: dict[str, Any] = {"sequential": 2, "batch_size": 4, "progress": False}
@@ -47,6 +48,17 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_a_second_process_in_the_folder_is_refused_before_it_writes(setting, tmp_path):
+    script = "import sys; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(FileError, match="another process is writing there"):
+            evaluate_to_folder(tmp_path, *setting, make_records(3, 1), settings=SETTINGS, **OPTIONS)
+        other.communicate(b"\n")
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
 def test_everything_is_in_the_folder(setting, tmp_path):
     records = make_records(9, 2)
     made = evaluate_to_folder(
@@ -55,6 +67,7 @@ def test_everything_is_in_the_folder(setting, tmp_path):
     found = evaluate_records(*setting, records, **OPTIONS)
     folder = tmp_path / "deep" / "out"
     assert sorted(file.name for file in folder.iterdir()) == [
+        ".lock",
         "results.json",
         "rows.html",
         "rows.jsonl",

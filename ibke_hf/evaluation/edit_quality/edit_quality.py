@@ -1,4 +1,4 @@
-"""``edit_quality``: reliability, generality and locality of knowledge edits, from ordered predictions and reference ids."""
+"""``edit_quality``: reliability, generality and locality of knowledge edits, from predictions and reference ids."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ CELLS = ("score", "top1", "cases")
 DEFAULT_TOP_K = {"reliability": 1, "generality": 5, "locality": 5}
 
 DESCRIPTION = """\
-Scores edits of facts in language models, teacher-forced, in percent. A target token is a hit if it is among the first `top_k`
-predictions at its position. Reliability is the mean over edit requests of the fraction of their target tokens that are hits, generality
-the same over cases that should follow from the edit, locality over cases that should not move, whose references are what the unedited
-model predicts. F1 is the harmonic mean of generality and locality, avg the mean of those of the three that there are."""
+Scores edits of facts in language models, teacher-forced, in percent. A target token is a hit if it is among the
+first `top_k` predictions at its position. Reliability is the mean over edit requests of the fraction of their
+target tokens that are hits, generality the same over cases that should follow from the edit, locality over cases
+that should not move, whose references are what the unedited model predicts. F1 is the harmonic mean of generality
+and locality, avg the mean of those of the three that there are."""
 INPUTS = """
 Args:
-    predictions: For each case and each of its target tokens the predicted ids, the best first, at least `top_k` of them.
+    predictions: For each case and each of its target tokens the predicted ids, best first, at least `top_k` of them.
     references: For each case the ids of its target tokens (locality: the top-1 ids of the unedited model).
     role: `reliability`, `generality` or `locality`.
-    criterion: What the case tests, such as `Rephrase`; several separated by commas or as a list, `""` or None for none.
+    criterion: What the case tests, such as `Rephrase`; several by commas or as a list, `""` or None for none.
     top_k: Predictions that count; None: 1 for reliability, 5 for the other roles. PROTOCOL: 1 for Yes/No cases.
 Returns:
-    reliability, generality, locality, f1, avg, generality_top1, locality_top1, first_token (of generality), in percent, None where
-    there is no such case; by_criterion: for generality and locality the score, top1 and number of cases of each criterion.
+    reliability, generality_top1, locality_top1, generality, locality, avg, f1, first_token (of generality), in
+    percent, None where there is no such case; by_criterion: for generality and locality the top1, score and number of
+    cases of each criterion. The names without _top1 count the first `top_k` predictions.
 """
 
 

@@ -6,13 +6,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from .table import METRICS, MISSING, PAPER, STRICTER, UNEDITED, Entry, Table, Value
-from .table_text import bytes_text, number_text, seconds_text
+from .table import METRICS, MISSING, PAPER, STRICT, UNEDITED, Entry, Table, Value
+from .table_text import EFFORT_TITLES, effort_texts, number_text
 
-STRICT = (
-    '<p class="notes">F1: harmonic mean of generality and locality. Top-1: each token of the answer has to be the most probable one. '
-    "Exact: what the edited model writes by itself on generality cases is the answer or another name of it.</p>"
-)
+PAPERS = (*PAPER, "f1")
 MARKS = (
     '<p><span class="key best">best</span> of its column, <span class="key near">within 3 %</span> of the best.</p>'
 )
@@ -37,7 +34,8 @@ th, td { padding: .26rem .45rem; white-space: nowrap; text-align: right; }
 th { font-weight: 600; }
 thead tr:first-child th { border-top: 2px solid var(--rule); }
 thead th[colspan] { text-align: center; border-bottom: 1px solid var(--line); }
-thead tr:last-child th, thead th[rowspan] { font-weight: 400; color: var(--faint); border-bottom: 1px solid var(--rule); }
+thead tr:last-child th, thead th[rowspan] {
+  font-weight: 400; color: var(--faint); border-bottom: 1px solid var(--rule); }
 tbody tr:last-child > *, tbody th[rowspan] { border-bottom: 1px solid var(--rule); }
 tbody:last-child tr:last-child > *, tbody:last-child th[rowspan] { border-bottom: 2px solid var(--rule); }
 thead th[colspan] span { position: sticky; left: 7.2rem; right: .5rem; }
@@ -48,10 +46,12 @@ thead th[rowspan] { vertical-align: bottom; }
 .best { background: var(--best); color: var(--on-best); font-weight: 650; }
 .near { background: var(--near); color: var(--on-near); text-decoration: underline; text-underline-offset: .15em; }
 .key { padding: .05rem .35rem; border-radius: .25rem; }
-.spread { font-weight: 400; opacity: .8; font-size: .92em; display: inline-block; min-width: 2.7rem; text-align: left; }
+.spread { font-weight: 400; opacity: .8; font-size: .92em; text-align: left;
+  display: inline-block; min-width: 2.7rem; }
 .none td, .open { color: var(--faint); }
 details { margin: 1rem 0; } summary { cursor: pointer; }
-figure { margin: 0; max-width: 44rem; } figure svg { display: block; width: 100%; min-width: 31rem; height: auto; border-radius: .4rem; }
+figure { margin: 0; max-width: 44rem; }
+figure svg { display: block; width: 100%; min-width: 31rem; height: auto; border-radius: .4rem; }
 """
 
 
@@ -71,15 +71,16 @@ def as_html(table: Table, plot: str | None = None, *, title: str = "Editors comp
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="faint">{escape(about)}</p>' if about else "",
-        _scores(table, PAPER),
+        f"<h2>Is the answer right?</h2>{_scores(table, STRICT)}",
+        f"<h2>The paper's scores: is the answer among the five likeliest?</h2>{_scores(table, PAPERS, effort=False)}",
         f'<div class="notes">{MARKS}{notes}</div>',
         _figure(plot) if plot else "",
-        f"<details><summary>Stricter scores</summary>{_scores(table, STRICTER)}{STRICT}</details>",
     ]
     body = "\n".join(filter(None, parts))
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates make browsers fail
@@ -87,20 +88,22 @@ def as_html(table: Table, plot: str | None = None, *, title: str = "Editors comp
 
 def _figure(plot: str) -> str:
     """Put an SVG into the page, without the lines that only a file of its own needs."""
-    found = re.search(r"<svg\b.*</svg>", plot, re.DOTALL)
-    if not found:
+    drawing = re.search(r"<svg\b.*</svg>", plot, re.DOTALL)
+    if not drawing:
         raise ValueError(
             f"the plot has to be the text of an SVG, and begins with {plot[:40]!r}; pass what trade_off_figure returns"
         )
     return (
-        '<h2>Generality and locality</h2><figure><div class="scroll" tabindex="0" role="region" aria-label="plot">'
-        f'{found.group()}</div><figcaption class="faint">Means over single edits; the lines join equal F1, the harmonic mean of both. '
+        "<h2>Generality and locality, in the top 5</h2><figure>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="plot">'
+        f'{drawing.group()}</div><figcaption class="faint">Means over single edits; lines join equal F1, the '
+        "harmonic mean. "
         "The further to the upper right, the better.</figcaption></figure>"
     )
 
 
-def _scores(table: Table, metrics: Sequence[str]) -> str:
-    """Draw the paper's table: editors below each other, column groups beside each other, and at the end what one edit takes."""
+def _scores(table: Table, metrics: Sequence[str], *, effort: bool = True) -> str:
+    """Draw a table: editors below each other, column groups beside each other, at the end what one edit takes."""
     shown = [table.metrics(number, metrics) for number in range(len(table.columns))]
     groups = "".join(
         f'<th class="start" scope="colgroup" colspan="{len(names)}"><span>{escape(column.title)}</span></th>'
@@ -117,17 +120,21 @@ def _scores(table: Table, metrics: Sequence[str]) -> str:
         for i, row in enumerate(rows):
             type_ = f'<th class="type" scope="rowgroup" rowspan="{len(rows)}">{kind}</th>' if i == 0 else ""
             cells = "".join(_entry_cells(entry, names) for entry, names in zip(row.entries, shown, strict=True))
-            takes = f'<td class="start">{seconds_text(row.edit_seconds)}</td><td>{bytes_text(row.edit_bytes)}</td>'
+            takes = (
+                "".join(f"<td{_start(i)}>{text}</td>" for i, text in enumerate(effort_texts(row))) if effort else ""
+            )
             plain = ' class="none"' if row.editor == UNEDITED else ""
             lines.append(
                 f'<tr{plain}>{type_}<th class="editor" scope="row">{escape(row.name)}</th>{cells}{takes}</tr>'
             )
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
+    if effort:
+        groups += f'<th class="start" scope="colgroup" colspan="{len(EFFORT_TITLES)}"><span>Edit</span></th>'
+        heads += "".join(f'<th{_start(i)} scope="col">{title}</th>' for i, title in enumerate(EFFORT_TITLES))
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="scores"><table><thead><tr>'
-        f'<th class="type" rowspan="2" scope="col">Type</th><th class="editor" rowspan="2" scope="col">Editor</th>{groups}'
-        '<th class="start" scope="colgroup" colspan="2"><span>Edit</span></th></tr>'
-        f'<tr>{heads}<th class="start" scope="col">Time</th><th scope="col">Size</th></tr></thead>{"".join(bodies)}</table></div>'
+        '<th class="type" rowspan="2" scope="col">Type</th><th class="editor" rowspan="2" scope="col">Editor</th>'
+        f"{groups}</tr><tr>{heads}</tr></thead>{''.join(bodies)}</table></div>"
     )
 
 

@@ -45,7 +45,7 @@ class Point:
 
 
 def points_of(cells: Iterable[Cell]) -> tuple[Point, ...]:
-    """Return a point for each editor: means over those column groups of single edits that have generality and locality.
+    """Return a point for each editor: means over the column groups of single edits with generality and locality.
 
     An editor that some of these column groups miss says so in its label, since its mean is of other cases.
 
@@ -163,8 +163,8 @@ def _frame(axes: Any, points: Sequence[Point]) -> None:
     axes.set_ylim(limits_of([point.locality for point in points]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("Generality (%)", color=INK)
-    axes.set_ylabel("Locality (%)", color=INK)
+    axes.set_xlabel("Generality, in the top 5 (%)", color=INK)
+    axes.set_ylabel("Locality, in the top 5 (%)", color=INK)
     axes.tick_params(colors=FAINT, labelsize=SMALL, length=3)
     for place, spine in axes.spines.items():
         spine.set_color(LINES)
@@ -274,7 +274,7 @@ OFFSETS = [  # (right, up) of the point, and which side of the text is there; th
 def label_offsets(
     labels: Sequence[str], places: Sequence[tuple[float, float]], bounds: Box, taken: Iterable[Box] = ()
 ) -> list[tuple[float, float, str]]:
-    """Find a place beside each point for its label, where it covers neither points nor other labels, as far as there is room.
+    """Find a place beside each point for its label, where it covers neither points nor labels, as far as possible.
 
     Args:
         labels: The texts.

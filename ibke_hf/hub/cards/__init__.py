@@ -1,4 +1,4 @@
-"""`ibke card`: the cards under ``model_cards/``, and the card that a push of a trained editor writes, all from one template.
+"""`ibke card`: the cards under ``model_cards/``, and the card that a push of an editor writes, from one template.
 
 The template is :func:`ibke_hf.hub.cards.editor.editor_page`.
 """
@@ -42,7 +42,7 @@ def backbone_of(name: str) -> str:
 
 
 def write_card(name: str, out: str | Path) -> list[Path]:
-    """Write the files of a card to a folder of its name under `out`, each under a temporary name first; return their paths.
+    """Write the files of a card to a folder of its name under `out`, each whole or not at all; return their paths.
 
     Raises:
         ValueError: For a name that is none.

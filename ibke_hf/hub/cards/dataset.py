@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ...evaluation.report.tabular import markdown_table
+
 ROWS = "data"  # folder of the rows as Parquet, for `datasets`
 
 
@@ -28,17 +30,16 @@ def dataset_card(repo_id: str, numbers: Mapping[str, Mapping[str, int]], **metad
         }
     )
     columns = list(next(iter(numbers.values())))
-    table = ["| split | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    table += [
-        f"| {name} | " + " | ".join(f"{row[column]:,}" for column in columns) + " |" for name, row in numbers.items()
-    ]
+    table = markdown_table(
+        ["split", *columns], [[name, *(f"{row[column]:,}" for column in columns)] for name, row in numbers.items()]
+    )
     first = next(iter(numbers))
     text = f"""# {repo_id.rpartition("/")[2]}
 
 Records for editing facts in language models: each has one or more edit requests, generality cases, whose answer must
 follow from the edit, and locality cases, whose answer must not change.
 
-{chr(10).join(table)}
+{table}
 
 Rows, with requests, cases and hops as lists:
 

@@ -1,4 +1,4 @@
-"""What training an editor takes: parameters are counted on the meta device, the rest is estimated by formulas that are shown.
+"""What training an editor takes: parameters counted on the meta device, the rest estimated by formulas that are shown.
 
 Nothing here was measured on a machine.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from ...core.configuration_ibke import PRESETS, IBKEConfig
 from ...core.modeling_ibke import IBKEEditor
+from ...evaluation.report.tabular import markdown_table
 from ...training.recipe import PAPER_DTYPES
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # as their configs on the Hub state them
@@ -199,4 +200,4 @@ def needs_table(needs: TrainingNeeds) -> str:
         ),
         ("work of a step", work, f"{operations / 1e12:.0f} TFLOP"),
     ]
-    return "\n".join(["| what | formula | estimate |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+    return markdown_table(["what", "formula", "estimate"], rows, left=2)

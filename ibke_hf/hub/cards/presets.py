@@ -18,10 +18,11 @@ STATUS = (
     "and estimates, not results."
 )
 SUMMARY = """\
-An Information Bottleneck Knowledge Editor for [{backbone}](https://huggingface.co/{backbone}). It would turn an edit request into a
-low-rank edit of {modules}."""
+An Information Bottleneck Knowledge Editor for [{backbone}](https://huggingface.co/{backbone}). It would turn an
+edit request into a low-rank edit of {modules}."""
 SPLIT = """\
-UniEdit has no validation records. This keeps one subject in a hundred for them, with all its records, from the train files:"""
+UniEdit has no validation records. This keeps one subject in a hundred for them, with all its records, from the
+train files:"""
 SPLIT_CODE = """\
 import json
 from pathlib import Path
@@ -43,30 +44,32 @@ TRAIN = """\
 pip install "ibke-hf[train]"
 ibke train --backbone {backbone} --records uniedit/train --validation uniedit/validation --out {name}"""
 PRESET = """\
-The preset of this backbone applies by itself: layers {layers}, the backbone in {dtype}. Training stops once the validation loss has not
-fallen for {patience:,} steps, and at {steps:,} steps at the latest; `--resume` goes on after a cut. `--augment FILE ...` mixes in
-{augmented} records of each further dataset, as the paper does where it puts an asterisk."""
+The preset of this backbone applies by itself: layers {layers}, the backbone in {dtype}. Training stops once the
+validation loss has not fallen for {patience:,} steps, and at {steps:,} steps at the latest; `--resume` goes on
+after a cut. `--augment FILE ...` mixes in {augmented} records of each further dataset, as the paper does where it
+puts an asterisk."""
 PUBLISH = """\
 ibke eval --dataset {dataset} --split test --model {backbone} --dtype {dtype} --editor {name} --out results
 ibke card {name} --repository me/{name} --results results
 ibke push {name} me/{name} --results results"""
 PUBLISHED = """\
-`ibke eval --limit 1000 --seed 0` scores a draw of the records, which is quicker. `ibke card` shows the card that the push will write, with
-the results in it."""
+`ibke eval --limit 1000 --seed 0` scores a draw of the records, which is quicker. `ibke card` shows the card that
+the push will write, with the results in it."""
 ESTIMATES = """\
-Estimates, not measurements. `{command}` makes this table: it counts the parameters of backbone and editor without their weights, and
-takes records of {cases} cases (one generality, one locality), {tokens} tokens a case with its padding and {targets} tokens a target.
-1 GB is 10⁹ bytes, 1 TFLOP is 10¹² operations."""
+Estimates, not measurements. `{command}` makes this table: it counts the parameters of backbone and editor without
+their weights, and takes records of {cases} cases (one generality, one locality), {tokens} tokens a case with its
+padding and {targets} tokens a target. 1 GB is 10⁹ bytes, 1 TFLOP is 10¹² operations."""
 TIME = """\
-Time is not measured: it is steps × {operations:.0f} TFLOP / the TFLOP per second that your device reaches. A short run prints its steps
-per second:"""
+Time is not measured: it is steps × {operations:.0f} TFLOP / the TFLOP per second that your device reaches. A short
+run prints its steps per second:"""
 TRIAL = "ibke train --backbone {backbone} --records uniedit/train --max-steps 100 --out trial"
 PAPER = """\
-From *An Information-Theoretic Framework for Robust Large Language Model Editing*: the architecture and the losses, {papers_layers}a latent
-of {length} rows, β={beta:g}, UniEdit's train records, the precision, and when training stops. Where the paper is silent, or our copy of
-it, the choice is ours: {our_layers}a module dimension of {dim:,}, Adam at a constant learning rate of {rate:g}, {batch} records a step,
-gradients clipped at {clip:g}, an evaluation every {every:,} steps, and how validation records are kept apart. No result of the paper is
-repeated here. The editor is under the licence above; backbone and records have their own."""
+From *An Information-Theoretic Framework for Robust Large Language Model Editing*: the architecture and the losses,
+{papers_layers}a latent of {length} rows, β={beta:g}, UniEdit's train records, the precision, and when training
+stops. Where the paper is silent, or our copy of it, the choice is ours: {our_layers}a module dimension of {dim:,},
+Adam at a constant learning rate of {rate:g}, {batch} records a step, gradients clipped at {clip:g}, an evaluation
+every {every:,} steps, and how validation records are kept apart. No result of the paper is repeated here. The
+editor is under the licence above; backbone and records have their own."""
 
 
 def preset_card(name: str, backbone: str) -> dict[str, str]:

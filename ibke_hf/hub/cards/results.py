@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from ...evaluation.scores import REPORTED
+from ...evaluation.report.table_text import seconds_text
+from ...evaluation.report.tabular import markdown_table
+from ...evaluation.scores import GENERATED, REPORTED, TITLES
 from ...io import write_json, write_text
 from .text import public_name
 
 RESULTS, EVAL_RESULTS = "results.json", ".eval_results"
-GENERATED = ("exact_match",)  # by greedy generation; the other scores are teacher-forced
 
 
 def read_results(results: Mapping[str, Any] | str | Path | None) -> dict[str, Any] | None:
@@ -118,8 +119,9 @@ def _notes(results: Mapping[str, Any], score: str = "") -> str:
 
 def results_table(results: Mapping[str, Any]) -> list[str]:
     """Return what a card says of its results, and their Markdown table, as paragraphs."""
-    table = "\n".join(
-        ["| score | percent |", "|---|---|", *(f"| {name} | {value:.1f} |" for name, value in _scores(results))]
-    )
-    said = f"{_dataset_of(results)}: {_notes(results)}; {', '.join(GENERATED)} is of greedy generation."
-    return [f"{said} By criterion and hop count in `{RESULTS}`.", table]
+    table = markdown_table(["score", "percent"], [[TITLES[name], f"{value:.1f}"] for name, value in _scores(results)])
+    about = f"{_dataset_of(results)}: {_notes(results)}; exact match is of greedy generation."
+    if results.get("edit_seconds") is not None:
+        alone, at_once = (seconds_text(results.get(name)) for name in ("edit_seconds_alone", "edit_seconds"))
+        about += f" One edit took {alone} alone, and {at_once} of its batch where many were made at once."
+    return [f"{about} By criterion and hop count in `{RESULTS}`.", table]

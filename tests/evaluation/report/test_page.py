@@ -139,11 +139,22 @@ def test_browser_shows_rows_scores_and_skips(tmp_path):
     assert shown(page) == ["r0", "r1", "r2", "r3"]
     assert '<h1 id="title">ibke on &lt;script&gt;alert(1)&lt;/script&gt;' in page
     assert "→ &lt;b&gt;bold&lt;/b&gt;" in page
-    assert "1–4 of 4 rows, 3 of them hits" in page
+    assert "1–4 of 4 rows; 3 of 3 generated answers right, 3 rows hit in the top 5" in page
     assert "Skipped: 2 × no target; 4 × a collision; the last group has 1 requests only." in page
-    assert "✗ miss, forced 50.0 %" in page
+    assert "✗ top 1: 50.0 %" in page
     assert "2 hops · 1 taught first" in page
-    assert "<th>generality</th><td>75.0</td><td>75.0</td><td>100.0</td><td>2</td>" in page
+    assert "<th>generality</th><td>100.0</td><td>75.0</td><td>75.0</td><td>2</td>" in page
+
+
+def test_a_hit_whose_generated_answer_is_wrong_says_so(tmp_path):
+    page = in_browser(tmp_path, [a_row(0, score=1.0, top1=0.5, generated=" perhaps", exact_match=False)])
+    verdict = re.search(r'<td class="verdict">(.*?)</td>', page, re.S).group(1)
+    assert re.findall(r"<div[^>]*>(.*?)</div>", verdict) == [
+        "✗ wrong, generated",
+        "✗ top 1: 50.0 %",
+        "✓ in the top 5: all",
+        "a hit by the paper's count, yet the answer is wrong",
+    ]
 
 
 @pytest.mark.parametrize(

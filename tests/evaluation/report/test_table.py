@@ -10,9 +10,10 @@ import pytest
 from browser import DESKTOP, PHONE, chromium, keep, overflow
 from table_cells import GPT2_XL, NASTY, Page, a_cell, many_cells, paper_cells
 
-from ibke_hf.evaluation.report.table import BEST, METRICS, NEAR, PAPER, STRICTER, CellError, Column, mark_of, table_of
+from ibke_hf.evaluation.report.table import BEST, METRICS, NEAR, PAPER, STRICT, CellError, Column, mark_of, table_of
 from ibke_hf.evaluation.report.table_page import as_html
 from ibke_hf.evaluation.report.table_text import (
+    EFFORT_TITLES,
     as_csv,
     as_markdown,
     as_text,
@@ -202,22 +203,37 @@ def test_cells_that_make_no_table_are_named(cells, message):
 def test_text_is_aligned_marked_and_fits_the_terminal():
     text = as_text(table_of(paper_cells()), width=100)
     body = text.split("\n\n* best")[0].split("\n\n")
-    assert len(body) == 2  # ZSRE does not fit beside the others
-    assert all(len(line) <= 100 for line in text.splitlines())
-    ibke = next(line for line in body[0].splitlines() if "IBKE" in line)
-    assert re.sub(" +", " ", ibke) == "ET IBKE (ours) 97.8~ 96.9* 97.5~ 97.4* ± – 97.3~ 56.1* 76.7* ± –"
-    dots = [tuple(match.start() for match in re.finditer(r"\.\d[*~ ]", line)) for line in body[0].splitlines()[2:]]
-    assert len(set(dots)) == 1  # decimals stand below each other
-    assert "Loc." in body[0]
-    assert body[0].count("Loc.") == 1
+    assert len(body) == 6  # each column group in two, what is right first
+    assert all(len(line) <= 119 for line in text.splitlines())
+    strict, paper = body[:2]
+    assert re.split("  +", strict.splitlines()[1].strip()) == ["Type", "Editor", *(METRICS[name] for name in STRICT)]
+    row = next(line for line in paper.splitlines() if "IBKE" in line)
+    assert re.split("  +", row.strip())[1:5] == ["IBKE (ours)", "*96.9", "~97.5", "*97.4 ±"]
+    for block in (strict, paper):
+        columns = [
+            tuple(match.end() for match in re.finditer(r"\d\.\d(?= |$)", line)) for line in block.splitlines()[3:]
+        ]
+        assert len({ends[0] for ends in columns}) == 1  # decimals stand below each other
+    assert "Loc." not in body[2].splitlines()[1].replace("Loc. top 1", "")
+
+
+def test_time_alone_is_a_column_and_old_cells_have_none():
+    old, new = a_cell("ft"), a_cell("ibke", edit_seconds_alone=0.044, edit_seconds=0.007)
+    table = table_of([old, new])
+    head, *_, line = next(part for part in as_markdown(table).split("\n\n") if part.startswith("|")).splitlines()
+    texts = dict(zip(*([text.strip() for text in row.strip("|").split("|")] for row in (head, line)), strict=True))
+    assert (texts["Time alone"], texts["Time at once"]) == ("44 ms", "7.0 ms")
+    assert [row.edit_seconds_alone for row in table.rows] == [None, 0.044]
+    assert "250 ms" in as_text(table) and "–" in as_text(table)
 
 
 def test_text_shows_what_is_missing_and_what_is_not_there():
     cells = [a_cell("ft"), a_cell("ibke"), a_cell("ibke", "zsre", (90.0, None, 80.0, 85.0)), a_cell("mend", "zsre")]
-    lines = as_text(table_of(cells), width=200).splitlines()
-    assert next(line for line in lines if " FT " in line).split()[-8:-4] == ["…", "…", "…", "…"]
-    ibke = next(line for line in lines if "IBKE" in line)
-    assert ibke.split()[8:13] == ["90.0*", "–", "80.0*", "85.0*", "±"]
+    _, zsre, *_ = as_text(table_of(cells), width=200).split("\n\n")
+    lines = zsre.splitlines()
+    assert set(next(line for line in lines if " FT " in line).split()[2:]) == {"…"}
+    ibke = re.split("  +", next(line for line in lines if "IBKE" in line).strip())
+    assert ibke[1:8] == ["*25.0", "*90.0", "*50.0", "*60.0", "–", "*80.0", "*85.0 ±"]
     assert as_text(table_of([]))
 
 
@@ -235,11 +251,11 @@ def test_markdown_reads_back():
             if entry is None:
                 assert set(shown) == {"…"}
                 continue
-            for metric, text in zip(PAPER, shown, strict=False):
+            for metric, text in zip(METRICS, shown, strict=False):
                 value = entry.values[metric]
                 around = {BEST: "**", NEAR: "*", "": ""}[value.mark]
                 assert text.startswith(f"{around}{value.mean:.1f}{around}")
-            assert shown[3].endswith(f"± {entry.values['avg'].std:.1f}")
+            assert shown[6].endswith(f"± {entry.values['avg'].std:.1f}")
     title = f"**{markdown_escape(table.columns[4].title)}**"
     assert title in parts
     assert "<script" not in title.replace("\\<", "")
@@ -288,21 +304,23 @@ def test_html_reads_back():
     page = Page(as_html(table, title=NASTY, about=NASTY))
     assert "script" not in page.seen
     assert page.links == []
-    scores, strict = page.tables
-    assert scores[0] == ["Type", "Editor", *(column.title for column in table.columns), "Edit"]
-    assert scores[1] == ["Rel.", "Gen.", "Loc.", "Average"] * 5 + ["Time", "Size"]
-    assert strict[1] == ["F1", "Gen. top-1", "Loc. top-1", "Exact"] * 5 + ["Time", "Size"]
-    for names, lines in ((PAPER, scores[2:]), (STRICTER, strict[2:])):
+    strict, scores = page.tables  # what is right comes first
+    assert strict[0] == ["Type", "Editor", *(column.title for column in table.columns), "Edit"]
+    assert strict[1] == ["Exact match", "Rel. top 1", "Gen. top 1", "Loc. top 1"] * 5 + list(EFFORT_TITLES)
+    assert scores[1] == ["Rel. top 1", "Gen. in top 5", "Loc. in top 5", "Average", "F1"] * 5
+    for names, lines, efforts in ((STRICT, strict[2:], 3), ((*PAPER, "f1"), scores[2:], 0)):
         for row, line in zip(table.rows, lines, strict=True):
             values = [
                 value
                 for entry in row.entries
-                for value in ([entry.values[name] for name in names] if entry else [None] * 4)
+                for value in ([entry.values[name] for name in names] if entry else [None] * len(names))
             ]
             shown = line[line.index(row.name) + 1 :]
-            for value, text in zip(values, shown[:-2], strict=True):
+            for value, text in zip(values, shown[: len(shown) - efforts], strict=True):
                 assert text.startswith("…" if value is None else f"{value.mean:.1f}")
     marks = [v.mark for row in table.rows for entry in row.entries if entry for v in entry.values.values()]
+    for row in table.rows:  # reliability is in both tables
+        marks += [entry.values["reliability"].mark for entry in row.entries if entry]
     for mark in (BEST, NEAR):
         assert sum(mark in kinds.split() for kinds in page.classes) == marks.count(mark) > 0
 
@@ -327,7 +345,6 @@ def test_page_fits_a_desktop_and_a_phone_and_asks_for_nothing(tmp_path):
             asked = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
             page.goto(file.as_uri())
-            page.click("summary")
             assert overflow(page) == 0
             assert asked == [file.as_uri()]
             assert page.locator("table").nth(1).is_visible()
