@@ -112,16 +112,19 @@ def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--edit", required=True, help="folder or Hub id of a saved edit")
     command.add_argument("--out", type=place, required=True, metavar="DIR", help="folder of the full model")
     model_options(command)
+    command.add_argument(
+        "--force", action="store_true", help="merge also where the weights are not those that the edit was made on"
+    )
 
 
 def _run_merge(options: argparse.Namespace) -> None:
-    from ..core.edits import LowRankEdit
+    from ..editors.saved import load_weight_edit
     from ..loading import load_model
 
-    edit = LowRankEdit.from_pretrained(options.edit)
+    edit = load_weight_edit(options.edit)
     out = require_free(options.out, "a model")
     model, tokenizer = load_model(options.model, **load_options(options))
-    edit.merge_into(model)
+    edit.merge_into(model, force=options.force)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"saved the edited model to {options.out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -21,6 +20,8 @@ from ..data.files import record_files
 from ..data.rows import records_dataset
 from ..data.sources import SPLITS
 from ..editors.catalogue import TRAINED
+from ..editors.saved import unmergeable
+from ..io import read_json
 from ..loading import load_editor
 from .cards.dataset import ROWS, dataset_card
 from .cards.edit import edit_card
@@ -75,12 +76,10 @@ def folder_kind(folder: str | Path) -> str:
     if (path / EDIT_INFO).exists():
         kind = _field(path / EDIT_INFO, "kind", "edit") or "dense"
         if kind != "dense":
-            raise ValueError(
-                f"{folder}: holds a {kind} edit, which is no LoRA; upload the folder as it is, which its class loads"
-            )
+            raise ValueError(f"{folder}: {unmergeable(str(kind))}")
         raise ValueError(
-            f"{folder}: holds a dense edit, which is as large as the weights that it changes and no LoRA; merge "
-            f"it instead"
+            f"{folder}: holds a dense edit, which is as large as the weights that it changes and no LoRA adapter; "
+            f"write the edited model with `ibke merge --edit {folder} --out DIR` and push that"
         )
     if (path / "config.json").exists():
         kind = _field(path / "config.json", "model_type", "editor")
@@ -98,11 +97,7 @@ def folder_kind(folder: str | Path) -> str:
 
 def _field(file: Path, name: str, what: str) -> Any:
     """Return a field of a JSON file, None where it is absent."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); save the {what} again") from error
-    return content.get(name) if isinstance(content, Mapping) else None
+    return read_json(file, cure=f"save the {what} again").get(name)
 
 
 def push_editor_folder(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
