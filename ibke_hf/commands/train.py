@@ -11,6 +11,7 @@ from ..editors.catalogue import TRAINED
 from .options import PRECISIONS, add_command, count, place, positive, positive_float, seed
 
 TOP_LEVEL = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
+EDITOR_FIELDS = ("latent_dim", "edited_modules")
 TRAINING = {  # flags that set fields of the training arguments
     "max_steps": "max_steps",
     "epochs": "num_train_epochs",
@@ -51,6 +52,11 @@ def add(commands: Any) -> None:
     command.add_argument("--learning-rate", type=positive_float, help="learning rate of the hypernetworks")
     command.add_argument("--batch-size", type=positive, help="records per step and device")
     command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
+    command.add_argument(
+        "--edited-modules",
+        metavar="NAME",
+        help="edited projections, {i} for the layer, as in model.layers.{i}.mlp.down_proj (default: by structure)",
+    )
     command.add_argument("--seed", type=seed, help="seed of initialisation, order and noise")
     command.add_argument(
         "--save-steps", type=positive, metavar="N", help="steps between checkpoints and evaluations (default: 3000)"
@@ -69,7 +75,8 @@ def _run(options: argparse.Namespace) -> None:
 
     flags = {name: getattr(options, name) for name in TOP_LEVEL}
     training = {name: getattr(options, flag) for flag, name in TRAINING.items()}
-    settings = training_settings(options.config, flags, {"latent_dim": options.latent_dim}, training)
+    editor_fields = {name: getattr(options, name) for name in EDITOR_FIELDS}
+    settings = training_settings(options.config, flags, editor_fields, training)
     checked = TrainingSettings.of(settings)
     try:
         report = train_editor(checked, resume=options.resume, force=options.force)
@@ -82,7 +89,7 @@ def _run(options: argparse.Namespace) -> None:
 def resuming(options: argparse.Namespace) -> str:
     """Return the command line that goes on with a run."""
     parts = ["ibke", "train"]
-    for name in ("config", *TOP_LEVEL, "latent_dim", *TRAINING):
+    for name in ("config", *TOP_LEVEL, *EDITOR_FIELDS, *TRAINING):
         value = getattr(options, name)
         if value is not None:
             values = value if isinstance(value, list) else [value]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ from .attachment import MovedColumns, columns_moved, detached
 from .layers import BackboneError, input_device
 from .tokens import TokenBatch
 
-SHORT, LONG = 2, 10  # tokens of the two texts of the trial: the shorter one gets much padding
+SHORT, LONG = 7, 16  # tokens of the two texts of the trial; an odd shift tells windows that are counted in columns
 Padding = Literal["left", "right", "none"]
 _padding: WeakKeyDictionary[nn.Module, Padding] = WeakKeyDictionary()
 
@@ -67,8 +68,8 @@ def _last_columns(model: Any, batch: TokenBatch, kept: int) -> Tensor:
 def padding_of(model: Any) -> Padding:
     """Return on which side a model may be padded so that each text is answered as if it were alone.
 
-    Ordinary models take an attention mask and positions, and hold no convolution: they are padded on the left. What
-    another model does is tried once, with a few tokens.
+    Ordinary models take an attention mask and positions, and hold neither a convolution nor positions of their own:
+    they are padded on the left. What another model does is tried once, with a few tokens.
 
     Returns:
         ``"left"``, else ``"right"``, else ``"none"``.
@@ -83,7 +84,11 @@ def padding_of(model: Any) -> Padding:
 def _may_read_padding(model: nn.Module) -> bool:
     if not {"attention_mask", "position_ids"} <= _accepted_arguments(model):
         return True
-    return any(isinstance(module, nn.Conv1d) for module in model.modules())
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return True
+    return any(
+        "position" in name.rpartition(".")[2] for name, _ in chain(model.named_parameters(), model.named_buffers())
+    )
 
 
 @torch.no_grad()

@@ -98,10 +98,10 @@ def find_ffn_output(model: Any) -> str:
 
 
 def projection_to_edit(model: Any) -> str:
-    """Return the name template that is edited by default: the FFN's output, else that of attention or a like mixer.
+    """Return the name template that is edited by default: the FFN's output, else that of attention.
 
     Models whose FFNs are routed experts, held in one tensor for all, have no FFN output that can be edited (or in few
-    blocks only); the output projection of what mixes their tokens is edited there, and a warning says so once.
+    blocks only); the output projection of their attention is edited there, and a warning says so once.
 
     Raises:
         BackboneError: If neither is found, or several are; lists the candidates and what to name.
@@ -131,6 +131,10 @@ def _only_candidate(model: Any, candidates: Mapping[str, Sequence[int]], what: s
         f"{type(model).__name__}: {len(candidates)} candidates for the {what} "
         f"({_listed(list(candidates)) or 'none'}); "
         'name the one to edit, such as edited_modules="model.layers.{i}.mlp.down_proj"'
+        + (
+            f"; its linear layers are {_listed(sorted({_template(n) for n in named_projections(model)}))}"
+            * (not candidates)
+        )
     )
 
 
@@ -139,12 +143,17 @@ def _output_projections(model: Any, *, mixing: bool, routed: bool = False) -> di
 
     Args:
         model: Any decoder of the transformers library.
-        mixing: Those within what mixes tokens, else those outside of it.
+        mixing: Those within attention, else those outside of whatever mixes tokens. (State-space layers may hand
+            the weight of their output to a kernel, which calls no hook.)
         routed: Those of the numbered parts of a block, such as routed experts, which see some tokens only.
     """
     hidden = getattr(model.config.get_text_config(), "hidden_size", None)
     text = _text_decoder(model)
-    mixers = tuple(f"{plain_name(name)}." for name, module in model.named_modules() if _mixes_tokens(name, module))
+    mixers = {
+        f"{plain_name(name)}.": _is_attention(name, module)
+        for name, module in model.named_modules()
+        if _mixes_tokens(name, module)
+    }
     last: dict[str, str] = {}
     for name, module in named_projections(model).items():
         numbers = sum(part.isdigit() for part in name.split(".")[:-1])  # of the block, and of a routed expert in it
@@ -153,7 +162,7 @@ def _output_projections(model: Any, *, mixing: bool, routed: bool = False) -> di
         if mixing and "gate" in name.rpartition(".")[2]:
             continue  # scales what a mixer returns, and may be registered behind its output
         mixer = next((mixer for mixer in mixers if name.startswith(mixer)), None)
-        if (mixer is not None) == mixing:
+        if (mixer is not None) == mixing and (mixer is None or mixers[mixer]):
             last[mixer or name.rpartition(".")[0]] = name
     templates: dict[str, list[int]] = {}
     for name in last.values():
@@ -171,10 +180,12 @@ def _text_decoder(model: Any) -> str:
 
 def _mixes_tokens(name: str, module: nn.Module) -> bool:
     """Tell attention by its names, state-space and gated convolution layers by the convolution that they hold."""
+    return _is_attention(name, module) or any(isinstance(child, nn.Conv1d) for child in module.children())
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
     kind = type(module).__name__.rstrip("0123456789")  # FlashAttention2; LinearAttentionDecoderLayer is a whole block
-    if kind.endswith("Attention") or name.endswith(("attn", "attention")):
-        return True
-    return any(isinstance(child, nn.Conv1d) for child in module.children())
+    return kind.endswith("Attention") or name.endswith(("attn", "attention"))
 
 
 def layers_to_edit(

@@ -28,8 +28,8 @@ REQUESTS = (
     EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
     EditRequest("The capital of France is", "Rome"),
 )
-# recurrent; no attention mask at all; positions counted from the first column
-READ_PADDING = ("rwkv", "xlstm", "bart", "whisper")
+# recurrent; no attention mask at all; positions, or windows, counted from the first column; padding not masked
+READ_PADDING = ("rwkv", "xlstm", "bart", "whisper", "deepseek_v4", "xlm")
 near = {"rtol": 1e-4, "atol": 1e-4}
 
 

@@ -213,7 +213,6 @@ SHARED = {**WIDE, "num_hidden_layers": 4, "num_key_value_heads": 2, "moe_interme
             "model.layers.{i}.mlp.shared_experts.down_proj",
             [1, 2],
         ),
-        ("mamba", {"state_size": 4}, "backbone.layers.{i}.mixer.out_proj", [0, 1, 2]),
         ("jamba", {"num_experts": 2, "use_mamba_kernels": False}, "model.layers.{i}.feed_forward.down_proj", [0, 2]),
     ],
 )
@@ -223,6 +222,11 @@ def test_what_is_edited_where_ffns_are_routed_or_absent(
     model = on_meta(family, **{**SHARED, **config})
     assert layers_to_edit(model) == (template, layers)
     assert modules_to_edit(model, [template.format(i=i) for i in layers])
+
+
+def test_a_model_without_ffn_and_attention_is_refused_with_its_linear_layers() -> None:
+    with pytest.raises(BackboneError, match=r"0 candidates .*linear layers are backbone.layers.\{i\}.mixer"):
+        layers_to_edit(on_meta("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64))
 
 
 def test_an_editors_own_layer_moves_to_the_nearest_that_has_the_projection() -> None:

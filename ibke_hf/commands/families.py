@@ -1,0 +1,48 @@
+"""`ibke families`: what works on which family of decoders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from .options import add_command
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = add_command(
+        commands, "families", "try every family of decoders at toy size, and write what works on which", _run
+    )
+    command.add_argument(
+        "--families", nargs="+", metavar="TYPE", help="some model types, such as llama rwkv (default: all)"
+    )
+    command.add_argument(
+        "--out", metavar="DIR", help="folder of families.json and FAMILIES.md (default: print the page)"
+    )
+
+
+def _run(given: argparse.Namespace) -> None:
+    import logging
+    import warnings
+
+    from transformers.utils.logging import set_verbosity_error
+
+    from ..atlas import load_backbone
+    from ..benchmark.families import all_families, families_report, page, write_report
+
+    unknown = sorted(set(given.families or ()) - set(all_families()))
+    if unknown:
+        raise ValueError(f"--families {unknown[0]}: transformers has no decoder of this model type")
+    set_verbosity_error()  # toy configs are odd on purpose
+    logging.getLogger("ibke_hf").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = families_report(
+            load_backbone()[1], given.families, progress=lambda line: print(line, file=sys.stderr, flush=True)
+        )
+    if given.out is None:
+        print(page(report))
+        return
+    write_report(report, given.out)
+    print(f"wrote {given.out}/FAMILIES.md and families.json")
