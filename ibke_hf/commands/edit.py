@@ -8,6 +8,7 @@ from typing import Any
 
 from .options import add_command, load_options, model_options, place, positive
 from .outputs import require_free
+from .prompt_options import prompt_changes, prompt_options
 
 WIDTH = 46  # of a column of answers
 
@@ -22,6 +23,7 @@ def _edit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", required=True, help='what to ask, such as "The capital of Australia is"')
     command.add_argument("--target", required=True, help="what the edited model is to answer")
     command.add_argument("--subject", help="the entity that the fact is about, for editors that need it")
+    prompt_options(command)
     model_options(command)
     command.add_argument(
         "--editor",
@@ -53,7 +55,7 @@ def _edit(command: argparse.ArgumentParser) -> None:
 
 def _run_edit(options: argparse.Namespace) -> None:
     from ..core.edits import LowRankEdit
-    from ..core.records import EditRequest
+    from ..core.records import EditRequest, PromptFormat
     from ..loading import load_all
 
     if options.rank and options.out is None:
@@ -63,12 +65,13 @@ def _run_edit(options: argparse.Namespace) -> None:
     if options.out is not None:
         require_free(options.out, "an edit", force=options.force)
     model, tokenizer, editor = load_all(options.editor, options.model, corpus=options.corpus, **load_options(options))
-    request = EditRequest(options.prompt, options.target, options.subject)
+    prompt_format = PromptFormat(**prompt_changes(options, tokenizer))
+    request = EditRequest(options.prompt, options.target, options.subject, prompt_format)
     edit = editor.edit(model, tokenizer, [request])
     if options.rank and not isinstance(edit, LowRankEdit):
         raise ValueError(f"--rank: an edit of {options.editor} has no rank; leave it out")
     print(f"{request.prompt} -> {request.target}\n")
-    print(_answers(model, tokenizer, edit, _questions(options)))
+    print(_answers(model, tokenizer, edit, _questions(options), prompt_format))
     if options.out is not None:
         edit.save_pretrained(options.out, **({"rank": options.rank} if options.rank else {}))
         more = " or with PEFT" if isinstance(edit, LowRankEdit) else ""
@@ -82,15 +85,15 @@ def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
     return questions + [("neighbour", text) for text in options.neighbour or ()]
 
 
-def _answers(model: Any, tokenizer: Any, edit: Any, questions: Sequence[tuple[str, str]]) -> str:
+def _answers(model: Any, tokenizer: Any, edit: Any, questions: Sequence[tuple[str, str]], prompt_format: Any) -> str:
     """Return the whole answers to the questions, without the edit and with it, as a table."""
     from tabulate import tabulate
 
     from ..evaluation.inspection import answer
 
-    before = [answer(model, tokenizer, prompt) for _, prompt in questions]
+    before = [answer(model, tokenizer, prompt, prompt_format=prompt_format) for _, prompt in questions]
     with edit.attached(model):
-        after = [answer(model, tokenizer, prompt) for _, prompt in questions]
+        after = [answer(model, tokenizer, prompt, prompt_format=prompt_format) for _, prompt in questions]
     rows = [
         (role, prompt, _first_line(old), _first_line(new))
         for (role, prompt), old, new in zip(questions, before, after, strict=True)

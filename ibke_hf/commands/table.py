@@ -12,6 +12,7 @@ from typing import Any
 from ..editors.catalogue import KINDS, kind_of
 from ..io import locked
 from .options import add_command, load_options, model_options, place, positive, read_dataset
+from .prompt_options import prompt_changes, prompt_options
 
 ATLAS = "atlas"
 WITH_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.trained)
@@ -57,6 +58,7 @@ def add(commands: Any) -> None:
         help="seeds 0 to N-1: each draws the records and names a training run (default: 3)",
     )
     what.add_argument("--limit", type=positive, default=100, metavar="N", help="records of a cell (default: 100)")
+    prompt_options(command.add_argument_group("how records are asked"))
     made = command.add_argument_group("how editors are made")
     made.add_argument(
         "--records", nargs="+", metavar="FILE", help="training records of the editors with weights (atlas: its own)"
@@ -166,6 +168,7 @@ def _atlas_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
         if getattr(given, name)
     ]
     named += ["--dtype"] * (given.dtype != "auto")
+    named += [f"--{name.replace('_', '-')}" for name in prompt_changes(given)]
     named += [f"--editors {name}={path}" for name, path in editors.items() if path]
     if named:
         raise ValueError(f"{named[0]}: atlas has its own; leave it out, or give a --backbone")
@@ -187,6 +190,8 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     if given.dtype == "auto":
         given.dtype = PAPER_DTYPES.get(given.model, "auto")  # editors are trained and scored in the same precision
 
+    changes = prompt_changes(given)
+
     def training(name: str, seed: int, folder: Path) -> Mapping[str, Any]:
         kind, config_fields = kind_of(name), dict(fields.get(name, {}))
         flags = {
@@ -197,6 +202,7 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
             "out": str(folder),
             "layers": config_fields.pop("layers", layers if kind.several_layers else None),
             "dtype": None if given.dtype == "auto" else given.dtype,
+            **changes,
         }
         return training_settings(
             None, flags, {**config_fields, **kind.settings}, {**(config.get("training") or {}), **steps, "seed": seed}
@@ -220,10 +226,11 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
         "steps": given.steps,
         "config": config,
         "corpus": corpus,
+        **changes,
     }
     return ModelBench(
         lambda: load_model(given.model, **load_options(given)),
-        _read,
+        lambda name: (record.formatted(**changes) for record in _read(name)),
         saved={name: path for name, path in editors.items() if path},
         load_saved=load_editor,
         training=training if given.records else None,

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..editors.catalogue import TRAINED
 from .options import PRECISIONS, add_command, count, place, positive, positive_float, seed
+from .prompt_options import prompt_changes, prompt_options
 
 TOP_LEVEL = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
 EDITOR_FIELDS = ("latent_dim", "edited_modules")
+PROMPTS = ("chat", "chat_options", "leading_space")
 TRAINING = {  # flags that set fields of the training arguments
     "max_steps": "max_steps",
     "epochs": "num_train_epochs",
@@ -40,6 +42,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--augment-records", type=positive, metavar="N", help="records of each of them (default: 512)"
     )
+    prompt_options(command)
     command.add_argument("--out", type=place, metavar="DIR", help="folder of the trained editor")
     command.add_argument(
         "--layers", type=count, nargs="+", help="edited layers (default: the preset's, else by depth)"
@@ -73,7 +76,9 @@ def _run(options: argparse.Namespace) -> None:
     from ..training.report import in_words
     from ..training.settings import TrainingSettings, training_settings
 
+    prompt_changes(options)
     flags = {name: getattr(options, name) for name in TOP_LEVEL}
+    flags |= {name: getattr(options, name) or None for name in PROMPTS}
     training = {name: getattr(options, flag) for flag, name in TRAINING.items()}
     editor_fields = {name: getattr(options, name) for name in EDITOR_FIELDS}
     settings = training_settings(options.config, flags, editor_fields, training)

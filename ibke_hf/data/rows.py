@@ -144,16 +144,21 @@ def records_dataset(
 
 
 class StoredRecords:
-    """The records of a ``datasets.Dataset`` of rows, made one at a time, so that memory does not grow with their number."""
+    """The records of a ``datasets.Dataset`` of rows, made one at a time, so that memory does not grow with their number.
 
-    def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows
+    Args:
+        rows: The dataset.
+        changes: Fields of :class:`~ibke_hf.core.records.PromptFormat` that the records are put in.
+    """
+
+    def __init__(self, rows: datasets.Dataset, changes: Mapping[str, Any] | None = None) -> None:
+        self.rows, self.changes = rows, changes or {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> EditRecord:
-        return record_from_row(self.rows[index])
+        return record_from_row(self.rows[index]).formatted(**self.changes)
 
 
 def _stamp(source: str | Path, cache_dir: str | Path | None, options: Mapping[str, Any]) -> str:

@@ -84,8 +84,9 @@ def _train(settings: TrainingSettings, arguments: IBKETrainingArguments, resume:
     from .serac import SERACTrainer
     from .trainer import GradientEditorTrainer
 
-    train = _records(settings.records, _augmentation(settings, arguments.seed))
-    validation = _records(settings.validation)
+    changes = settings.prompt_changes()
+    train = _records(settings.records, changes, _augmentation(settings, arguments.seed))
+    validation = _records(settings.validation, changes)
     set_seed(arguments.seed)
     editor, backbone, tokenizer = _editor(settings, arguments)
     patience = _patience(arguments, 0 if train is None else len(train))
@@ -196,8 +197,10 @@ def _patience(arguments: IBKETrainingArguments, records: int = 0) -> int:
     return math.ceil(PATIENCE / every)
 
 
-def _records(sources: Sequence[str] | None, more: Sequence[EditRecord] = ()) -> ConcatDataset[EditRecord] | None:
-    """Return the records of sources, kept on disk, and `more`; None without sources."""
+def _records(
+    sources: Sequence[str] | None, changes: Mapping[str, Any], more: Sequence[EditRecord] = ()
+) -> ConcatDataset[EditRecord] | None:
+    """Return the records of sources, kept on disk, and `more`, in a changed format; None without sources."""
     from torch.utils.data import ConcatDataset
 
     from ..data.rows import StoredRecords, records_dataset
@@ -205,8 +208,9 @@ def _records(sources: Sequence[str] | None, more: Sequence[EditRecord] = ()) -> 
 
     if not sources:
         return None
-    stored: list[Any] = [StoredRecords(records_dataset(source)) for source in sources]
-    return ConcatDataset([*stored, *([RecordDataset(more)] if more else [])])
+    stored: list[Any] = [StoredRecords(records_dataset(source), changes) for source in sources]
+    drawn = [record.formatted(**changes) for record in more]
+    return ConcatDataset([*stored, *([RecordDataset(drawn)] if drawn else [])])
 
 
 def _augmentation(settings: TrainingSettings, seed: int) -> list[EditRecord]:

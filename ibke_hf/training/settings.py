@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict, validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from ..core.records import PromptFormat
 from ..data.augmentation import RECORDS_OF_EACH
 from ..editors.catalogue import TRAINED, editor_class
 
@@ -53,6 +54,10 @@ class TrainingSettings:
         dtype: Precision of the backbone; by default the paper's for its backbones, else as saved.
         editor: Fields of the editor's config.
         training: Fields of :class:`~ibke_hf.training.arguments.IBKETrainingArguments`.
+        chat: Ask through the backbone's chat template.
+        chat_options: What the template is given.
+        leading_space: What stands before targets, see :class:`~ibke_hf.core.records.PromptFormat`; by default as the
+            records have it.
     """
 
     backbone: str
@@ -66,6 +71,14 @@ class TrainingSettings:
     dtype: str | None = None
     editor: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    chat: bool = False
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    leading_space: str | None = None
+
+    def prompt_changes(self) -> dict[str, Any]:
+        """Return the fields of :class:`~ibke_hf.core.records.PromptFormat` that the settings change."""
+        changes = {"chat": self.chat, "chat_options": self.chat_options, "leading_space": self.leading_space}
+        return {name: value for name, value in changes.items() if value}
 
     def validate_values(self) -> None:
         """Check what a type cannot say; a bad value is named with what is allowed."""
@@ -73,6 +86,7 @@ class TrainingSettings:
             raise ValueError(f"augment_records must be a whole number of at least 1, found {self.augment_records}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        PromptFormat(**self.prompt_changes())
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrainingSettings:
