@@ -18,6 +18,7 @@ from .capture import NonFiniteError
 from .edit_values import EditInfo, info_json
 from .files import read_json, written_together
 from .hub_files import NETWORK_ERRORS, MissingFileError, find_file, pinned
+from .library_internals import is_redirected_by_peft
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +72,13 @@ def save_edit(
     """
     edit = with_uniform_rank(edit, max_rank, rank)
     _require_finite(edit.tensors())
+    lost = [name for name in edit.layers if is_redirected_by_peft(edit.info.model_type, name)]
+    if lost:
+        raise AdapterError(
+            f"PEFT takes a LoRA adapter of {lost[0]} on {edit.info.model_type} models for one of fused experts, where it "
+            f"has no effect: it is not saved as one. Merge the edit (edit.merge_into(model)), or edit other layers, such "
+            f"as the attention's output projection (edited_modules=...)"
+        )
     rank = max(edit.ranks.values())
     weights = {}
     for name in edit.inputs:

@@ -110,6 +110,7 @@ INFO_KEYS = {
     "transposed": Key(_is_flag, "true or false", required=True),
     "scores": Key(_mapping_of(_is_number), "an object of finite numbers", required=True),
     "rows": Key(_list_of(_list_of(_is_count)), "a list of lists of whole numbers", default=()),
+    "model_type": Key(_is_text, "a text", default=""),
     "relative_error": Key(_mapping_of(_is_number), "an object of finite numbers", default={}),
     "kind": Key(_is_text, "a text", default="low-rank"),
     "settings": Key(lambda v: isinstance(v, dict), "an object"),
@@ -242,5 +243,5 @@ def edit_info(content: Mapping[str, Any], where: str) -> tuple[EditInfo, dict[st
     rows = tuple(map(tuple, values["rows"]))
     if any(place >= len(requests) for row in rows for place in row):
         raise AdapterError(f"{where}: rows names a request beyond the {len(requests)} that there are")
-    names = ("editor", "backbone", "fingerprint", "transposed", "scores")
+    names = ("editor", "backbone", "fingerprint", "transposed", "scores", "model_type")
     return EditInfo(requests=requests, rows=rows, **{name: values[name] for name in names}), values

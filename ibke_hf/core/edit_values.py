@@ -55,6 +55,7 @@ class EditInfo:
         scores: Scores by name.
         rows: For each of n independent edits the places of its requests in `requests`; empty where they need not be
             told: a single edit has all of them, n edits of n requests one each.
+        model_type: Architecture of the backbone, as its config names it.
     """
 
     requests: tuple[EditRequest, ...] = ()
@@ -64,6 +65,7 @@ class EditInfo:
     transposed: bool = False
     scores: Mapping[str, float] = field(default_factory=dict)
     rows: tuple[tuple[int, ...], ...] = ()
+    model_type: str = ""
 
     def requests_of(self, row: int, number: int) -> tuple[EditRequest, ...]:
         """Return the requests of one of `number` independent edits; all of them where nothing tells them apart."""
@@ -176,6 +178,7 @@ def describe(
         backbone=name_of(model) or backbone,
         fingerprint=fingerprint(modules),
         transposed=any(is_transposed(module) for module in modules.values()),
+        model_type=getattr(model.config, "model_type", "") or "",
     )
 
 
@@ -202,6 +205,7 @@ def joined_info(parts: Sequence[tuple[EditInfo, int]], number: int) -> EditInfo:
         backbone=next((info.backbone for info in infos if info.backbone), ""),
         fingerprint={name: values for info in reversed(infos) for name, values in info.fingerprint.items()},
         transposed=any(info.transposed for info in infos),
+        model_type=next((info.model_type for info in infos if info.model_type), ""),
     )
     return with_rows(joined, rows)
 
@@ -246,6 +250,8 @@ def info_json(info: EditInfo, **more: Any) -> str:
     fields = {**asdict(info), "requests": [request.to_json() for request in info.requests]}
     if not info.rows:
         del fields["rows"]  # as earlier versions wrote it
+    if not info.model_type:
+        del fields["model_type"]
     return json.dumps({"format_version": 1, **fields, **more}, indent=2, ensure_ascii=False, allow_nan=False)
 
 

@@ -15,3 +15,18 @@ def on_autograd_thread() -> bool:
     private stand-in class.
     """
     return torch._C._current_graph_task_id() != -1 and isinstance(current_thread(), _DummyThread)
+
+
+def is_redirected_by_peft(model_type: str, layer: str) -> bool:
+    """Tell whether PEFT turns a target of this name into fused experts, so that an adapter has no effect on the layer.
+
+    PEFT converts adapters of mixtures from before their experts were fused, by the last part of a name alone and for
+    the architectures in a private table of transformers: a shared expert or a dense FFN bears the same last part.
+    """
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+    except ImportError:  # a version before or after the fused experts
+        return False
+    experts = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
+    pattern = "mixtral" if model_type == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    return layer.rpartition(".")[2] in experts.get(str(pattern), ())
