@@ -236,7 +236,7 @@ def edit_info(content: Mapping[str, Any], where: str) -> tuple[EditInfo, dict[st
         AdapterError: If a key is missing or holds something else than it may, or the format is newer.
     """
     version = content.get("format_version")
-    if _is_count(version) and version > FORMAT_VERSION:  # before what a newer format may have changed
+    if isinstance(version, int) and version > FORMAT_VERSION:  # before what a newer format may have changed
         raise AdapterError(f"{where}: format {version} is newer than {FORMAT_VERSION}; update ibke_hf")
     values = _checked(content, INFO_KEYS, where)
     requests = tuple(EditRequest(**request) for request in values["requests"])

@@ -101,8 +101,8 @@ class LocatingEditor(ABC):
             texts = question_requests(model, tokenizer, requests, self.config, self.statistics.openings)
             names = [f"request {k}" for k in range(len(requests))]
             if mode != "sequential":
-                edit = self._edit(model, modules, texts, previous, names, joint=mode == "joint")
-                return described(edit, info, previous)
+                joint = mode == "joint"
+                return described(self._edit(model, modules, texts, previous, names, joint=joint), info, previous)
             edit: Any = previous
             for k, name in enumerate(names):
                 edit = self._edit(model, modules, texts.only(k), edit, [name], joint=True)

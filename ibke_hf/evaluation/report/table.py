@@ -254,10 +254,14 @@ def _entry(runs: Sequence[Cell]) -> Entry:
     return Entry(
         {name: _value([run[name] for run in runs if run[name] is not None]) for name in METRICS},
         seeds,
-        tuple(sorted({run["records"] for run in runs if run.get("records") is not None})),
-        *(_median(run.get(name) for run in runs) for name in EFFORT),
-        tuple(sorted({run["tuned_at"] for run in runs if run.get("tuned_at") is not None})),
+        _each_once(runs, "records"),
+        **{name: _median(run.get(name) for run in runs) for name in EFFORT},
+        tuned_at=_each_once(runs, "tuned_at"),
     )
+
+
+def _each_once(runs: Sequence[Cell], name: str) -> tuple[int, ...]:
+    return tuple(sorted({run[name] for run in runs if run.get(name) is not None}))
 
 
 def _value(numbers: Sequence[float]) -> Value:
