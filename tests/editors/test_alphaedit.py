@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,37 @@ def test_the_factors_are_the_papers_closed_form(earlier: int) -> None:
     keys = (projection @ torch.cat((old, new), 1)).T.unsqueeze(0)
     outputs = null_space_update(keys, residual.T.unsqueeze(0), 0.3)
     torch.testing.assert_close((keys[0].T @ outputs[0]).T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_null_space_is_relative_to_the_mean_moment(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Keys ten times as large leave the same directions free: the threshold means the same in every backbone."""
+    model, editor = setting(tiny_model, tiny_tokenizer, null_threshold=0.5)
+    modules = modules_to_edit(model, editor.config.module_names())
+    larger = {name: 100 * moment for name, moment in editor.statistics.moments.items()}
+    scaled = AlphaEditEditor(editor.config, replace(editor.statistics, moments=larger))
+    for name, module in modules.items():
+        values = torch.linalg.eigvalsh(editor.statistics.moments[name].double())
+        expected = int((values > 0.5 * values.mean()).sum())
+        assert 0 < expected < len(values)
+        for one in (editor, scaled):
+            assert one._occupied_by_corpus(name, module).shape == (len(values), expected)
+
+
+def test_regularisation_is_relative_to_the_keys_of_the_corpus(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """λ means the same for every layer and backbone: a part of the corpus' mean ‖k‖², the trace of its moment."""
+    model, editor = setting(tiny_model, tiny_tokenizer, regularisation=0.25, steps=1)
+    strengths: list[float] = []
+    monkeypatch.setattr(
+        "ibke_hf.editors.alphaedit.null_space_update",
+        lambda keys, residual, strength: strengths.append(strength) or null_space_update(keys, residual, strength),
+    )
+    editor.edit(model, tiny_tokenizer, REQUESTS[:1])
+    moments = editor.statistics.moments
+    traces = [float(moments[name].trace()) for name in editor.config.module_names()]
+    assert strengths == pytest.approx([0.25 * trace for trace in traces])
+    assert abs(traces[0] / traces[1] - 1) > 0.01  # the layers differ, so that a constant would not do
 
 
 def test_the_residual_is_spread_over_the_layers(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:

@@ -349,6 +349,30 @@ def test_padding_side_and_batch_change_nothing(tiny_model: Callable[..., Any], t
         )
 
 
+def test_what_is_read_is_the_mean_over_the_texts_of_a_request(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Also of the norm, which steps and limits are relative to: that of a mean of unlike states would be smaller."""
+    model, editor = setting(tiny_model, tiny_tokenizer)
+    modules = modules_to_edit(model, editor.config.module_names())
+    (name,) = modules
+    texts = ask(tiny_tokenizer, REQUESTS, ["Paris is a. ", "Marie Curie wrote. "], "{} is a", 128).requests
+    state = read_states(model, modules, texts, [], 100)[name]
+    alone = [
+        read_states(model, modules, SubjectTexts(texts.batch[row], texts.subjects[row], texts.owners[:1], 1), [], 1)[
+            name
+        ]
+        for row in (slice(row, row + 1) for row in range(len(texts.owners)))
+    ]
+    for request in range(len(REQUESTS)):
+        its = [single for single, owner in zip(alone, texts.owners.tolist(), strict=True) if owner == request]
+        assert len(its) == 3
+        torch.testing.assert_close(state.outputs[request], torch.cat([one.outputs for one in its]).mean(0), **near)
+        norms = torch.cat([one.outputs.norm(dim=-1) for one in its])
+        torch.testing.assert_close(state.norms[request], norms.mean(), **near)
+        assert state.norms[request] > 1.001 * state.outputs[request].norm()
+
+
 # --- subjects and prefixes ------------------------------------------------------------------------------------------
 
 
