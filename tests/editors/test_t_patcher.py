@@ -90,6 +90,41 @@ def test_patches_are_neurons(tiny_model: Callable[..., Any], tiny_tokenizer: Any
         torch.testing.assert_close(attached, target_logits(wider, batch)[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_patch_is_to_be_silent_on_everything_that_its_row_holds_but_its_own_query() -> None:
+    """A token of 16 bit is read again with an error: what is its own query to rounding asks no silence of it."""
+    generator = torch.Generator().manual_seed(0)
+    memory, queries = torch.randn(2, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
+    real = torch.tensor([[False, True, True], [True, True, True]])
+    mistakes = torch.stack([1.005 * queries[0, 2], queries[1, 1]])  # the first is read a little differently
+    earlier = torch.stack([mistakes[1], torch.zeros(4)]).unsqueeze(1)  # a patch of row 0, none of row 1
+    config: Any = SimpleNamespace()
+    rows = torch.arange(2)
+    patches = NewPatches(config, rows, rows, torch.ones(2).long(), mistakes, torch.zeros(2, 3), memory.mean(0))
+    others, allowed = patches.silent_on(memory, queries, real, earlier)
+    torch.testing.assert_close(others, torch.cat([memory, *queries, *earlier]))
+    both, first, second, patch = [True, True], [False, True, False], [True, False, True], [True, False]
+    assert allowed[0].tolist() == [*both, *first, False, False, False, *patch]
+    assert allowed[1].tolist() == [*both, False, False, False, *second, False, False]
+
+
+def test_a_request_that_is_answered_is_trained_on_until_its_patches_are_silent(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    model = tiny_model("qwen3")
+    near = tuple(f"{request.prompt} of" for request in REQUESTS)
+
+    def loudest(**config: Any) -> float:
+        editor = make(model, memory=near, stop_loss=100.0, **config)  # any answer will do
+        patches = editor.edit(model, tiny_tokenizer, REQUESTS[:1]).memory
+        queries = editor._memories[model]
+        own = torch.cdist(queries, patches["queries"][0]) <= 0.02 * patches["queries"][0].norm(dim=-1)
+        heard = queries @ patches["keys"][0].T + patches["biases"][0]
+        return float(heard.masked_fill(own, -torch.inf).max())
+
+    assert loudest(steps=1, learning_rate=0.0) > 0
+    assert loudest(steps=300) <= 0
+
+
 def test_losses_equal_naive_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     mistakes, outputs = torch.randn(2, 5, generator=generator), torch.randn(2, 3, generator=generator)
