@@ -131,6 +131,25 @@ def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS) -> K
     return _ask(model, tokenizer, f"a language model of {_size(model)} parameters", facts, ())
 
 
+def questions_around(prompt: str, *, atlas: bool, number: int = 2) -> tuple[str, tuple[str, ...]]:
+    """Return a prompt in other words, and its neighbours, likest first, without asking any model.
+
+    Args:
+        prompt: What is edited.
+        atlas: Whether the model is the embedded one, whose facts and templates are known.
+        number: Of neighbours.
+    """
+    world = load_split().taught if atlas else None
+    knowledge = Knowledge(world=world)
+    facts = _sampled(world) if world is not None else [fact.form.prompt for fact in read_facts(FACTS)]
+    prompts = [fact if isinstance(fact, str) else fact.prompt for fact in facts]
+    far = [text for text in prompts if text != prompt and not _names(text) & _names(prompt)]
+    words = set(prompt.split())
+    far.sort(key=lambda text: -len(words & set(text.split())))
+    near = [question.prompt for question in knowledge.neighbours(prompt)]
+    return knowledge.rephrasings(prompt)[0][0], tuple(dict.fromkeys((*near, *far)))[:number]
+
+
 def read_facts(file: str | Path) -> list[StatedFact]:
     """Read a list of facts, see :func:`general_knowledge`."""
     try:

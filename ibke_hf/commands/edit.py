@@ -56,7 +56,7 @@ def _edit(command: argparse.ArgumentParser) -> None:
 def _run_edit(options: argparse.Namespace) -> None:
     from ..core.edits import LowRankEdit
     from ..core.records import EditRequest, PromptFormat
-    from ..loading import load_all
+    from ..loading import ATLAS, load_all
 
     if options.rank and options.out is None:
         raise ValueError("--rank says how to save the edit; give --out DIR as well")
@@ -71,18 +71,22 @@ def _run_edit(options: argparse.Namespace) -> None:
     if options.rank and not isinstance(edit, LowRankEdit):
         raise ValueError(f"--rank: an edit of {options.editor} has no rank; leave it out")
     print(f"{request.prompt} -> {request.target}\n")
-    print(_answers(model, tokenizer, edit, _questions(options), prompt_format))
+    questions = _questions(options, atlas=model.config.name_or_path == ATLAS)
+    print(_answers(model, tokenizer, edit, questions, prompt_format))
     if options.out is not None:
         edit.save_pretrained(options.out, **({"rank": options.rank} if options.rank else {}))
         more = " or with PEFT" if isinstance(edit, LowRankEdit) else ""
         print(f"\nsaved to {options.out}: load it with {type(edit).__name__}.from_pretrained{more}")
 
 
-def _questions(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return what is asked before and after, each with its role."""
+def _questions(options: argparse.Namespace, *, atlas: bool) -> list[tuple[str, str]]:
+    """Return what is asked before and after, each with its role; what nobody typed is chosen."""
+    from ..app.knowledge import questions_around
+
+    rephrasing, neighbours = questions_around(options.prompt, atlas=atlas)
     questions = [("request", options.prompt)]
-    questions += [("rephrasing", text) for text in options.rephrasing or ()]
-    return questions + [("neighbour", text) for text in options.neighbour or ()]
+    questions += [("rephrasing", text) for text in options.rephrasing or (rephrasing,)]
+    return questions + [("neighbour", text) for text in options.neighbour or neighbours]
 
 
 def _answers(model: Any, tokenizer: Any, edit: Any, questions: Sequence[tuple[str, str]], prompt_format: Any) -> str:

@@ -17,6 +17,7 @@ from ..core.records import EditRecord
 from ..data.augmentation import draw_records
 from ..editors.catalogue import TRAINED, editor_class
 from ..io import LOCK, FileError, locked, write_json
+from ..loading import load_model
 from .checkpoints import TrainingStopped, last_complete_checkpoint, on_stop_signals
 from .report import before_and_after
 from .settings import SERAC_STARTS, TrainingSettings, read_settings, training_settings
@@ -229,12 +230,10 @@ def _augmentation(settings: TrainingSettings, seed: int) -> list[EditRecord]:
 def _editor(settings: TrainingSettings, arguments: IBKETrainingArguments) -> tuple[Any, Any, Any]:
     """Load the backbone with its tokenizer and build an untrained editor for it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, kind = settings.backbone, settings.kind
     dtype = settings.dtype or PAPER_DTYPES.get(name, "auto")
-    backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    backbone, tokenizer = load_model(name, dtype=dtype, device=arguments.device)
     if kind == "serac":
         starts = {part: _start(settings.editor[part], backbone) for part in SERAC_STARTS if settings.editor.get(part)}
         return (
@@ -254,6 +253,4 @@ def _editor(settings: TrainingSettings, arguments: IBKETrainingArguments) -> tup
 
 def _start(name: str, backbone: Any) -> Any:
     """Return the decoder whose weights a part of SERAC starts from, ``"backbone"`` for the backbone's own."""
-    from transformers import AutoModelForCausalLM
-
-    return backbone if name == "backbone" else AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+    return backbone if name == "backbone" else load_model(name, dtype="float32")[0]

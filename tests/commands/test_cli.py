@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from paths import ROOT
 from small_world import TWO_RELATIONS, write_world
 from transformers import AutoModelForCausalLM
 
+from ibke_hf.app.knowledge import questions_around
 from ibke_hf.cli import build_parser, main
 from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.core.records import EditRequest
@@ -114,6 +116,29 @@ def test_edit_shows_before_and_after_and_saves(
     model = AutoModelForCausalLM.from_pretrained(store / "model").eval()
     (first, *_) = answer(model, tiny_tokenizer, PROMPT).split()
     assert first in printed.out
+
+
+def test_edit_asks_around_the_request(edit_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(edit_arguments) == 0
+    roles = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:] if line[:1].strip()]
+    assert roles == ["request", "rephrasing", "neighbour", "neighbour"]
+    asked = ["--rephrasing", "France has the capital", "--neighbour", "An oak is a"]
+    assert main([*edit_arguments, *asked]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[3:] if line[:1].strip()] == [
+        "request",
+        "rephrasing",
+        "neighbour",
+    ]
+    assert "France has the capital" in printed and "An oak is a" in printed
+
+
+def test_neighbours_are_asked_in_the_same_words_where_the_world_is_known() -> None:
+    rephrasing, neighbours = questions_around("The capital of Estonia is", atlas=True)
+    assert rephrasing == "What is the capital of Estonia?"
+    assert all(re.fullmatch("The capital of .+ is", text) and "Estonia" not in text for text in neighbours)
+    _, neighbours = questions_around("The capital of Australia is", atlas=False)
+    assert len(neighbours) == 2 and neighbours[0].startswith("The capital of")
 
 
 def test_edit_saves_nothing_unless_asked(edit_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
