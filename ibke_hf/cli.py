@@ -16,7 +16,12 @@ LIBRARY_ERRORS = {"YAMLError", "SafetensorError", "StrictDataclassError", "HTTPE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (2 for errors that the user can mend, 130 when interrupted)."""
     parser = build_parser()
-    given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if empty := next((word for word in words if word.startswith("--") and word.endswith("=--")), None):
+        parser.error(
+            f"argument {empty[:-3]}: a value is wanted, found '--'"
+        )  # argparse would make an empty list of it
+    given = parser.parse_args(words)
     try:
         given.run(given)
     except KeyboardInterrupt:

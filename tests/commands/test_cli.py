@@ -63,6 +63,7 @@ def test_a_command_that_is_none_is_refused(misused: Run) -> None:
     assert "the following arguments are required: command" in misused()
     assert "the following arguments are required: action" in misused("data")
     assert "the following arguments are required: --target" in misused("edit", "--prompt", "x")
+    assert "argument --prompt: a value is wanted, found '--'" in misused("edit", "--prompt=--", "--target", "x")
 
 
 def test_parsing_loads_no_torch(tmp_path: Path) -> None:
