@@ -14,7 +14,7 @@ import torch
 from memory_edits import FAMILIES, REQUESTS, edited, hits, require_answers_and_no_trace, require_generation
 
 from ibke_hf.core.adapter_files import AdapterError
-from ibke_hf.core.capture import NonFiniteError, target_logits
+from ibke_hf.core.capture import NonFiniteError, case_losses, target_logits
 from ibke_hf.core.layers import BackboneError, modules_to_edit
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests
@@ -134,6 +134,19 @@ def test_one_value_for_the_last_prompt_token_or_more_for_mistakes(
     assert len(more) == 3
     assert max(more.entries) > 1
     torch.testing.assert_close(more.memory["keys"][:, 0], prompt_only.memory["keys"][:, 0])
+
+
+def test_a_value_whose_request_is_done_is_left_alone(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Adam's momentum would move it on: jointly, it ends where it ends when it is edited alone."""
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        losses = case_losses(*target_logits(model, encode_requests(tiny_tokenizer, REQUESTS)))
+    easy, hard = (REQUESTS[int(losses.argmin())], REQUESTS[int(losses.argmax())])
+    stop = float(losses.min()) * 0.9
+    editor = GRACEEditor.for_backbone(model, steps=40, key_tokens="prompt", stop_loss=stop, learning_rate=0.1)
+    alone = editor.edit(model, tiny_tokenizer, [easy])
+    joint = editor.edit(model, tiny_tokenizer, [easy, hard])
+    torch.testing.assert_close(joint.memory["values"][:, :1], alone.memory["values"], rtol=1e-3, atol=1e-4)
 
 
 def test_generation_with_a_cache_finds_the_same_entries(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:

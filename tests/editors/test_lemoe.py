@@ -149,6 +149,19 @@ def test_requests_are_clustered_in_joint_mode(tiny_model: Callable[..., Any], ti
         assert answers(model, tiny_tokenizer, (*REQUESTS, *OTHERS))[1].all()
 
 
+def test_experts_share_a_token_by_a_softmax_over_similarity_and_temperature() -> None:
+    keys = torch.eye(4)[:3].reshape(1, 3, 1, 4)
+    weights = {"down": (1, 3, 4, 2), "down_bias": (1, 3, 2), "up": (1, 3, 2, 4), "up_bias": (1, 3, 4)}
+    memory = {"keys": keys, **{name: torch.zeros(shape) for name, shape in weights.items()}}
+    settings = {"layer": "h", "top_k": 2, "threshold": 0.3, "temperature": 0.2}
+    values = unit(torch.tensor([[[3.0, 2.0, 1.0, 0.0], [4.0, 1.0, 0.0, 0.0], [0.1, 0.0, 0.0, 4.0]]]))
+    gates = LEMoEEdit(memory, settings).gates(values)
+    shares = (values[0, 0, :2] / 0.2).softmax(-1)
+    torch.testing.assert_close(gates[0, 0], torch.tensor([*shares.tolist(), 0.0]), rtol=0, atol=1e-3)  # the two best
+    assert gates[0, 1].tolist() == [1.0, 0.0, 0.0]  # the others are below the threshold
+    assert gates[0, 2].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_a_request_that_is_answered_well_enough_moves_its_expert_no_more(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any
 ) -> None:
