@@ -184,7 +184,8 @@ def _add_trial(folder: Path, number: int, name: str, edits: int, trial: Mapping[
     """Write a trial among those that the folder holds, which another run may have added to."""
     with FileLock(folder / ".tuning.lock"):
         by_edits = _trials_in(folder, number)
-        trials = [*by_edits.get(str(edits), {}).get(name, []), dict(trial)]
+        others = by_edits.get(str(edits), {}).get(name, [])
+        trials = [dict(trial), *(other for other in others if other["settings"] != trial["settings"])]
         order = trials_of(name, edits)
         by_edits.setdefault(str(edits), {})[name] = sorted(
             (trial for trial in trials if trial["settings"] in order), key=lambda trial: order.index(trial["settings"])

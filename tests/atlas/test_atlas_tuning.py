@@ -34,6 +34,7 @@ from ibke_hf.atlas.tuning import (
     TRIALS_FILE,
     TRIALS_OF_MANY,
     TUNING_RECORDS,
+    _add_trial,
     best_of,
     trials_of,
     tune,
@@ -232,6 +233,14 @@ def test_a_run_of_one_editor_keeps_the_results_of_the_others_and_its_own_trials(
         tune(tmp_path, names=("grace",), edits=(1,), number=2)
     with pytest.raises(ValueError, match=r"between 1 and the 3 records, found \[4\]"):
         tune(tmp_path, names=("grace",), edits=(4,), number=3)
+
+
+def test_a_trial_that_two_runs_make_at_once_counts_once(tmp_path: Path) -> None:
+    first, second = ({"settings": settings, "avg": 1.0} for settings in TRIALS["grace"][:2])
+    for trial in (second, first, {**second, "avg": 2.0}):
+        _add_trial(tmp_path, 3, "grace", 10, trial)
+    trials = json.loads((tmp_path / TRIALS_FILE).read_text(encoding="utf-8"))["edits"]["10"]["grace"]
+    assert trials == [first, {**second, "avg": 2.0}]
 
 
 @pytest.mark.parametrize("names", [(), ("ft", "mend")])

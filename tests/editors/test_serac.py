@@ -45,10 +45,10 @@ class Exact(SERACEditor):
         return torch.tensor(rows)
 
 
-def exact(model: Any, tokenizer: Any, **config: Any) -> Any:
+def exact(model: Any, tokenizer: Any, *more: EditRequest, **config: Any) -> Any:
     torch.manual_seed(0)
     editor = Exact.for_backbone(model, **config).eval()
-    every = [*REQUESTS, *OTHERS, replace(REQUESTS[0], target="Oslo")]
+    every = [*REQUESTS, *OTHERS, replace(REQUESTS[0], target="Oslo"), *more]
     editor.starts = {}
     for request in every:
         batch = encode_requests(tokenizer, [request])
@@ -223,6 +223,35 @@ def test_the_newest_request_of_a_prompt_counts(tiny_model: Callable[..., Any], t
     torch.testing.assert_close(made, counterfactual(editor, tiny_tokenizer, again, again), **near)
     rows = editor.edit(model, tiny_tokenizer, OTHERS, mode="independent", previous=second)
     assert [len(row) for row in rows.entries()] == [4, 4]
+
+
+def test_of_two_requests_that_fit_equally_well_the_newer_answers(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    model = tiny_model("qwen3")
+    shorter = EditRequest("The capital of France", "in")  # in scope of it is also what goes on from it
+    editor = exact(model, tiny_tokenizer, shorter)
+    for pair in ((shorter, REQUESTS[0]), (REQUESTS[0], shorter)):
+        edit = editor.edit(model, tiny_tokenizer, pair)
+        with edit.attached(model):
+            logits = answers(model, tiny_tokenizer, REQUESTS[:1])
+        torch.testing.assert_close(logits, counterfactual(editor, tiny_tokenizer, pair[1], REQUESTS[0]), **near)
+
+
+def test_a_generation_is_decided_at_the_end_of_the_prompt_whichever_logits_are_asked_for(
+    tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    model = tiny_model("qwen3")
+    editor = exact(model, tiny_tokenizer)
+    edit = editor.edit(model, tiny_tokenizer, REQUESTS)
+    prompt = tiny_tokenizer(REQUESTS[0].prompt, return_tensors="pt").input_ids
+    with torch.no_grad(), edit.attached(model):
+        cache = model(prompt, use_cache=True, logits_to_keep=torch.tensor([0])).past_key_values
+        after = model(torch.tensor([[5]]), past_key_values=cache).logits
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        before = model(torch.tensor([[5]]), past_key_values=cache).logits
+    assert not torch.equal(after, before)
 
 
 def test_memories_save_and_load_and_editors_too(
