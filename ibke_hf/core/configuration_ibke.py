@@ -1,7 +1,6 @@
 """Configuration of IBKE editors and the presets of SPEC §6. No torch in here."""
 
-from __future__ import annotations
-
+# Annotations are not postponed here: @strict checks the types of fields, and a text in place of a type passes anything.
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -55,9 +54,9 @@ class GradientEditorConfig(EditorConfig):
     edited_layers: list[int] | None = None
     input_dims: list[int] | None = None
     output_dims: list[int] | None = None
-    statistics_epsilon: float = 1e-7
-    initial_edit_ratio: float = 0.05
-    capture_loss_scale: float = 1.0
+    statistics_epsilon: float | int = 1e-7
+    initial_edit_ratio: float | int = 0.05
+    capture_loss_scale: float | int = 1.0
     trained_edits_per_group: int = 0
 
     def module_names(self) -> list[str]:
@@ -107,7 +106,7 @@ class IBKEConfig(GradientEditorConfig):
     use_information_bottleneck: bool = True
     use_scale_factor: bool = True
     attention_scale: bool = True
-    log_variance_range: tuple[float, float] = (-10.0, 10.0)
+    log_variance_range: tuple[float | int, float | int] | list[float | int] = (-10.0, 10.0)  # JSON has lists alone
     second_stage_heads: int = 1
     second_stage_skip: bool = False
     second_stage_mlp: int = 0
@@ -129,7 +128,7 @@ class IBKEConfig(GradientEditorConfig):
             )
 
     @classmethod
-    def from_preset(cls, backbone: str, **overrides: Any) -> IBKEConfig:
+    def from_preset(cls, backbone: str, **overrides: Any) -> "IBKEConfig":
         """Return the paper's configuration for one of the backbones of SPEC §6.
 
         Raises:

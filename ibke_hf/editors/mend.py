@@ -1,7 +1,5 @@
 """The MEND baseline (Mitchell et al. 2022, "Fast Model Editing at Scale"): token-wise MLPs on the gradient factors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

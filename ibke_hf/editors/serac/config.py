@@ -1,7 +1,5 @@
 """SERAC's configuration, and which decoders its two parts start from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -35,7 +33,7 @@ class SERACConfig(EditorConfig):
     counterfactual_model: dict[str, Any] | None = None
     scope_form: str = "embedding"
     embedding_dim: int = 128
-    threshold: float = 0.5
+    threshold: float | int = 0.5
     separator: int = 0
 
     def validate_fields(self) -> None:
