@@ -332,7 +332,8 @@ def placed(editor: Any, backbone: Any, device: Any = None) -> Any:
             modules = editor.modules_of(backbone)
         except BackboneError as error:
             raise BackboneError(f"{error}; {next_steps(backbone.config.name_or_path or 'this model')}") from error
-        target = target or device_of(next(iter(modules.values())))
+        first = next(iter(modules.values()), None)  # SERAC edits no layer
+        target = target or (input_device(backbone) if first is None else device_of(first))
     elif backbone is not None and target is None:
         target = input_device(backbone)
     return editor if target is None or not isinstance(editor, nn.Module) else editor.to(target)

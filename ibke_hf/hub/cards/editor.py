@@ -60,7 +60,8 @@ def editor_card(
     kind, name = type(editor), repo_id.rpartition("/")[2]
     imports = f"from ibke_hf import EditRequest, {kind.__name__}"
     if ".editors." in kind.__module__:
-        imports = f"from ibke_hf import EditRequest\nfrom {kind.__module__} import {kind.__name__}"
+        home = kind.__module__.removesuffix(".editor")  # the room of a rival that has one
+        imports = f"from ibke_hf import EditRequest\nfrom {home} import {kind.__name__}"
     backbone, layers = public_name(editor.config.base_model_name_or_path), ", ".join(editor.config.module_names())
     summary = getattr(kind, "card_summary", "") or f"turns edit requests into low-rank edits of {layers}."
     summary = f"`{kind.__name__}`{f' for {backbone}' if backbone else ''}: {summary}"
