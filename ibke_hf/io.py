@@ -9,12 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
-from .core.files import FileError, read_json, written_file
+from .core.files import REMAKE, FileError, parse_json, read_json, read_text, require_characters, written_file
 
-__all__ = ["FileError", "locked", "read_json", "require_writable", "write_json", "write_text", "written_file"]
+__all__ = [
+    "FileError",
+    "locked",
+    "parse_json",
+    "parse_yaml",
+    "read_json",
+    "read_json_list",
+    "read_text",
+    "read_yaml",
+    "require_writable",
+    "write_json",
+    "write_text",
+    "written_file",
+]
 
+CORRECT = "correct it"  # the cure for what a user wrote
+MOST_VALUES = 100_000  # of a YAML file; an alias may repeat others until there is no end of them
 LOCK = ".lock"  # the file of :func:`locked`; it stays, since removing it would let two processes hold two locks
 
 
@@ -71,6 +87,88 @@ def locked(folder: str | Path, *, lock: str = LOCK) -> Iterator[Path]:
             (path / lock).unlink()
             path.rmdir()
         owner.release()
+
+
+def read_json_list(file: str | Path, *, cure: str = REMAKE, error: type[FileError] = FileError) -> list[Any]:
+    """Read a JSON array of UTF-8 text; else as :func:`read_json`."""
+    value = parse_json(read_text(file, cure=cure, error=error), name=str(file), cure=cure, error=error)
+    if not isinstance(value, list):
+        raise error(f"{file}: expected a JSON array, found {type(value).__name__}; {cure}")
+    return value
+
+
+def read_yaml(file: str | Path, *, cure: str = CORRECT) -> dict[str, Any]:
+    """Read a YAML file of values by name, as JSON has them; an empty one holds none.
+
+    Args:
+        file: The file, in UTF-8.
+        cure: What the error tells the user to do.
+
+    Raises:
+        FileError: If it holds something else, see :func:`parse_yaml`.
+        OSError: If it cannot be read.
+    """
+    return parse_yaml(read_text(file, cure=f"save it in UTF-8, or {cure}"), name=str(file), cure=cure)
+
+
+def parse_yaml(text: str, *, name: str, cure: str = CORRECT) -> dict[str, Any]:
+    """Return the values by name that a YAML text holds.
+
+    Args:
+        text: The text.
+        name: What the error calls it, such as its file.
+        cure: What the error tells the user to do.
+
+    Raises:
+        FileError: If it is no YAML, no mapping, names a value twice, is nested too deeply, holds what JSON cannot hold
+            (a date, a key that is no text, half of a character), or has more than `MOST_VALUES` values.
+    """
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506  derives from the safe one
+    except yaml.YAMLError as error:
+        raise FileError(f"{name}: not valid YAML ({' '.join(str(error).split())}); {cure}") from error
+    except RecursionError as error:
+        raise FileError(f"{name}: lists and mappings nested too deeply to be read; {cure}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # what the library's constructors raise for a tagged or huge value, such as `!!bool x`
+        raise FileError(f"{name}: holds a value that cannot be read ({error}); {cure}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise FileError(f"{name}: expected values by name, found {type(values).__name__}; {cure}")
+    _require_json_values(values, name, cure)
+    require_characters(values, name=name, cure=cure)
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which refuses a name that comes twice: the last one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in names:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} comes twice", problem_mark=key.start_mark)
+                names.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _require_json_values(values: Any, name: str, cure: str) -> None:
+    pending, number = [values], 0
+    while pending:
+        part, number = pending.pop(), number + 1
+        if number > MOST_VALUES:
+            raise FileError(f"{name}: holds more than {MOST_VALUES:,} values, or an alias of itself; {cure}")
+        if isinstance(part, dict):
+            for key in part:
+                if not isinstance(key, str):
+                    raise FileError(f"{name}: {key!r} is no name; put it in quotes, or {cure}")
+            pending += part.values()
+        elif isinstance(part, list):
+            pending += part
+        elif not (part is None or isinstance(part, str | bool | int | float)):
+            raise FileError(f"{name}: {part!s:.80} is a {type(part).__name__}; put it in quotes, or {cure}")
 
 
 def write_text(file: str | Path, text: str, *, newline: str | None = None) -> None:

@@ -28,7 +28,7 @@ import ibke_hf
 if os.environ.get("CI") and "site-packages" not in str(ibke_hf.__file__):
     raise RuntimeError(f"CI must test the installed wheel, found {ibke_hf.__file__}")
 
-pytest_plugins = ["command_runs", "training_runs"]  # fixtures that several rooms use
+pytest_plugins = ["command_runs", "fuzzing", "training_runs"]  # fixtures that several rooms use
 
 WORDS = (
     "The capital of France is Paris and London lies on the river Thames in England. Marie Curie was born in "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ibke_hf.io import FileError, locked
+from ibke_hf.io import FileError, locked, parse_json, read_json_list, read_yaml
 
 OWNER = """
 import sys
@@ -70,3 +70,57 @@ def test_a_folder_that_nothing_was_written_to_is_gone_again(tmp_path: Path) -> N
     with locked(tmp_path / "old"):
         pass
     assert (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a", "expected values by name, found list; correct it"),
+        (b"a: [", "not valid YAML .*correct it"),
+        (b"a: 1\na: 2", "'a' comes twice.*line 2"),
+        (b"a: {b: 1, b: 2}", "'b' comes twice"),
+        (b"\xff", "not a text in UTF-8 .*save it in UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"a: 2020-01-01", "2020-01-01 is a date; put it in quotes"),
+        (b"a: 2020-99-99", "cannot be read .*month"),
+        (b"a: !!bool x", "cannot be read"),
+        (b"a: " + b"9" * 5000, "cannot be read"),
+        (b"yes: 1", "True is no name; put it in quotes"),
+        (b'a: "\\ud800"', "half of a surrogate pair"),
+        (b"a: &a [*a]", "more than 100,000 values, or an alias of itself"),
+        (b"a: !!python/object:os.system x", "not valid YAML"),
+    ],
+)
+def test_what_is_no_mapping_of_plain_values_is_named_with_the_cure(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(content)
+    with pytest.raises(FileError, match=rf"settings\.yaml: .*{message}") as caught:
+        read_yaml(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_holds_plain_values_by_name_and_may_repeat_them_by_aliases(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: [1.5, null, true, text]}")
+    assert read_yaml(file) == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": [1.5, None, True, "text"]}}
+    file.write_text("")
+    assert read_yaml(file) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "expected a JSON array, found dict"), ("[", "not valid JSON"), ("[" * 100_000, "nested too deeply")],
+)
+def test_what_is_no_json_array_is_named(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text(text)
+    with pytest.raises(FileError, match=rf"facts\.json: .*{message}.*; write it again"):
+        read_json_list(file, cure="write it again")
+
+
+def test_half_of_a_character_in_json_is_refused() -> None:
+    assert parse_json('"\\ud83d\\ude00"', name="it") == "\U0001f600"
+    with pytest.raises(FileError, match="it: .*half of a surrogate pair"):
+        parse_json('["\\ud800"]', name="it")

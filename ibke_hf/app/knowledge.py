@@ -6,7 +6,6 @@ Nobody is asked to change a fact that the model does not have. Of a list of fact
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from ..atlas.examples import example_records
 from ..core.records import EditRecord
 from ..data.facts import Triple, World
 from ..evaluation.wording import exact_match
+from ..io import FileError, read_json_list
 from .compare import PageQuestion, read_answers, typed_lines
 from .forms import Form
 from .rephrasings import english_rephrasings, template_of, template_rephrasings
@@ -152,12 +152,10 @@ def questions_around(prompt: str, *, atlas: bool, number: int = 2) -> tuple[str,
 
 def read_facts(file: str | Path) -> list[StatedFact]:
     """Read a list of facts, see :func:`general_knowledge`."""
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); write an array of facts") from error
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{file}: a list of facts is an array of objects with prompt, answers and target")
+    cure = "write an array of objects with prompt, answers and target"
+    values = read_json_list(file, cure=cure)
+    if not values:
+        raise FileError(f"{file}: holds no fact; {cure}")
     return [_stated(value, f"{file}: fact {number}") for number, value in enumerate(values, 1)]
 
 

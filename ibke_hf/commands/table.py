@@ -11,7 +11,7 @@ from typing import Any
 
 from ..editors.catalogue import KINDS, kind_of
 from ..io import locked
-from .options import add_command, load_options, model_options, place, positive, read_dataset
+from .options import add_command, load_options, model_options, place, positive, read_dataset, shown
 from .prompt_options import prompt_changes, prompt_options
 
 ATLAS = "atlas"
@@ -181,7 +181,7 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..training.recipe import PAPER_DTYPES, read_settings, train_editor, training_settings
 
     config = read_settings(given.config, SETTINGS) if given.config else {}
-    fields = _fields_by_editor(config)
+    fields = _checked_config(config, str(given.config))
     corpus, layers, steps = (
         given.corpus or config.get("corpus"),
         config.get("layers"),
@@ -242,14 +242,29 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     )
 
 
-def _fields_by_editor(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the fields of the editors' configs that a YAML file sets."""
-    fields = config.get("editors") or {}
-    for name, own in fields.items():
-        kind_of(name)
-        if not isinstance(own, dict):
-            raise ValueError(f"--config: editors: {name}: must hold fields by name, found {own!r}")
-    return dict(fields)
+def _checked_config(config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """Check a YAML file's settings before anything is loaded; return the fields of the editors' configs by editor."""
+    from ..training.settings import editor_fields, require_type, training_fields
+
+    by_editor: dict[str, dict[str, Any]] = {}
+    try:
+        require_type("layers", config.get("layers"), list[int] | None)
+        require_type("corpus", config.get("corpus"), str | None)
+        training_fields(config.get("training") or {})
+        for editor, fields in (config.get("editors") or {}).items():
+            kind, group = kind_of(editor), f"editors: {editor}"
+            if not isinstance(fields, dict):
+                raise ValueError(f"{group}: must hold fields by name, found {shown(str(fields))}")
+            if fields and not kind.module:
+                raise ValueError(f"{group}: the unedited model has no fields; leave it out")
+            others = {field: value for field, value in fields.items() if field != "layers"}
+            by_editor[editor] = editor_fields(others, editor, group) if kind.module else {}
+            if "layers" in fields:
+                require_type(f"{group}: layers", fields["layers"], list[int])
+                by_editor[editor]["layers"] = fields["layers"]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return by_editor
 
 
 def _read(name: str) -> Iterable[Any]:
@@ -258,7 +273,7 @@ def _read(name: str) -> Iterable[Any]:
 
 
 def _default_editors(atlas: bool) -> list[str]:
-    """Return all ids; elsewhere than on Atlas the variants are left out, whose network is the default of their editor."""
+    """Return all ids; elsewhere than on Atlas the variants are left out: they are the default of their editor."""
     return [name for name, kind in KINDS.items() if atlas or not kind.variant_of]
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+REMAKE = "remove it and make it again"  # the cure for what a command wrote
+
 
 class FileError(ValueError):
     """A file that does not hold what it should; the message names it, what was found and the cure."""
@@ -44,11 +46,7 @@ def written_together(folder: str | Path) -> Iterator[Path]:
 
 
 def read_json(
-    file: str | Path,
-    *,
-    cure: str = "remove it and make it again",
-    name: str | None = None,
-    error: type[FileError] = FileError,
+    file: str | Path, *, cure: str = REMAKE, name: str | None = None, error: type[FileError] = FileError
 ) -> dict[str, Any]:
     """Read a JSON object of UTF-8 text.
 
@@ -59,27 +57,60 @@ def read_json(
         error: What is raised.
 
     Raises:
-        FileError: If the file holds something else, is nested too deeply to be read, or holds half of a character.
+        FileError: If the file holds something else, see :func:`parse_json`.
         OSError: If it cannot be read.
     """
     name = str(file) if name is None else name
+    value = parse_json(read_text(file, cure=cure, name=name, error=error), name=name, cure=cure, error=error)
+    if not isinstance(value, dict):
+        raise error(f"{name}: expected a JSON object, found {type(value).__name__}; {cure}")
+    return value
+
+
+def read_text(
+    file: str | Path, *, cure: str = REMAKE, name: str | None = None, error: type[FileError] = FileError
+) -> str:
+    """Read a text, with the arguments and errors of :func:`read_json`."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
-        value = json.loads(text)
+        return Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as reason:
-        raise error(f"{name}: not a text in UTF-8 ({reason.reason} at byte {reason.start}); {cure}") from reason
+        raise error(
+            f"{file if name is None else name}: not a text in UTF-8 ({reason.reason} at byte {reason.start}); {cure}"
+        ) from reason
+
+
+def parse_json(text: str, *, name: str, cure: str = REMAKE, error: type[FileError] = FileError) -> Any:
+    """Return the value that a JSON text holds.
+
+    Args:
+        text: The text.
+        name: What the error calls it, such as its file.
+        cure: What the error tells the user to do.
+        error: What is raised.
+
+    Raises:
+        FileError: If the text is no JSON, is nested too deeply to be read, or holds half of a character.
+    """
+    try:
+        value = json.loads(text)
     except RecursionError as reason:
         raise error(f"{name}: lists and objects nested too deeply to be read; {cure}") from reason
     except ValueError as reason:
         raise error(f"{name}: not valid JSON ({reason}); {cure}") from reason
-    if not isinstance(value, dict):
-        raise error(f"{name}: expected a JSON object, found {type(value).__name__}; {cure}")
-    surrogate = (
-        next((part for part in _strings(value) if not _is_text(part)), None) if "\\ud" in text.lower() else None
-    )
+    if "\\ud" in text.lower():  # the only way to write one
+        require_characters(value, name=name, cure=cure, error=error)
+    return value
+
+
+def require_characters(value: Any, *, name: str, cure: str = REMAKE, error: type[FileError] = FileError) -> None:
+    """Check that every text of a JSON value can be written; the arguments are those of :func:`parse_json`.
+
+    Raises:
+        FileError: If one holds half of a character.
+    """
+    surrogate = next((part for part in _strings(value) if not _is_text(part)), None)
     if surrogate is not None:
         raise error(f"{name}: {surrogate!r} holds half of a surrogate pair, which is no character; {cure}")
-    return value
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
+
+from ..io import FileError, parse_json
 
 NUMBER = 20_000  # texts of a large dataset that are read unless more are asked for
 COLUMN = "text"
@@ -38,16 +39,25 @@ def _of_file(path: Path, limit: int) -> list[str]:
         raise ValueError(
             f"{path}: give a corpus as plain lines or JSON Lines (.jsonl), or a folder that `datasets` reads"
         )
-    with path.open(encoding="utf-8") as lines:
-        filled = (line.strip() for line in lines if line.strip())
-        if path.suffix not in (".jsonl", ".ndjson"):
-            return list(islice(filled, limit))
-        try:
-            return [str(json.loads(line)[COLUMN]) for line in islice(filled, limit)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: each line must be a JSON object with a {COLUMN!r} ({type(error).__name__}: {error})"
-            ) from error
+    try:
+        with path.open(encoding="utf-8") as lines:
+            filled = ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
+            first = list(islice(filled, limit))
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: not a text in UTF-8 ({error.reason}); save it in UTF-8") from error
+    if path.suffix not in (".jsonl", ".ndjson"):
+        return [line for _, line in first]
+    return [_text_of(line, f"{path}: line {number}") for number, line in first]
+
+
+def _text_of(line: str, name: str) -> str:
+    """Return the text of a line of JSON."""
+    cure = f"each line must be a JSON object with a {COLUMN!r}"
+    value = parse_json(line, name=name, cure=cure)
+    text = value.get(COLUMN) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise FileError(f"{name}: found {line:.80}; {cure}")
+    return text
 
 
 def _of_dataset(name: str, limit: int) -> list[str]:

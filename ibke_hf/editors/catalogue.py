@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,12 @@ def editor_class(name: str) -> Any:
     if not kind.module:
         raise ValueError(f"{name!r} stands for the unedited model, which has no editor")
     return getattr(import_module(kind.module, __package__), kind.class_name)
+
+
+def config_class(name: str) -> Any:
+    """Return the class of an editor's config; errors as :func:`editor_class`."""
+    editor = editor_class(name)
+    return getattr(editor, "config_class", None) or get_type_hints(editor.__init__)["config"]
 
 
 def register_trained() -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from ..core.fingerprints import digest_of, weights_digest
 from ..core.records import EditRecord
-from ..io import FileError, locked, read_json, write_json, written_file
+from ..io import FileError, locked, parse_json, read_json, write_json, written_file
 from .editing import EDITS_ALONE, edit_alone
 from .judging import Row
 from .protocol import Evaluation, RowKey, evaluate_records, row_key
@@ -240,7 +240,7 @@ def _read_rows(file: Path) -> Iterator[Row]:
     seen: set[RowKey] = set()
     for number, line in enumerate(content[:complete].split(b"\n")[:-1], start=1):
         try:
-            row: Row = json.loads(line)
+            row: Row = parse_json(line.decode("utf-8"), name=f"{file}: line {number}", error=ResultsError)
             key = row_key(row)
         except (ValueError, KeyError, TypeError) as error:
             raise ResultsError(

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import CommitInfo, SpaceCard, SpaceCardData
+from huggingface_hub import CommitInfo, SpaceCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..evaluation.space import METRIC, write_metric
+from ..io import parse_yaml, read_text
 from .cards.text import CARD
 from .upload import upload
 
@@ -98,14 +99,14 @@ def read_settings(folder: str | Path) -> SpaceCardData:
         raise FileNotFoundError(
             f"{file}: no such file; it states the Space's settings (title, sdk, sdk_version, app_file) between two ---"
         )
+    text = read_text(file, cure="save it in UTF-8")
+    head = REGEX_YAML_BLOCK.search(text)
+    cure = "correct the Space's settings between the first two ---"
+    settings = parse_yaml(head.group(2) if head else "", name=str(file), cure=cure)
     try:
-        text = file.read_text(encoding="utf-8")
-        data = SpaceCard(text if text.startswith("---") else "---\n---\n").data
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{file}: the Space's settings between the first two --- are not settings by name ({error})"
-        ) from error
-    assert isinstance(data, SpaceCardData)
+        data = SpaceCardData(**settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not the settings of a Space ({error}); {cure}") from error
     if data.sdk != "gradio":
         raise ValueError(
             f"{file}: must begin with the Space's settings between two ---, with `sdk: gradio`; found sdk {data.sdk!r}"

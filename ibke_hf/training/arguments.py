@@ -13,7 +13,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 MAX_STEPS = 1_000_000  # [paper]
 HOPS = ("none", "unknown", "all")
-LOWEST = {"beta": 0, "edits_per_group": 0, "calibration_requests": 2, "step_size_learning_rate": 0}
+LOWEST = {
+    "beta": 0,
+    "edits_per_group": 0,
+    "calibration_requests": 2,
+    "step_size_learning_rate": 0,
+    "learning_rate": 0,
+    "seed": 0,
+}
+HIGHEST_SEED = 2**32 - 1  # that every generator of random numbers takes
 
 
 @dataclass
@@ -70,6 +78,8 @@ class IBKETrainingArguments(TrainingArguments):
         for name, low in LOWEST.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, found {getattr(self, name)}")
+        if self.seed > HIGHEST_SEED:
+            raise ValueError(f"seed must be at most {HIGHEST_SEED}, found {self.seed}")
         if self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f"hub_strategy={HubStrategy(self.hub_strategy).value} would publish pickles; use end or every_save"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..io import FileError, read_json
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -29,8 +30,8 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
         path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
     ]
     for path in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        with suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        with suppress(OSError, FileError):
+            read_json(path / "trainer_state.json")
             return str(path)
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from ..core.configuration_ibke import PRESETS
 from ..core.records import EditRecord
 from ..data.augmentation import draw_records
 from ..editors.catalogue import TRAINED, editor_class
-from ..io import LOCK, FileError, locked, write_json
+from ..io import LOCK, FileError, locked, read_json, write_json
 from ..loading import load_model
 from .checkpoints import TrainingStopped, last_complete_checkpoint, on_stop_signals
 from .report import before_and_after
@@ -165,8 +164,8 @@ def _model_in(folder: Path) -> str | None:
     """Return what kind of model a folder holds, None for none."""
     if (folder / "config.json").is_file():
         try:
-            return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            return str(read_json(folder / "config.json")["model_type"])
+        except (FileError, KeyError):
             return "with a config.json of another kind"
     weights = (name for name in ("adapter_config.json", "model.safetensors") if (folder / name).is_file())
     return next(weights, None)

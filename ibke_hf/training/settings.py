@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from huggingface_hub.dataclasses import strict, validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ..core.records import PromptFormat
 from ..data.augmentation import RECORDS_OF_EACH
-from ..editors.catalogue import TRAINED, editor_class
+from ..editors.catalogue import TRAINED, config_class
+from ..io import read_yaml
 
 SERAC_STARTS = ("scope", "counterfactual")  # decoders that its two parts start from
 REQUIRED = ("backbone", "records", "out")
 LISTS = ("records", "validation", "augment")  # one source may stand for a list of it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST_SHOWN = 60  # names in an error; the training arguments are twice as many
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 DECIDED = {  # fields of the editors' configs that the backbone and the settings beside them decide
     "backbone",
@@ -35,6 +37,8 @@ DECIDED = {  # fields of the editors' configs that the backbone and the settings
     "counterfactual_model",
     "separator",
 }
+OF_A_BACKBONE = {"edited_modules": "{i}", "edited_module": "0", "edited_layers": (0,), "edited_layer": 0}
+EXAMPLES = {**OF_A_BACKBONE, "expert_width": 1}  # of fields without a default, which the backbone decides
 
 
 @strict
@@ -107,10 +111,8 @@ class TrainingSettings:
             raise ValueError(f"unknown setting {unknown[0]!r}; settings are {', '.join(hints)}")
         for name, value in values.items():
             require_type(name, value, hints[name])
-        for group in ("editor", "training"):
-            _require_finite(values.get(group, {}), group)
-        values["training"] = _training(values.get("training", {}))
-        values["editor"] = _editor(values.get("editor", {}), kind)
+        values["training"] = training_fields(values.get("training", {}))
+        values["editor"] = editor_fields(values.get("editor", {}), kind)
         missing = [name for name in REQUIRED if values.get(name) in (None, "", [])]
         if missing:
             raise ValueError(
@@ -159,14 +161,7 @@ def read_settings(config: str | Path, known: Sequence[str] = TOP_LEVEL) -> dict[
     Raises:
         ValueError: If it is no such file, or holds another setting; names it.
     """
-    try:
-        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config}: not a YAML file: {error}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{config}: not a YAML file in UTF-8: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{config}: expected settings by name, found {settings!r}; settings are {', '.join(known)}")
+    settings = read_yaml(config, cure=f"the settings are {', '.join(known)}")
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise ValueError(f"{config}: unknown setting {unknown[0]!r}; settings are {', '.join(known)}")
@@ -190,9 +185,15 @@ def require_type(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} must be of type {kind}, found {value!r}") from error
 
 
-def _training(values: Mapping[str, Any]) -> dict[str, Any]:
+def training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check fields of the training arguments by their types; whole numbers become the floats that are wanted.
+
+    Raises:
+        ValueError: For an unknown field, or a value of another type; one line that names it.
+    """
     from .arguments import IBKETrainingArguments
 
+    _require_finite(values, "training")
     hints = get_type_hints(IBKETrainingArguments)
     known = [each.name for each in fields(IBKETrainingArguments) if each.init and each.name != "output_dir"]
     _require_known(values, known, "training")
@@ -202,28 +203,44 @@ def _training(values: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _editor(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Check the fields of an editor's config by building one."""
-    config: Any = editor_class(kind).config_class
-    inherited = DECIDED | {each.name for each in fields(PreTrainedConfig)}
-    starts = SERAC_STARTS if kind == "serac" else ()
-    known = [each.name for each in fields(config) if each.name not in inherited] + list(starts)
-    _require_known(values, known, "editor")
+def editor_fields(values: Mapping[str, Any], name: str, group: str = "editor") -> dict[str, Any]:
+    """Check fields of an editor's config, by building one; whole numbers become the floats that are wanted.
+
+    Args:
+        values: The fields.
+        name: Id of the editor, see :data:`~ibke_hf.editors.catalogue.KINDS`.
+        group: Where errors say that the fields stand.
+
+    Raises:
+        ValueError: For an unknown field, or a value that cannot be; one line that names it.
+    """
+    _require_finite(values, group)
+    config = config_class(name)
+    required = [each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING]
+    decided = DECIDED | {each.name for each in fields(PreTrainedConfig)} | ({*required} & {*OF_A_BACKBONE})
+    starts = SERAC_STARTS if name == "serac" else ()
+    known = [each.name for each in fields(config) if each.name not in decided] + list(starts)
+    _require_known(values, known, group)
     hints = get_type_hints(config, localns={"torch": torch}) | dict.fromkeys(starts, str)  # a name of transformers'
-    checked = {name: _as_float(value, hints[name]) for name, value in values.items()}
-    for name, value in checked.items():
-        require_type(f"editor: {name}", value, hints[name])
+    checked = {field: _as_float(value, hints[field]) for field, value in values.items()}
+    for field_name, value in checked.items():
+        require_type(f"{group}: {field_name}", value, hints[field_name])
+    examples = {field: EXAMPLES[field] for field in required if field not in checked}
     try:
-        config(**{name: value for name, value in checked.items() if name not in starts})
+        config(**examples, **{field: value for field, value in checked.items() if field not in starts})
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"editor: {_reason(error)}") from error
+        raise ValueError(f"{group}: {_reason(error)}") from error
     return checked
 
 
 def _require_known(values: Mapping[str, Any], known: Sequence[str], group: str) -> None:
+    from .arguments import LOWEST
+
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r} under {group}:; settings are {', '.join(known)}")
+        shown = known if len(known) <= MOST_SHOWN else get_close_matches(str(unknown[0]), known) or [*LOWEST]
+        more = "" if len(shown) == len(known) else " and the others of IBKETrainingArguments"
+        raise ValueError(f"unknown setting {unknown[0]!r} under {group}:; settings are {', '.join(shown)}{more}")
 
 
 def _require_finite(value: Any, name: str) -> None:

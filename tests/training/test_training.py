@@ -107,8 +107,8 @@ def test_flags_alone_and_empty_groups_suffice(tmp_path: Path) -> None:
         ("training: {steps: 3}", "unknown setting 'steps' under training:; settings are .*max_steps.*beta"),
         ("training: {output_dir: x}", "unknown setting 'output_dir' under training:"),
         ("training: 3", r"settings\.yaml: training: must hold settings by name, found 3"),
-        ("- backbone", r"settings\.yaml: expected settings by name, found \['backbone'\]"),
-        ("backbone: [", r"settings\.yaml: not a YAML file"),
+        ("- backbone", r"settings\.yaml: expected values by name, found list; the settings are backbone"),
+        ("backbone: [", r"settings\.yaml: not valid YAML"),
         ("kind: rome", "kind must be one of serac, mend, ibke, found 'rome'"),
         (
             "kind: mend\neditor: {latent_dim: 3}",
@@ -130,9 +130,9 @@ def test_flags_alone_and_empty_groups_suffice(tmp_path: Path) -> None:
         ("editor: {latent_dim: 0}", "editor: .*latent_dim must be between 1"),
         ("editor: {initial_edit_ratio: .inf}", "editor: initial_edit_ratio must be a finite number, found inf"),
         ("editor: {second_stage_heads: 3}", "editor: .*latent_dim 1024 must be divisible by second_stage_heads 3"),
-        ("? [1]\n: 2", "not a YAML file"),
-        ("1: 2", r"settings\.yaml: unknown setting 1"),
-        ("[" * 5000, "not a YAML file"),
+        ("? [1]\n: 2", "not valid YAML .*unhashable key"),
+        ("1: 2", r"settings\.yaml: 1 is no name; put it in quotes"),
+        ("[" * 5000, "nested too deeply"),
         ("dtype: int8", "dtype must be one of auto, float32, bfloat16, float16, found 'int8'"),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_bad_setting_is_named(text: str, message: str, tmp_path: Path) -> None
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
         training_settings(file, GIVEN, {}, {})
-    assert "\n" not in str(caught.value) or "not a YAML file" in message
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ...core.attachment import LayerHook, hooked
 from ...core.capture import evaluating, target_logits
-from ...core.files import written_together
+from ...core.files import parse_json, written_together
 from ...core.fingerprints import fingerprint, quick_digest, same_backbone
 from ...core.layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ...core.tokens import TokenBatch, context_length, pad_and_label
@@ -129,12 +129,12 @@ class KeyStatistics:
         """
         try:
             with safe_open(file, "pt") as opened:
-                content = json.loads((opened.metadata() or {})["keys"])
+                content = parse_json((opened.metadata() or {})["keys"], name="its keys", cure="measure again")
                 moments = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
             return cls(
                 moments, content["tokens"], content["corpus"], tuple(content["openings"]), content["fingerprint"]
             )
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{file}: not a file of key statistics ({error}); delete it and measure the keys again"
             ) from error

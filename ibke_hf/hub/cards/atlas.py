@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from ...atlas.report import SPLITS, markdown_table
 from ...atlas.splits import HELD_OUT_DOMAINS
 from ...evaluation.report import tabular
 from ...evaluation.report.table_text import number_text, seconds_text
+from ...io import read_json
 from .editor import editor_metadata, editor_page
 from .results import EVAL_RESULTS, eval_results_text
 from .text import CARD, IBKE_TAGS, fenced, listed, prose
@@ -152,8 +152,7 @@ def atlas_card() -> dict[str, str]:
 
 
 def _read(name: str) -> Json:
-    content: Json = json.loads((ASSETS / name).read_text(encoding="utf-8"))
-    return content
+    return read_json(ASSETS / name)
 
 
 def _as_evaluation(results: Json, split: str) -> Json:

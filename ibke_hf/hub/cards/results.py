@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from ...evaluation.report.table_text import seconds_text
 from ...evaluation.report.tabular import markdown_table
 from ...evaluation.scores import GENERATED, REPORTED, TITLES
-from ...io import write_json, write_text
+from ...io import read_json, write_json, write_text
 from .text import public_name
 
 RESULTS, EVAL_RESULTS = "results.json", ".eval_results"
@@ -35,10 +34,7 @@ def read_results(results: Mapping[str, Any] | str | Path | None) -> dict[str, An
     if not isinstance(results, Mapping):
         file = Path(results) / RESULTS if Path(results).is_dir() else Path(results)
         where = str(file)
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON ({error}); evaluate again") from error
+        content = read_json(file, cure="evaluate again")
     parts = [content.get(name) for name in ("overall", "settings")] if isinstance(content, Mapping) else [None]
     if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError(
