@@ -12,7 +12,16 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from .core.files import REMAKE, FileError, parse_json, read_json, read_text, require_characters, written_file
+from .core.files import (
+    REMAKE,
+    FileError,
+    json_kind,
+    parse_json,
+    read_json,
+    read_text,
+    require_characters,
+    written_file,
+)
 
 __all__ = [
     "FileError",
@@ -93,7 +102,7 @@ def read_json_list(file: str | Path, *, cure: str = REMAKE, error: type[FileErro
     """Read a JSON array of UTF-8 text; else as :func:`read_json`."""
     value = parse_json(read_text(file, cure=cure, error=error), name=str(file), cure=cure, error=error)
     if not isinstance(value, list):
-        raise error(f"{file}: expected a JSON array, found {type(value).__name__}; {cure}")
+        raise error(f"{file}: expected a JSON array, found {json_kind(value)}; {cure}")
     return value
 
 
@@ -108,7 +117,7 @@ def read_yaml(file: str | Path, *, cure: str = CORRECT) -> dict[str, Any]:
         FileError: If it holds something else, see :func:`parse_yaml`.
         OSError: If it cannot be read.
     """
-    return parse_yaml(read_text(file, cure=f"save it in UTF-8, or {cure}"), name=str(file), cure=cure)
+    return parse_yaml(read_text(file, cure="save it in UTF-8"), name=str(file), cure=cure)
 
 
 def parse_yaml(text: str, *, name: str, cure: str = CORRECT) -> dict[str, Any]:

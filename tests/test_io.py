@@ -122,5 +122,5 @@ def test_what_is_no_json_array_is_named(text: str, message: str, tmp_path: Path)
 
 def test_half_of_a_character_in_json_is_refused() -> None:
     assert parse_json('"\\ud83d\\ude00"', name="it") == "\U0001f600"
-    with pytest.raises(FileError, match="it: .*half of a surrogate pair"):
+    with pytest.raises(FileError, match=r"it: .*half of a surrogate pair"):
         parse_json('["\\ud800"]', name="it")

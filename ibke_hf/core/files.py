@@ -63,7 +63,7 @@ def read_json(
     name = str(file) if name is None else name
     value = parse_json(read_text(file, cure=cure, name=name, error=error), name=name, cure=cure, error=error)
     if not isinstance(value, dict):
-        raise error(f"{name}: expected a JSON object, found {type(value).__name__}; {cure}")
+        raise error(f"{name}: expected a JSON object, found {json_kind(value)}; {cure}")
     return value
 
 
@@ -100,6 +100,11 @@ def parse_json(text: str, *, name: str, cure: str = REMAKE, error: type[FileErro
     if "\\ud" in text.lower():  # the only way to write one
         require_characters(value, name=name, cure=cure, error=error)
     return value
+
+
+def json_kind(value: Any) -> str:
+    """Return what a JSON value is called."""
+    return "null" if value is None else type(value).__name__
 
 
 def require_characters(value: Any, *, name: str, cure: str = REMAKE, error: type[FileError] = FileError) -> None:

@@ -238,7 +238,7 @@ def _require_known(values: Mapping[str, Any], known: Sequence[str], group: str) 
 
     unknown = [name for name in values if name not in known]
     if unknown:
-        shown = known if len(known) <= MOST_SHOWN else get_close_matches(str(unknown[0]), known) or [*LOWEST]
+        shown = known if len(known) <= MOST_SHOWN else [*get_close_matches(str(unknown[0]), known), *LOWEST]
         more = "" if len(shown) == len(known) else " and the others of IBKETrainingArguments"
         raise ValueError(f"unknown setting {unknown[0]!r} under {group}:; settings are {', '.join(shown)}{more}")
 

@@ -214,10 +214,10 @@ def test_a_folder_that_is_not_there_is_named_with_the_place(hub: LoopbackHub, re
         (
             "README.md",
             "---\na: [\n---\n",
-            "README.md: the Space's settings between the first two --- are not settings by name",
+            "README.md: not valid YAML",
         ),
-        ("README.md", "---\n- 1\n---\n", "are not settings by name"),
-        ("README.md", "---\n1: 2\n---\n", "are not settings by name"),
+        ("README.md", "---\n- 1\n---\n", "expected values by name, found list"),
+        ("README.md", "---\n1: 2\n---\n", "1 is no name"),
         ("README.md", SETTINGS.replace("6.31.0", "6.31"), "the settings need `sdk_version`, a text; found 6.31"),
         ("README.md", SETTINGS.replace("app_file: app.py\n", ""), "the settings need `app_file`, a text; found None"),
         ("README.md", SETTINGS.replace("app.py", "main.py"), "main.py: no such file; a Space holds main.py"),

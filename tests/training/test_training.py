@@ -154,7 +154,7 @@ def test_a_required_setting_of_a_wrong_type_is_named(name: str, value: Any) -> N
 
 def test_a_settings_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_bytes(b"\xff\xfe\x00beta")
-    with pytest.raises(ValueError, match=r"s\.yaml: not a YAML file"):
+    with pytest.raises(ValueError, match=r"s\.yaml: not a text in UTF-8"):
         training_settings(tmp_path / "s.yaml", GIVEN, {}, {})
 
 
