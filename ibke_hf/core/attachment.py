@@ -261,20 +261,20 @@ def _is_alone(module: nn.Module) -> bool:
     return True
 
 
-def require_row_per_edit(number: int, x: Tensor, *, shared: bool | None = None) -> None:
+def require_row_per_edit(number: int, x: Tensor, *, shared: bool) -> None:
     """Check that a batch has a row for each of several independent edits; one edit serves any batch.
 
     Args:
         number: n, how many edits are attached.
         x: Input of a hook: (n, l, d).
-        shared: Whether one edit serves every row; by default wherever there is one.
+        shared: Whether one edit serves every row, as where the user attached the only one without choosing rows.
 
     Raises:
         ValueError: If the batch has another number of rows.
     """
-    shared = number == 1 if shared is None else shared
     if not shared and (x.ndim != 3 or len(x) != number):
         raise ValueError(
-            f"{number} independent edits were attached to a batch of {len(x)} rows (input {tuple(x.shape)}); "
+            f"{number} independent edit{'s were' if number > 1 else ' was'} attached to a batch of {len(x)} rows "
+            f"(input {tuple(x.shape)}); "
             "pass one row per edit, or rows= to say which edit each row carries (beam search repeats rows)"
         )

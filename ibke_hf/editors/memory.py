@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from torch import Tensor, nn
 
 from ..core.adapter_files import AdapterError, read_info, read_weights, save_tensors
-from ..core.attachment import LayerHook, hooked
+from ..core.attachment import LayerHook, hooked, require_row_per_edit
 from ..core.edit_values import EditInfo, EditValue, name_of, warn_of_other_backbone
 from ..core.fingerprints import fingerprint
 
@@ -78,13 +78,14 @@ class MemoryEdit(EditValue):
             BackboneError: If the model does not fit.
             IndexError: If `rows` names an edit that does not exist.
             RuntimeError: If another thread has attached an edit to this model for all threads.
+            ValueError: On a forward pass with another number of rows than edits.
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
         pairs = edit.hooks(model)
         modules = {name: module for name, (module, _) in pairs.items()}
         if self.info.fingerprint:
             warn_of_other_backbone(self.info, fingerprint(modules), name_of(model))
-        hooks = {name: hook for name, (_, hook) in pairs.items()}
+        hooks = {name: _for_its_rows(hook, len(edit), shared=len(self) == 1) for name, (_, hook) in pairs.items()}
         with hooked(modules, hooks, is_edit=True, all_threads=all_threads):
             yield model
 
@@ -126,3 +127,13 @@ class MemoryEdit(EditValue):
             raise AdapterError(
                 f"{name_or_path}/{WEIGHTS}: not a {cls.kind} edit ({error}); save the edit again"
             ) from error
+
+
+def _for_its_rows(hook: LayerHook, number: int, *, shared: bool) -> LayerHook:
+    """Have a hook refuse a batch that has not one row for each of n edits; one that is `shared` serves any batch."""
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        require_row_per_edit(number, x, shared=shared)
+        return hook(x, y)
+
+    return run

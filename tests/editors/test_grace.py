@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from memory_edits import FAMILIES, REQUESTS, edited, hits, require_answers_and_no_trace, require_generation
+from memory_edits import (
+    FAMILIES,
+    REQUESTS,
+    edited,
+    hits,
+    require_a_row_for_each,
+    require_answers_and_no_trace,
+    require_generation,
+)
 
 from ibke_hf.core.adapter_files import AdapterError
 from ibke_hf.core.capture import NonFiniteError, case_losses, target_logits
@@ -91,8 +99,6 @@ def test_lookup_equals_a_naive_one() -> None:
                 seen += inside
                 assert torch.equal(found[b, token], values[book, best] if inside else y[b, token])
         assert 0 < seen < 21
-    with pytest.raises(ValueError, match="batch of 2 rows"):
-        _lookup(keys, values, radii)(x[:2], y[:2])
 
 
 def test_the_rules_of_the_codebook() -> None:
@@ -151,6 +157,7 @@ def test_a_value_whose_request_is_done_is_left_alone(tiny_model: Callable[..., A
 
 def test_generation_with_a_cache_finds_the_same_entries(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
     require_generation(independent.model, tiny_tokenizer, independent.edit)
+    require_a_row_for_each(independent.model, tiny_tokenizer, independent.edit)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_edits import FAMILIES, REQUESTS, edited, require_answers_and_no_trace
+from memory_edits import FAMILIES, REQUESTS, edited, require_a_row_for_each, require_answers_and_no_trace
 from torch import Tensor
 
 from ibke_hf.core.adapter_files import AdapterError
@@ -125,11 +125,7 @@ def test_batches_change_no_edit(family: str, tiny_model: Callable[..., Any], tin
     with together[1].attached(model):
         one, _ = answers(model, tiny_tokenizer, REQUESTS[1:2])
     torch.testing.assert_close(swapped[: len(one)], one, rtol=1e-4, atol=1e-4)
-    with (
-        together.attached(model),
-        pytest.raises(ValueError, match="3 independent edits were attached to a batch of 2 rows"),
-    ):
-        answers(model, tiny_tokenizer, REQUESTS[:2])
+    require_a_row_for_each(model, tiny_tokenizer, together)
 
 
 def test_requests_are_clustered_in_joint_mode(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from memory_edits import FAMILIES, REQUESTS, edited, hits, require_answers_and_no_trace, require_generation
+from memory_edits import (
+    FAMILIES,
+    REQUESTS,
+    edited,
+    hits,
+    require_a_row_for_each,
+    require_answers_and_no_trace,
+    require_generation,
+)
 from torch import nn
 
 from ibke_hf.core.adapter_files import AdapterError
@@ -201,6 +209,7 @@ def test_company_and_padding_do_not_change_an_edit(
 def test_generation_and_beams(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
     model, edit = independent.model, independent.edit
     prompts = require_generation(model, tiny_tokenizer, edit)
+    require_a_row_for_each(model, tiny_tokenizer, edit)
     with pytest.raises(ValueError, match="batch of 2 rows"), edit.attached(model):
         model(prompts["input_ids"][:2])
 

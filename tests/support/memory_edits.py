@@ -1,4 +1,4 @@
-"""What the tests of GRACE, T-Patcher, LEMoE and SERAC share: requests, a model with its edit, and what every edit must do."""
+"""What the tests of GRACE, T-Patcher, LEMoE and SERAC share: requests, an edited model, what every edit must do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from ibke_hf.core.capture import target_logits
@@ -52,7 +53,7 @@ def require_answers_and_no_trace(made: SimpleNamespace, tokenizer: Any) -> None:
 
 
 def require_generation(model: Any, tokenizer: Any, edit: Any) -> Any:
-    """Independent edits of `REQUESTS` answer in generation with a cache, and in beam search; returns the tokenised prompts."""
+    """Independent edits of `REQUESTS` answer in cached generation and in beam search; returns tokenised prompts."""
     prompts = tokenizer(
         [request.prompt for request in REQUESTS], return_tensors="pt", padding=True, padding_side="left"
     )
@@ -66,3 +67,19 @@ def require_generation(model: Any, tokenizer: Any, edit: Any) -> Any:
         made = model.generate(**prompts, max_new_tokens=1, do_sample=False, num_beams=2, pad_token_id=1)
     assert [row[-1] for row in made.tolist()] == [target[0] for target in targets]
     return prompts
+
+
+def require_a_row_for_each(model: Any, tokenizer: Any, edit: Any) -> None:
+    """Independent edits, or one that `rows` chose of them, refuse a batch of another size; one alone serves any."""
+    batch = encode_requests(tokenizer, REQUESTS[:2])
+    for rows, found in ((None, "3 independent edits were"), (torch.tensor([1]), "1 independent edit was")):
+        with (
+            torch.no_grad(),
+            edit.attached(model, rows=rows),
+            pytest.raises(ValueError, match=f"{found} attached to a batch of 2 rows"),
+        ):
+            target_logits(model, batch)
+    with torch.no_grad(), edit.attached(model, rows=torch.tensor([1, 1])):
+        chosen = target_logits(model, batch)[0]
+    with torch.no_grad(), edit[1].attached(model):
+        torch.testing.assert_close(target_logits(model, batch)[0], chosen, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...core.attachment import LayerHook, require_row_per_edit
+from ...core.attachment import LayerHook
 from ...core.layers import (
     BackboneError,
     device_of,
@@ -82,7 +82,6 @@ def _lookup(keys: Tensor, values: Tensor, radii: Tensor) -> LayerHook:
     number = len(keys)
 
     def look_up(x: Tensor, y: Tensor) -> Tensor:
-        require_row_per_edit(number, x)
         queries = x.detach().float().reshape(number, -1, x.shape[-1])  # one codebook serves all rows as one
         distances = torch.cdist(
             queries, keys, compute_mode="donot_use_mm_for_euclid_dist"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...core.attachment import LayerHook, require_row_per_edit
+from ...core.attachment import LayerHook
 from ...core.layers import (
     BackboneError,
     dimensions,
@@ -73,7 +73,6 @@ class LEMoEEdit(MemoryEdit):
 
         Tokens that are routed nowhere stay bit-identical.
         """
-        require_row_per_edit(len(self), layer_inputs)
         x = layer_inputs if layer_inputs.ndim == 3 else layer_inputs.unsqueeze(0)
         values = unit(x)
         gates = self.gates(values)

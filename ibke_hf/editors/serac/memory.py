@@ -125,7 +125,7 @@ class SERACEdit(MemoryEdit):
         """
         edit = self if rows is None or len(self) == 1 else self.select(rows)
         edit.hooks(model)
-        with call_hooked(model, _Reading(edit), all_threads=all_threads):
+        with call_hooked(model, _Reading(edit, shared=len(self) == 1), all_threads=all_threads):
             yield model
 
 
@@ -137,11 +137,12 @@ class _Reading:
         decided: (b,) entry that each row is in scope of, -1 for none.
     """
 
-    def __init__(self, edit: SERACEdit) -> None:
+    def __init__(self, edit: SERACEdit, *, shared: bool) -> None:
         self.editor, memories = edit.reader(), edit.entries()
         self.entries = [entry for memory in memories for entry in memory]
         self.owners = torch.arange(len(edit)).repeat_interleave(torch.tensor([len(memory) for memory in memories]))
-        self.number, self.embedded, self.cache = len(edit), self.editor.remember(self.entries), None
+        self.shared, self.number = shared, len(edit)
+        self.embedded, self.cache = self.editor.remember(self.entries), None
         self.ids, self.mask, self.decided = (torch.zeros(0, 0, dtype=torch.long) for _ in range(3))
 
     def __call__(self, arguments: Mapping[str, Any], output: Any) -> Any:
@@ -175,7 +176,7 @@ class _Reading:
         if ids is None or arguments.get("labels") is not None:
             what = "token ids" if ids is None else "a call without labels, whose loss would be of the unedited logits"
             raise ValueError(f"SERAC needs {what}; pass input_ids alone to the model")
-        require_row_per_edit(self.number, ids.unsqueeze(-1))
+        require_row_per_edit(self.number, ids.unsqueeze(-1), shared=self.shared)
         ids, held = ids.detach().cpu(), cache if cache is not None else getattr(output, "past_key_values", None)
         before = int(held.get_seq_length()) - ids.shape[1] if held is not None else 0
         if before and (len(self.ids) != len(ids) or self.ids.shape[1] < before):

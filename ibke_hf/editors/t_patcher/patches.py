@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...core.attachment import LayerHook, require_row_per_edit
+from ...core.attachment import LayerHook
 from ...core.layers import (
     BackboneError,
     device_of,
@@ -75,7 +75,6 @@ def _patched(keys: Tensor, biases: Tensor, values: Tensor, activation: Any) -> L
     number = len(keys)
 
     def patch(x: Tensor, y: Tensor) -> Tensor:
-        require_row_per_edit(number, x)
         queries = x.float().reshape(number, -1, x.shape[-1])  # one set of patches serves all rows as one
         added = activation(queries @ keys.mT + biases.unsqueeze(1)) @ values
         return (y + added.reshape(y.shape)).to(y.dtype)
