@@ -59,11 +59,18 @@ def itm(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (-log_variance + log_variance.exp() + mean.square() - 1).sum()
 
 
-def information_transfer(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The ITM term of Eq. 36 before β: Σ over requests and layers, divided once by |E| n l_m d_m."""
-    return torch.stack([itm(mean, log_variance) for mean, log_variance in latents]).sum() / sum(
-        m.numel() for m, _ in latents
-    )
+def information_transfer(latents: Sequence[tuple[Tensor, Tensor]], requests: int) -> Tensor:
+    """The ITM term of Eq. 36 before β: Σ over all that is edited and layers, divided once by |E| n l_m d_m.
+
+    Supporting hops that are edited in count in the sum and not in |E|: how many they are shows only when a batch is
+    run, and a step has to be the same however its requests are split over micro-batches and ranks.
+
+    Args:
+        latents: μ and log v² of each layer, (b, l_m, d_m).
+        requests: |E|, how many of the b are requests.
+    """
+    total = torch.stack([itm(mean, log_variance) for mean, log_variance in latents]).sum()
+    return total / (requests * sum(mean[0].numel() for mean, _ in latents))
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ def run_batch(
     }
     latents = [(a.mean, a.log_variance) for a in adapted if a.mean is not None and a.log_variance is not None]
     if latents:
-        terms["loss_itm"] = information_transfer(latents)
+        terms["loss_itm"] = information_transfer(latents, requests)
     return JudgedBatch(adapted, names, first, logits, original, labels, terms)
 
 

@@ -39,7 +39,8 @@ def test_itm_is_the_divergence_from_the_standard_normal() -> None:
 def test_information_transfer_divides_once_by_requests_layers_and_latent_size() -> None:
     latents = [(torch.randn(2, 3, 4), torch.randn(2, 3, 4)) for _ in range(5)]
     expected = sum(itm(mean, log_variance) for mean, log_variance in latents) / (2 * 5 * 3 * 4)
-    torch.testing.assert_close(information_transfer(latents), expected, **near)
+    torch.testing.assert_close(information_transfer(latents, 2), expected, **near)
+    torch.testing.assert_close(information_transfer(latents, 1), 2 * expected, **near)  # the second is a hop
 
 
 def test_generality_is_a_mean_of_case_means(cases: tuple[Tensor, Tensor, Tensor]) -> None:

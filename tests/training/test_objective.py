@@ -75,7 +75,7 @@ def naive_loss(
     editor: Any, backbone: Any, tokenizer: Any, groups: Sequence[Sequence[EditRecord]], edit_too: bool, hops: bool
 ) -> Any:
     """Eq. 36 with dense updates and one forward per case; and the scores of each role."""
-    generality, locality, latents = [], [], []
+    generality, locality, latents, number = [], [], [], 0
     scores: dict[str, list[float]] = {"reliability": [], "generality": [], "locality": []}
 
     def hits(logits: Tensor, targets: Tensor, top_k: int) -> float:
@@ -85,7 +85,7 @@ def naive_loss(
     for group in groups:
         requests = [r for item in group for r in item.requests]
         updates, found = naive_update(editor, backbone, tokenizer, requests)
-        latents += found
+        latents, number = latents + found, number + len(requests)
         model = naive_edited(backbone, updates)
         for item in group:
             for case in (*item.requests, *item.generality):
@@ -109,7 +109,7 @@ def naive_loss(
                 scores["locality"].append(hits(logits, original.argmax(-1), case.top_k))
     terms = {"loss_sg": torch.stack(generality).mean(), "loss_il": torch.stack(locality).mean()}
     if latents[0].log_variance is not None:
-        size = sum(a.mean.numel() for a in latents)
+        size = number * len(editor.config.edited_layers) * latents[0].mean[0].numel()
         divergence = [0.5 * (a.log_variance.exp() + a.mean**2 - 1 - a.log_variance).sum() for a in latents]
         terms["loss_itm"] = torch.stack(divergence).sum() / size
     return terms, {name: sum(values) / len(values) for name, values in scores.items()}

@@ -116,8 +116,10 @@ def test_accumulation_equals_one_larger_batch(trainer_for: Any) -> None:
             torch.testing.assert_close(tensor, runs[0][0][name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_information_term_is_shared_out_too(trainer_for: Any) -> None:
-    records = [record(i) for i in range(4)]
+@pytest.mark.parametrize("hops", ["none", "all"])
+def test_the_information_term_is_shared_out_too(hops: str, trainer_for: Any) -> None:
+    """Also where one micro-batch has supporting hops that are edited in, and another has none."""
+    records = [record(i, hops=i % 2) for i in range(4)]
     losses = []
     for batch, steps in ((4, 1), (1, 4)):
         trainer = trainer_for(
@@ -128,6 +130,7 @@ def test_the_information_term_is_shared_out_too(trainer_for: Any) -> None:
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=steps,
             beta=2.0,
+            train_supporting_hops=hops,
         )
         trainer.calibrate(trainer.model)
         trainer.train()
