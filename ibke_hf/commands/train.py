@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ..editors.catalogue import TRAINED
-from .options import PRECISIONS, add_command, count, place, positive, positive_float, seed
+from .options import PRECISIONS, add_command, count, edited_modules_option, place, positive, positive_float, seed
 from .prompt_options import prompt_changes, prompt_options
 
 TOP_LEVEL = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
@@ -55,11 +55,7 @@ def add(commands: Any) -> None:
     command.add_argument("--learning-rate", type=positive_float, help="learning rate of the hypernetworks")
     command.add_argument("--batch-size", type=positive, help="records per step and device")
     command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
-    command.add_argument(
-        "--edited-modules",
-        metavar="NAME",
-        help="edited projections, {i} for the layer, as in model.layers.{i}.mlp.down_proj (default: by structure)",
-    )
+    edited_modules_option(command)
     command.add_argument("--seed", type=seed, help="seed of initialisation, order and noise")
     command.add_argument(
         "--save-steps", type=positive, metavar="N", help="steps between checkpoints and evaluations (default: 3000)"

@@ -130,7 +130,7 @@ def _only_candidate(model: Any, candidates: Mapping[str, Sequence[int]], what: s
     raise BackboneError(
         f"{type(model).__name__}: {len(candidates)} candidates for the {what} "
         f"({_listed(list(candidates)) or 'none'}); "
-        'name the one to edit, such as edited_modules="model.layers.{i}.mlp.down_proj"'
+        'name the one to edit, such as edited_modules="model.layers.{i}.mlp.down_proj" (--edited-modules)'
         + (
             f"; its linear layers are {_listed(sorted({_template(n) for n in named_projections(model)}))}"
             * (not candidates)

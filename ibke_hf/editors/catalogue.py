@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import Any, get_type_hints
 
 
@@ -86,6 +87,11 @@ def config_class(name: str) -> Any:
     """Return the class of an editor's config; errors as :func:`editor_class`."""
     editor = editor_class(name)
     return getattr(editor, "config_class", None) or get_type_hints(editor.__init__)["config"]
+
+
+def edits_projections(name: str) -> bool:
+    """Tell whether an editor edits projections that ``edited_modules`` can name where it is made for a model."""
+    return bool(kind_of(name).module) and "edited_modules" in signature(editor_class(name).for_backbone).parameters
 
 
 def register_trained() -> None:

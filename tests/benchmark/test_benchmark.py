@@ -21,6 +21,7 @@ from ibke_hf.benchmark.files import CELL, SETTINGS
 from ibke_hf.benchmark.files import PLAN as PLAN_FILE
 from ibke_hf.benchmark.runs import CELLS
 from ibke_hf.cli import main
+from ibke_hf.commands.table import _with_projections
 from ibke_hf.core.records import EditRecord
 from ibke_hf.data.texts import read_texts
 from ibke_hf.editors.catalogue import KINDS, TRAINED, build_editor, editor_class
@@ -397,12 +398,24 @@ def test_all_editors_on_any_backbone(
     )
 
 
+def test_named_projections_reach_every_editor_that_edits_some() -> None:
+    config = {"ft": {"steps": 2}, "grace": {"edited_modules": "other.{i}"}, "serac": {"embedding_dim": 8}}
+    fields = _with_projections(config, "named.{i}")
+    templates = {name: of_one.get("edited_modules") for name, of_one in fields.items()}
+    assert templates.pop("grace") == "other.{i}"
+    assert templates.pop("none") is templates.pop("serac") is None
+    assert set(templates.values()) == {"named.{i}"}
+    assert (fields["ft"]["steps"], fields["serac"]) == (2, {"embedding_dim": 8})
+    assert _with_projections(config, None) == config
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--editors", "ft=x"], "--editors ft=x: only serac, mend, ibke_paper, ibke have weights"),
         (["--editors", "rom"], "no editor 'rom'"),
         (["--corpus", "x"], "--corpus: atlas has its own"),
+        (["--edited-modules", "x"], "--edited-modules: atlas has its own"),
         (["--backbone", "b"], "--datasets: name at least one"),
         (["--merge", "nowhere"], r"nowhere: holds no settings\.json"),
         (["--datasets", "tset"], "the splits are test, held_out and validation"),

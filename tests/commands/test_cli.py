@@ -1,4 +1,4 @@
-"""The `ibke` command: help, documented calls, edit and merge end to end, and errors of one clear line with exit code 2."""
+"""The `ibke` command: help, documented calls, edit and merge end to end, and one-line errors with exit code 2."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ibke_hf.app.knowledge import questions_around
 from ibke_hf.cli import build_parser, main
 from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.core.records import EditRequest
+from ibke_hf.editors.saved import load_weight_edit
 from ibke_hf.evaluation.inspection import answer
 
 # --- help and documentation -----------------------------------------------------------------------------------------
@@ -145,6 +146,20 @@ def test_neighbours_are_asked_in_the_same_words_where_the_world_is_known() -> No
 def test_edit_saves_nothing_unless_asked(edit_arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*edit_arguments, "--dtype", "bfloat16"]) == 0
     assert "saved" not in capsys.readouterr().out
+
+
+def test_an_editor_made_for_the_model_edits_the_projections_that_are_named(
+    store: Path, tmp_path: Path, refused: Run
+) -> None:
+    asked = ["edit", "--prompt", PROMPT, "--target", TARGET, "--model", str(store / "model")]
+    template = "model.layers.{i}.self_attn.o_proj"
+    assert main([*asked, "--editor", "ft", "--edited-modules", template, "--out", str(tmp_path / "edit")]) == 0
+    layers = load_weight_edit(tmp_path / "edit").layers
+    assert layers and all(name.endswith("self_attn.o_proj") for name in layers)
+    assert "no linear layer named 'none.0.x'" in refused(*asked, "--editor", "ft", "--edited-modules", "none.{i}.x")
+    assert "edited_modules must contain {i}" in refused(*asked, "--editor", "ft", "--edited-modules", "mlp")
+    line = refused(*asked, "--editor", store / "editor", "--edited-modules", template)
+    assert "has no choice of projections any more; leave it out, or give --editor" in line
 
 
 def test_merge_writes_a_full_model_that_carries_the_edit(store: Path, tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -127,6 +127,9 @@ def test_another_model_with_its_editors(evaluated: Any, store: Path) -> None:
         )
         assert results["settings"]["editor"] == str(editor)
         assert results["records"] == 2 < len(rows)
+    named = ("--editor", "ft", "--edited-modules", "model.layers.{i}.self_attn.o_proj", "--limit", 2)
+    results, _, _ = evaluated("--dataset", records, "--model", store / "model", *named)
+    assert results["settings"]["edited_modules"] == named[3]
 
 
 @pytest.mark.parametrize("editor", ["ft", "ibke"])
