@@ -75,9 +75,9 @@ def save_edit(
     lost = [name for name in edit.layers if is_redirected_by_peft(edit.info.model_type, name)]
     if lost:
         raise AdapterError(
-            f"PEFT takes a LoRA adapter of {lost[0]} on {edit.info.model_type} models for one of fused experts, where it "
-            f"has no effect: it is not saved as one. Merge the edit (edit.merge_into(model)), or edit other layers, such "
-            f"as the attention's output projection (edited_modules=...)"
+            f"PEFT takes a LoRA adapter of {lost[0]} on {edit.info.model_type} models for one of other weights, where "
+            f"it has no effect: it is not saved as one. Merge the edit (edit.merge_into(model)), or edit other "
+            f"layers, such as the attention's output projection (edited_modules=...)"
         )
     rank = max(edit.ranks.values())
     weights = {}

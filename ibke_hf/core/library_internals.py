@@ -18,15 +18,22 @@ def on_autograd_thread() -> bool:
 
 
 def is_redirected_by_peft(model_type: str, layer: str) -> bool:
-    """Tell whether PEFT turns a target of this name into fused experts, so that an adapter has no effect on the layer.
+    """Tell whether PEFT takes a target of this name for another, so that an adapter has no effect on the layer.
 
     PEFT converts adapters of mixtures from before their experts were fused, by the last part of a name alone and for
     the architectures in a private table of transformers: a shared expert or a dense FFN bears the same last part.
+    It also renames an adapter's weights as transformers renames those of old checkpoints, by patterns that may fit a
+    new name as well: ``mlp.shared_expert.``, whose dots fit any letter, makes ``shared_experts..`` of
+    ``shared_experts.``.
     """
     try:
-        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # a version before or after the fused experts
         return False
+    renamings = [r for r in get_checkpoint_conversion_mapping(model_type) or () if isinstance(r, WeightRenaming)]
+    if rename_source_key(f"{layer}.lora_A.weight", renamings, [])[0] != f"{layer}.lora_A.weight":
+        return True
     experts = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
     pattern = "mixtral" if model_type == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(model_type)
     return layer.rpartition(".")[2] in experts.get(str(pattern), ())

@@ -11,6 +11,7 @@ from ibke_hf.atlas import load_backbone
 from ibke_hf.benchmark.families import CHECKS, PAGE, RECIPE, all_families, page, read_report, try_family
 from ibke_hf.benchmark.tiny_models import NotTinyError, tiny_model
 from ibke_hf.core.forward import padding_of
+from ibke_hf.core.library_internals import is_redirected_by_peft
 
 FOLDER = ROOT / "model_cards"
 AGAIN = (
@@ -69,6 +70,14 @@ def test_every_family_answers_a_padded_batch_as_single_texts_or_refuses(report: 
     wrong = {name: row["batched"] for name, row in tried.items() if row["batched"] is not True}
     refused = {name for name, row in tried.items() if row["padding"] == "none" or row["ibke"] is not True}
     assert refused >= set(wrong), wrong
+
+
+def test_an_edit_is_refused_as_an_adapter_just_where_peft_would_drop_it(report: dict[str, Any]) -> None:
+    tried = {name: row for name, row in report["families"].items() if "peft" in row}
+    assert not [name for name, row in tried.items() if row["peft"] == "no effect"]
+    for name, row in tried.items():
+        redirected = any(is_redirected_by_peft(name, row["projection"].format(i=i)) for i in row["layers"])
+        assert redirected == str(row["peft"]).startswith("AdapterError: PEFT takes"), name
 
 
 def test_a_family_that_cannot_be_built_says_why() -> None:

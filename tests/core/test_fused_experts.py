@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ibke_hf.benchmark.tiny_models import tiny_model
 from ibke_hf.core.adapter_files import AdapterError
 from ibke_hf.core.edit_values import describe
 from ibke_hf.core.edits import LowRankEdit
@@ -44,6 +45,8 @@ REFUSED = {
     ("deepseek_v3", "model.layers.0.mlp.down_proj"): True,
     ("deepseek_v3", "model.layers.1.mlp.shared_experts.down_proj"): True,
     ("deepseek_v3", "model.layers.1.self_attn.o_proj"): False,
+    ("laguna", "model.layers.1.mlp.shared_experts.down_proj"): True,
+    ("laguna", "model.layers.1.self_attn.o_proj"): False,
 }
 
 
@@ -53,7 +56,10 @@ def test_an_edit_has_its_effect_in_peft_or_is_not_saved(
 ) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **MODELS[kind]})).eval()
+    if kind in MODELS:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **MODELS[kind]})).eval()
+    else:
+        model = tiny_model(kind, SHAPE["vocab_size"])
     modules = modules_to_edit(model, [name])
     d_in, d_out = dimensions(modules[name])
     info = describe(model, modules, [], editor="test")
