@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .attachment import LayerHook, hooked
 from .forward import evaluating, target_logits
-from .layers import input_device
+from .layers import BackboneError, input_device
 from .tokens import IGNORED, TokenBatch
 
 __all__ = [
@@ -81,6 +81,7 @@ def capture_factors(
         names: How errors call the requests; ``request 0``, … by default.
 
     Raises:
+        BackboneError: If a layer does not read the tokens of the requests one by one; names it.
         NonFiniteError: If a loss or factor is not finite, naming layer and request.
     """
     batch = batch.to(input_device(model))
@@ -97,10 +98,10 @@ def capture_factors(
         mask = batch.attention_mask.bool().to(gradient.device)
         keep = mask.unsqueeze(-1)
         factors[name] = GradientFactors(
-            layer_inputs=_rows(inputs[name], mask) * keep,
-            output_gradients=_rows(gradient, mask) / loss_scale * keep,
+            layer_inputs=_rows(name, inputs[name], mask) * keep,
+            output_gradients=_rows(name, gradient, mask) / loss_scale * keep,
             mask=mask,
-            output_norms=(_rows(outputs[name].detach(), mask) * keep).flatten(1).norm(dim=-1),
+            output_norms=(_rows(name, outputs[name].detach(), mask) * keep).flatten(1).norm(dim=-1),
         )
         require_finite(factors[name].layer_inputs.flatten(1).sum(-1), f"the input of {name}", names)
         require_finite(factors[name].output_gradients.flatten(1).sum(-1), f"the gradient at {name}", names)
@@ -151,8 +152,15 @@ def _recorder(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) 
     return record
 
 
-def _rows(x: Tensor, mask: Tensor) -> Tensor:
+def _rows(name: str, x: Tensor, mask: Tensor) -> Tensor:
     """Give fp32 (b, l, d) also for models such as OPT that flatten batch and tokens."""
+    places = x.numel() // x.shape[-1]
+    if places != mask.numel():
+        raise BackboneError(
+            f"{name} reads {places} tokens where the requests have {mask.numel()}: the model adds tokens of its own "
+            f"(CPM-Ant) or reads each in several streams (ProphetNet), so that a request's tokens cannot be told; "
+            f"name another projection (edited_modules=...), or edit another model"
+        )
     return x.float().reshape(*mask.shape, -1)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ibke_hf.benchmark.tiny_models import tiny_model as tiny_family
 from ibke_hf.core.capture import (
     GradientFactors,
     NonFiniteError,
@@ -18,7 +19,7 @@ from ibke_hf.core.capture import (
     evaluating,
     target_logits,
 )
-from ibke_hf.core.layers import find_ffn_output, is_transposed, layers_to_edit, modules_to_edit
+from ibke_hf.core.layers import BackboneError, find_ffn_output, is_transposed, layers_to_edit, modules_to_edit
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import IGNORED, TokenBatch, encode_requests
 
@@ -240,3 +241,13 @@ def test_models_that_flatten_batch_and_tokens_are_read_too(tiny_tokenizer: Any) 
     factors = capture_factors(model, modules, encode_requests(tiny_tokenizer, REQUESTS))
     for name, expected in weight_gradients(model, modules, encode_requests(tiny_tokenizer, REQUESTS[1:2])).items():
         torch.testing.assert_close(product(factors[name], 1), expected, **near)
+
+
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_models_that_read_more_tokens_than_they_are_given_are_refused(family: str, tiny_tokenizer: Any) -> None:
+    model = tiny_family(family, len(tiny_tokenizer))
+    template, chosen = layers_to_edit(model)
+    modules = modules_to_edit(model, [template.format(i=i) for i in chosen])
+    batch = encode_requests(tiny_tokenizer, REQUESTS)
+    with pytest.raises(BackboneError, match=rf"reads \d+ tokens where the requests have {batch.input_ids.numel()}: "):
+        capture_factors(model, modules, batch)
