@@ -15,6 +15,7 @@ import yaml
 from command_runs import documented
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from loopback_hub import LoopbackHub
+from markdown_tables import markdown_rows
 from paths import ROOT
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -30,7 +31,7 @@ from ibke_hf.core.layers import modules_to_edit
 from ibke_hf.core.modeling_ibke import IBKEEditor
 from ibke_hf.data.build import GENERALITY, LOCALITY
 from ibke_hf.data.sources import read_records
-from ibke_hf.evaluation.scores import REPORTED
+from ibke_hf.evaluation.scores import REPORTED, TITLES
 from ibke_hf.hub.cards import BACKBONES, CARDS, render_card, stale_files
 from ibke_hf.hub.cards import atlas as atlas_module
 from ibke_hf.hub.cards.editor import SECTIONS, editor_page
@@ -75,9 +76,8 @@ def test_a_committed_card_is_what_the_command_renders(name: str, committed: Path
         if path.is_file()
     }
     assert {file: found.get(file) for file in rendered} == rendered, f"run `ibke card {name}`"
-    of_table = (
-        {"table.json", "sequential.json", "trade_off.svg"} if name == "atlas" else set()
-    )  # what `ibke table` has made
+    made_by_table = {"table.json", "sequential.json", "trade_off.svg", "TABLE.md"}  # shown beside the card of Atlas
+    of_table = made_by_table if name == "atlas" else set()
     assert {file for file in found if file not in rendered and not file.startswith("training/")} == of_table
 
 
@@ -211,11 +211,10 @@ def test_the_atlas_card_follows_its_files(assets: Path, results: Json) -> None:
     )
     files = render_card("atlas")
     text = " ".join(files["README.md"].split())
-    assert (
-        "value: 12.34" in text
-        and "value: 12.34" in files[".eval_results/atlas.yaml"]
-        and "| ibke | test | 12.3 |" in text
-    )
+    assert "value: 12.34" in text and "value: 12.34" in files[".eval_results/atlas.yaml"]
+    heads, *rows = (row for row in markdown_rows(files["README.md"]) if len(row) == len(REPORTED) + 2)
+    (row,) = (row for row in rows if row[:2] == ["IBKE (ours)", "test"])
+    assert row[heads.index("Rel. top 1")] == "12.3"
     assert "keep their answer in 23.4 % of 777 cases" in text and "backwards" not in text
     assert "layers 2 and 5 of 6" in text and "4,321 steps" in text and "in 12 minutes" in text
     assert (
@@ -444,12 +443,13 @@ def test_the_card_shown_is_the_one_that_is_pushed(
     shown = capsys.readouterr().out
     assert main(["push", str(trained), "org/ibke-tiny", *results]) == 0
     assert hub["org/ibke-tiny"].files()["README.md"].decode() == shown
-    assert "| exact_match | 61.0 |" in shown and "base_model: openai-community/gpt2" in shown
+    assert [TITLES["exact_match"], "61.0"] in markdown_rows(shown)
+    assert "base_model: openai-community/gpt2" in shown
     entries = parse_eval_result_entries(yaml.safe_load(hub["org/ibke-tiny"].files()[".eval_results/UniEdit.yaml"]))
     assert [(entry.task_id, entry.notes.rpartition(", ")[2]) for entry in entries] == [
+        ("exact_match", "greedy generation"),
         ("reliability", "teacher-forced"),
         ("generality", "teacher-forced"),
-        ("exact_match", "greedy generation"),
     ]
 
 
@@ -459,7 +459,7 @@ def test_a_folder_is_called_by_its_name_and_finds_results_beside_it(
     shutil.copy(trained.parent / "results" / "results.json", trained)
     assert main(["card", str(trained)]) == 0
     shown = capsys.readouterr().out
-    assert 'from_pretrained("ibke-tiny")' in shown and "| reliability | 99.1 |" in shown
+    assert 'from_pretrained("ibke-tiny")' in shown and [TITLES["reliability"], "99.1"] in markdown_rows(shown)
     assert {entry.metric_type for entry in ModelCard(shown).data.eval_results} == {
         "reliability",
         "generality",

@@ -8,6 +8,7 @@ import re
 
 import pytest
 from browser import DESKTOP, PHONE, chromium, keep, overflow
+from markdown_tables import markdown_rows
 from table_cells import GPT2_XL, NASTY, Page, a_cell, many_cells, paper_cells
 
 from ibke_hf.evaluation.report.table import BEST, METRICS, NEAR, PAPER, STRICT, CellError, Column, mark_of, table_of
@@ -220,8 +221,8 @@ def test_text_is_aligned_marked_and_fits_the_terminal():
 def test_time_alone_is_a_column_and_old_cells_have_none():
     old, new = a_cell("ft"), a_cell("ibke", edit_seconds_alone=0.044, edit_seconds=0.007)
     table = table_of([old, new])
-    head, *_, line = next(part for part in as_markdown(table).split("\n\n") if part.startswith("|")).splitlines()
-    texts = dict(zip(*([text.strip() for text in row.strip("|").split("|")] for row in (head, line)), strict=True))
+    head, *_, line = markdown_rows(as_markdown(table))
+    texts = dict(zip(head, line, strict=True))
     assert (texts["Time alone"], texts["Time at once"]) == ("44 ms", "7.0 ms")
     assert [row.edit_seconds_alone for row in table.rows] == [None, 0.044]
     assert "250 ms" in as_text(table) and "–" in as_text(table)
@@ -245,7 +246,7 @@ def test_markdown_reads_back():
     for number, (head, rule, *lines) in enumerate(tables):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in (head, rule, *lines)}) == 1
         for row, line in zip(table.rows, lines, strict=True):
-            _, name, *shown = [text.strip() for text in line.strip("|").split("|")]
+            ((_, name, *shown),) = markdown_rows(line)
             assert name == row.name
             entry = row.entries[number]
             if entry is None:
