@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..core.capture import mean_per_row, target_logits
+from ..core.capture import target_logits
 from ..core.edit_values import Edit
 from ..core.records import EditCase
 from ..core.tokens import IGNORED, pad_and_label
@@ -200,24 +200,6 @@ class Judge:
 
     def _text(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist()))
-
-
-def batch_scores(logits: Tensor, labels: Tensor, top_k: Tensor) -> Tensor:
-    """Scores of many cases at once: the ``score`` of :func:`~ibke_hf.evaluation.scores.case_scores` for each.
-
-    Args:
-        logits: (p, vocabulary) at the judged positions, case after case.
-        labels: (cases, k), the target ids, and -100 where nothing is judged.
-        top_k: (cases,), number of predictions that a target token may be among.
-
-    Returns:
-        (cases,) from 0 to 1, on the device of the logits.
-    """
-    labels, top_k = labels.to(logits.device), top_k.to(logits.device)
-    judged = labels != IGNORED
-    cases = judged.nonzero()[:, 0]
-    hits = scores.token_ranks(logits, labels[judged]) < top_k[cases]
-    return mean_per_row(hits.float(), cases, len(labels))
 
 
 def described(question: RecordQuestion) -> Row:
