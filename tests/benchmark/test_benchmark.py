@@ -460,7 +460,7 @@ def test_the_papers_network_is_a_kind_of_its_own(tiny_model: Callable[..., Any])
 def test_another_network_is_not_taken_for_the_papers(bench: Any, tiny_model: Callable[..., Any]) -> None:
     ours = build_editor("ibke", tiny_model(), [1], latent_dim=8, latent_length=2, second_stage_mlp=4)
     with pytest.raises(BenchmarkError, match=r"ibke_paper=there: has second_stage_mlp = 4, .*; give it as ibke"):
-        bench(saved={"ibke_paper": "there"}, load_saved=lambda _: ours).editor("ibke_paper", Path())
+        bench(saved={"ibke_paper": "there"}, load_saved=lambda _, **__: ours).editor("ibke_paper", Path())
 
 
 def test_texts_of_files(tmp_path: Path) -> None:
