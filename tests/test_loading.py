@@ -177,3 +177,11 @@ def test_a_damaged_gguf_file_is_one_clear_error(tmp_path: Path) -> None:
         load_model(tmp_path / "x.gguf")
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_model(tmp_path / "y.gguf")
+
+
+def test_a_file_of_a_model_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(
+        LoadingError, match=r"cannot be loaded \(config\.json: .*nested too deeply.*save or download it again"
+    ):
+        load_model(tmp_path)

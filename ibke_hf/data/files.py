@@ -85,7 +85,9 @@ def json_items(file: str | Path, top: Top | None = None, name: str = "record") -
                 )
             yield from _lines(window) if lines else _list(window) if found == "list" else _object(window)
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not valid JSON ({error}); save the file as UTF-8") from error
+        raise RecordError(
+            f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"{path}: not a complete gzip file ({error})") from error
 

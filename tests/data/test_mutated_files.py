@@ -142,8 +142,8 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path: Path, name: str) ->
     [
         (DEEP.encode(), "nested too deeply"),
         (b'[{"case_id": ' + b"1" * 5000 + b"}]", "digits"),
-        ('[{"prompt": "Zürich"}]'.encode("latin-1"), "'utf-8' codec can't decode .*save the file as UTF-8"),
-        (b"\xff\xfe[\x00]\x00", "codec can't decode"),
+        ('[{"prompt": "Zürich"}]'.encode("latin-1"), "not a text in UTF-8 .*save the file as UTF-8"),
+        (b"\xff\xfe[\x00]\x00", "not a text in UTF-8"),
         (b"", "file|expecting"),
         (b"[1, 2]", "record"),
         (b"null", "record|expecting"),
