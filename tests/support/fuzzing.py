@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
     monkeypatch.chdir(tmp_path)
     for name in WORK:
         monkeypatch.setattr(name, _leave_out)
+    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]  # as it is outside of a test
     faults: list[str] = []
 
     def run(*arguments: Any) -> None:
