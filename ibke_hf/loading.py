@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .editors.catalogue import KINDS, build_editor, kind_of, register_trained
+from .editors.locate.corpus import key_statistics
 from .io import FileError, read_json
 
 ATLAS = "ibke-atlas"  # the embedded model's name
@@ -248,7 +249,7 @@ def load_all(
     backbone, tokenizer = load_model(model, **options)
     if saved is not None:
         return backbone, tokenizer, placed(saved, backbone)
-    settings = {} if edited_modules is None else {"edited_modules": edited_modules}
+    settings: dict[str, Any] = {} if edited_modules is None else {"edited_modules": edited_modules}
     chosen = load_editor(name, backbone=backbone, tokenizer=tokenizer, corpus=corpus, edits=edits, **settings)
     return backbone, tokenizer, chosen
 
@@ -349,42 +350,6 @@ def placed(editor: Any, backbone: Any, device: Any = None) -> Any:
     elif backbone is not None and target is None:
         target = input_device(backbone)
     return editor if target is None or not isinstance(editor, nn.Module) else editor.to(target)
-
-
-def key_statistics(
-    model: Any,
-    tokenizer: Any,
-    corpus: str | Path,
-    layers: Sequence[Sequence[int] | None] = (None,),
-    *,
-    edited_modules: str | None = None,
-) -> Any:
-    """Measure a model's keys on a corpus, or read them from the cache.
-
-    See :class:`~ibke_hf.editors.locate.key_statistics.KeyStatistics`.
-
-    Args:
-        model: The backbone.
-        tokenizer: Its tokenizer.
-        corpus: See :func:`~ibke_hf.data.texts.read_texts`.
-        layers: Those of each editor that needs them; None for its own choice.
-        edited_modules: Name template of the projections that read the keys; by default found by structure.
-    """
-    from huggingface_hub.constants import HF_HOME
-
-    from .data.texts import read_texts
-    from .editors.locate.key_statistics import KeyStatistics, default_layers
-
-    needed = sorted({i for chosen in layers for i in (default_layers(model) if chosen is None else chosen)})
-    return KeyStatistics.of(
-        model,
-        tokenizer,
-        read_texts(corpus),
-        needed,
-        edited_modules=edited_modules,
-        cache=Path(HF_HOME) / "ibke_hf",
-        progress=sys.stderr.isatty(),
-    )
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny decoders of several families, built from configs, and a byte-level tokenizer. Nothing is downloaded."""
+"""Shared fixtures: tiny decoders of several families and a byte-level tokenizer. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def native_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCABULARY` ids, of which 62 are pairs and words of `WORDS`; it adds no special tokens."""
+    """A byte-level BPE tokenizer of `VOCABULARY` ids, 62 of them pairs and words of `WORDS`; no special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

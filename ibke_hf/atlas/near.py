@@ -13,7 +13,7 @@ NEAR_CASES = 3  # a record
 
 
 def near_records(split: Split, records: Sequence[EditRecord], seed: int = 0) -> list[EditRecord]:
-    """Return the counterfactual records whose edit takes an object away that other subjects keep, with those as locality cases.
+    """Return the counterfactual records whose old object other subjects keep, with those as locality cases.
 
     After "The winner of 2010 FIFA World Cup was" moves from Spain to Uruguay, what Spain won otherwise is asked in the
     same words (CounterFact's neighbourhood prompts). Records without such subjects are left out.

@@ -61,7 +61,7 @@ def keep_near(editors: dict[str, Any], model: Any, tokenizer: Any, records: list
 def edit_times(
     editors: dict[str, Any], model: Any, tokenizer: Any, records: list[EditRecord]
 ) -> dict[str, dict[str, float | None]]:
-    """Return the seconds of one edit by editor: ``alone``, and its share of a batch where many are made ``at_once``."""
+    """Return the seconds of one edit by editor: ``alone``, and its share of a batch made ``at_once``."""
     times: dict[str, dict[str, float | None]] = {}
     for name, editor in editors.items():
         if editor is None:

@@ -220,7 +220,8 @@ def planned(folder: str | Path) -> tuple[list[str], list[tuple[str, str, int]]]:
 def _add_to_plan(folder: Path, editors: Sequence[str], groups: Sequence[tuple[str, str, int]]) -> None:
     known_editors, known_groups = planned(folder)
     union = {"editors": [*known_editors, *editors], "groups": [*known_groups, *groups]}
-    write_json(folder / PLAN, {name: list(dict.fromkeys(values)) for name, values in union.items()})  # type: ignore[call-overload]
+    merged = {name: list(dict.fromkeys(values)) for name, values in union.items()}  # type: ignore[call-overload]
+    write_json(folder / PLAN, merged)
 
 
 def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -187,7 +187,8 @@ def _atlas_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
 
 def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..benchmark import ModelBench
-    from ..loading import key_statistics, load_editor, load_model
+    from ..editors.locate.corpus import key_statistics
+    from ..loading import load_editor, load_model
     from ..training.recipe import PAPER_DTYPES, read_settings, train_editor, training_settings
 
     config = read_settings(given.config, SETTINGS) if given.config else {}

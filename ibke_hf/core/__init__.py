@@ -1,1 +1,1 @@
-"""What an edit is and how one is made; needs torch and transformers alone, and travels to the Hub as an editor's remote code."""
+"""What an edit is and how one is made; needs torch and transformers alone, and travels as an editor's remote code."""

@@ -1,4 +1,4 @@
-"""What may stand in the two descriptions of a saved edit, ``adapter_config.json`` and ``edit.json``, checked key by key."""
+"""What may stand in a saved edit's ``adapter_config.json`` and ``edit.json``, checked key by key."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Configuration of IBKE editors and the presets of SPEC §6. No torch in here."""
 
-# Annotations are not postponed here: @strict checks the types of fields, and a text in place of a type passes anything.
+# Annotations are not postponed here: @strict checks the types of fields, and a type that is a text passes anything.
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict

@@ -256,7 +256,7 @@ def info_json(info: EditInfo, **more: Any) -> str:
 
 
 def require_length(previous: Edit, number: int) -> None:
-    """Check that an edit which the model carries already has a row for each of `number` edits that are made on top of it, or one for all.
+    """Check that an edit carried already has a row for each of `number` edits made on top of it, or one for all.
 
     Raises:
         ValueError: If it has another number of rows.

@@ -114,8 +114,8 @@ class WeightEdit(EditValue):
 
         Raises:
             ValueError: If this holds several independent edits: merge one of them.
-            BackboneError: If a layer does not fit, has other weights than the edit was made on, is quantised, offloaded
-                to disk, or tied to another module's; nothing is merged then.
+            BackboneError: If a layer does not fit, has other weights than the edit was made on, is quantised,
+                offloaded to disk, or tied to another module's; nothing is merged then.
             NonFiniteError: If a merged weight would be NaN or infinite; nothing is merged then.
         """
         self._require_one("merge")
@@ -278,12 +278,12 @@ class LowRankEdit(WeightEdit):
     # --- files --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Save as a PEFT LoRA adapter, of rank ``max_rank`` at most, plus ``edit.json``; see :func:`ibke_hf.core.adapter_files.save_edit`."""
+        """Save as a PEFT LoRA adapter plus ``edit.json``; see :func:`ibke_hf.core.adapter_files.save_edit`."""
         save_edit(self, folder, **kwargs)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> LowRankEdit:
-        """Load a saved edit or any LoRA adapter, from a folder or the Hub; see :func:`ibke_hf.core.adapter_files.read_edit`."""
+        """Load a saved edit or any LoRA adapter; see :func:`ibke_hf.core.adapter_files.read_edit`."""
         fields = read_edit(name_or_path, **kwargs)
         try:
             return cls(*fields)
@@ -291,7 +291,7 @@ class LowRankEdit(WeightEdit):
             raise AdapterError(f"{name_or_path}: {error}; save or download it again") from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Publish as a LoRA adapter with a card, of rank ``max_rank`` at most; see :func:`ibke_hf.hub.push.push_edit`."""
+        """Publish as a LoRA adapter with a card; see :func:`ibke_hf.hub.push.push_edit`."""
         return publisher().push_edit(self, repo_id, **kwargs)
 
 
@@ -314,7 +314,7 @@ def _joined_rows(parts: Sequence[Tensor], number: int) -> Tensor:
 
 
 def recompress(layer_inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrite (n, r, d_in), (n, r, d_out) at rank min(d_in, d_out) without changing ĥᵀû, by QR of the narrower side."""
+    """Rewrite (n, r, d_in), (n, r, d_out) at rank min(d_in, d_out), ĥᵀû unchanged, by QR of the narrower side."""
     narrow, wide = (layer_inputs, outputs) if layer_inputs.shape[2] <= outputs.shape[2] else (outputs, layer_inputs)
     q, r = torch.linalg.qr(narrow.float())
     merged = q.mT @ wide.float()

@@ -1,4 +1,4 @@
-"""Files as they are written and read everywhere: whole or not at all, and checked before anyone uses what they hold."""
+"""Files as they are written and read everywhere: whole or not at all, and checked before anyone uses them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Fingerprints of weights: a sample that tells backbones apart in any precision, and digests that tell any change.
 
-Each answers another question. An edit remembers a *sample* of its layers, which survives rounding to another precision.
-A run that is taken up again compares the *digest* of all weights. A cache of what a model computes is named by a *quick
-digest*: a few values of every parameter, so that a large model is not read through.
+Each answers another question. An edit remembers a *sample* of its layers, which survives rounding to another
+precision. A run that is taken up again compares the *digest* of all weights. A cache of what a model computes is
+named by a *quick digest*: a few values of every parameter, so that a large model is not read through.
 """
 
 from __future__ import annotations

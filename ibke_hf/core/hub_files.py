@@ -44,7 +44,7 @@ def find_file(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, A
 
 
 def pinned(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Return the commit that a revision is now: a push between two files must not mix old weights with a new config."""
+    """Return the commit that a revision is now: a push in between must not mix old weights with a new config."""
     commit = extract_commit_hash(str(find_file(name_or_path, name, hub_arguments)), None)
     return {} if commit is None or Path(name_or_path).is_dir() else {"revision": commit}
 

@@ -1,4 +1,4 @@
-"""Reading and writing the weights of projections: wherever they lie, and only where nothing else is changed with them."""
+"""Reading and writing the weights of projections: wherever they lie, and only where nothing else changes too."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class RecordBuilder:
         return self.rng.choice(answers) if answers else None
 
     def _novel_name(self, relation: Relation) -> str | None:
-        """Make up a name like those of a relation's objects, or a number of as many digits; None if the world has it already."""
+        """Make up a name like a relation's objects, or a number of as many digits; None if the world has it."""
         names = self.known.by_kind.get(relation.object_kind, ("",))
         first, last = self.rng.choice(names), self.rng.choice(names)
         if first.isdecimal():
@@ -124,7 +124,7 @@ class RecordBuilder:
         }
 
     def _known_apart_from(self, edit: Triple, original: str | None) -> World:
-        """Drop what the edit contradicts: the old object, the same fact told the other way round, the new object's old subject."""
+        """Drop what the edit contradicts: the old object, the inverse fact, the new object's old subject."""
         pairs = {edit.pair} | ({frozenset((edit.subject, original))} if original else set())
         relation = self.world.relations[edit.relation]
 

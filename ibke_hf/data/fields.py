@@ -74,7 +74,7 @@ class Field:
         return [Field(part, f"{self.path}[{i}]", self.record).of(str) for i, part in enumerate(self.of(list))]
 
     def names(self) -> tuple[str, ...]:
-        """Return the texts of a list, of lists in it at any depth, or a lone text, in order, without blank ones and repetitions."""
+        """Return the texts of a list at any depth, or a lone text, in order, without blank ones and repetitions."""
         parts = self.parts() if isinstance(self.value, list) else None
         texts = [self.of(str)] if parts is None else [text for part in parts for text in part.names()]
         return tuple(dict.fromkeys(text for text in texts if text.strip()))

@@ -1,4 +1,4 @@
-"""Record files, read item by item: JSON objects and lists, and JSON lines, each gzipped or not, never whole in memory."""
+"""Record files, read item by item: JSON objects, lists and lines, gzipped or not, never whole in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Key = str | int
 
 
 def stem(file: str | Path) -> str:
-    """Return a file's name up to its first dot, which names UniEdit's domains and begins the ids of records that have none."""
+    """Return a file's name up to its first dot: UniEdit's domain, and the start of ids where records have none."""
     return Path(file).name.split(".")[0]
 
 

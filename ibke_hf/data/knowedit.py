@@ -21,7 +21,7 @@ BIOGRAPHY = {"prompt": "text", "target_new": "labels", "subject": "concept"}  # 
 
 
 def read_knowedit(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
-    """Yield the records of one KnowEdit file; a record's id is the file's name up to its first dot, and its position in the file.
+    """Yield the records of one KnowEdit file; an id is the file's name up to its first dot, and the position in it.
 
     ``rephrase_prompt``, where there is one, and a list for each kind of ``portability`` are generality, one for each
     kind of ``locality`` is locality. An answer is a text, a list of texts, or a list of such lists: the first is the
@@ -65,7 +65,7 @@ def parse_knowedit(record: Field, skipped: Counter[str], dataset: str = "knowedi
 
 
 def _kinds(record: Field, group: str, skipped: Counter[str]) -> tuple[EditCase, ...]:
-    """Return the cases of every kind of a group; of several answers, the first is the target and the others are aliases."""
+    """Return the cases of every kind of a group; of several answers the first is the target, the others aliases."""
     if group not in record:
         return ()
     kinds = record[group]

@@ -58,7 +58,7 @@ def _new_target(rewrite: Field) -> str:
 
 
 def _edits(triples: Field, rewrites: Sequence[Field], requests: Sequence[EditRequest]) -> tuple[Hop, ...]:
-    """Return the requests as triples: the rewrites name relation and new object, ``orig.edit_triples`` the subject as well."""
+    """Return the requests as triples: rewrites name relation and new object, ``orig.edit_triples`` the subject too."""
     edited = [triple.texts() for triple in triples.parts()]
     edits = []
     for i, (rewrite, request) in enumerate(zip(rewrites, requests, strict=True)):
@@ -117,7 +117,7 @@ def _new_hops(record: Field) -> tuple[Hop, ...]:
 
 
 def _heads(record: Field, number: int) -> list[str | None]:
-    """Return the names of the hops' heads, which editors that edit a hop in may look for in its prompt; None where there are none."""
+    """Return the names of the hops' heads, which editors may look for in a hop's prompt; None where there are none."""
     labelled = record["orig"].value.get("new_triples_labeled")
     if not isinstance(labelled, list) or len(labelled) != number:
         return [None] * number

@@ -144,7 +144,7 @@ def records_dataset(
 
 
 class StoredRecords:
-    """The records of a ``datasets.Dataset`` of rows, made one at a time, so that memory does not grow with their number.
+    """The records of a ``datasets.Dataset`` of rows, made one at a time, so that memory does not grow.
 
     Args:
         rows: The dataset.
@@ -162,7 +162,7 @@ class StoredRecords:
 
 
 def _stamp(source: str | Path, cache_dir: str | Path | None, options: Mapping[str, Any]) -> str:
-    """Return what the dataset on disk is found by, beside source and options: the state of the files and of the readers."""
+    """Return what the dataset on disk is found by beside source and options: state of the files and readers."""
     where = {name: options.get(name) for name in ("split", "domains", "revision", "token")}
     return f"{version('ibke-hf')} {SCHEMA} {find_source(source, cache_dir=cache_dir, **where).stamp}"
 

@@ -72,7 +72,7 @@ def read_records(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Iterator[EditRecord]:
-    """Yield the records of a file, a folder or a Hub dataset, one after another: nothing is held but the one and a set of ids.
+    """Yield the records of a file, a folder or a Hub dataset, one after another; only a set of ids is held.
 
     Args:
         source: A file; a folder; or the id of a Hub dataset, optionally followed by a path in it, as in
@@ -134,7 +134,7 @@ def select(
 
 @dataclass(frozen=True)
 class Source:
-    """The record files of a file, folder or Hub dataset: their names, how to get one, and what changes when they do."""
+    """The record files of a file, folder or Hub dataset: their names, how to get one, what changes with them."""
 
     names: tuple[str, ...]
     fetch: Callable[[str], Path]

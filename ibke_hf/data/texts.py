@@ -1,4 +1,4 @@
-"""Plain texts, such as the corpus that key statistics are measured on, from a file, a folder or a dataset of the Hub."""
+"""Plain texts, such as the corpus of key statistics, from a file, a folder or a dataset of the Hub."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ ANSWER = (
 
 
 def read_zsre(file: str | Path, skipped: Counter[str] | None = None) -> Iterator[EditRecord]:
-    """Yield the records of one ZSRE file; a record's id is the file's name up to its first dot, and its position in the file.
+    """Yield the records of one ZSRE file; an id is the file's name up to its first dot, and the position in it.
 
     MEND's form gives the lists ``rephrase`` (generality) and ``loc`` (locality); the edit goes toward ``alt``, and "
-    The answer is: " is appended to ``src`` and ``rephrase``. KnowEdit's form is :mod:`.knowedit`'s. A null or empty prompt
-    or target is skipped and counted by reason in `skipped`.
+    The answer is: " is appended to ``src`` and ``rephrase``. KnowEdit's form is :mod:`.knowedit`'s. A null or empty
+    prompt or target is skipped and counted by reason in `skipped`.
 
     Raises:
         RecordError: For any other unreadable record, naming file, record and field.

@@ -57,6 +57,7 @@ def unmergeable(kind: str) -> str:
     """Say why an edit of a kind cannot be merged, and what to do."""
     name = CLASSES[kind][1] if kind in CLASSES else "its class"
     return (
-        f"holds a {kind} edit, a memory beside the model that no weight can hold: it can be neither merged nor published "
-        f"as a LoRA adapter; load it with {name}.from_pretrained and attach it, and share the folder with `hf upload`"
+        f"holds a {kind} edit, a memory beside the model that no weight can hold: it can be neither merged nor "
+        f"published as a LoRA adapter; load it with {name}.from_pretrained and attach it, and share the folder with "
+        "`hf upload`"
     )

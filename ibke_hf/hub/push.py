@@ -219,7 +219,7 @@ def push_edit(
 
 
 def record_splits(folder: str | Path) -> dict[str, Path]:
-    """Return the folders of record files by split: those inside, or the folder itself, which is ``train`` unless its name says more."""
+    """Return the folders of record files by split: those inside, or the folder itself (``train`` unless named so)."""
     path = Path(folder)
     if record_files(path):
         return {SPLITS.get(path.resolve().name.lower(), "train"): path}
@@ -255,7 +255,8 @@ def push_records(
     bad = [name for name in splits if not SPLIT.fullmatch(name)]
     if bad or not splits:
         raise ValueError(
-            f"{folder}: {f'the split {bad[0]!r} must be named by letters, digits and _' if bad else 'no record file in it'}"
+            f"{folder}: "
+            + (f"the split {bad[0]!r} must be named by letters, digits and _" if bad else "no record file in it")
         )
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "repository"

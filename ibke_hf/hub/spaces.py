@@ -1,4 +1,4 @@
-"""Spaces: a folder of `spaces/` and our code that its page imports -> a folder that runs as it is -> the Hub, in one commit."""
+"""Spaces: a folder of `spaces/` and our code that it imports -> a folder that runs as it is -> the Hub."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def push_space(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
 
 
 def assemble(folder: str | Path, target: str | Path) -> Path:
-    """Write a folder that runs as it is, by ``python app.py``: a Space's own files and the code of ours that they import.
+    """Write a folder that runs by ``python app.py``: a Space's own files and the code of ours that they import.
 
     Beside a page that imports ``ibke_hf`` goes this package as it is installed here, beside one that imports
     ``metric_page`` that module with the metric and its formulas.

@@ -1,4 +1,4 @@
-"""The page of the metric `edit_quality`. The other modules are put beside this file by `ibke spaces build` and `ibke spaces push`."""
+"""The page of the metric `edit_quality`; `ibke spaces build` and `push` put the other modules beside it."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page of `ibke_hf`, with the editor and the model that IBKE_EDITOR and IBKE_BACKBONE name; by default Atlas, without a download."""
+"""The page of `ibke_hf`, with the editor and model of IBKE_EDITOR and IBKE_BACKBONE; by default Atlas."""
 
 from ibke_hf.app.page import launch
 

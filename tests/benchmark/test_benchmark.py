@@ -1,4 +1,4 @@
-"""The cells of `ibke table`: planned once each, made once each, resumed, shared out and joined; what fails takes nothing else with it."""
+"""The cells of `ibke table`: planned and made once each, resumed, shared out and joined; failures stand alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def scores(cells: Iterable[dict[str, Any]]) -> list[Any]:
     return [[cell[name] for name in ("editor", "split", "edits", "sequential", "seed", *REPORTED)] for cell in cells]
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# --- plans -----------------------------------------------------------------------------------------------------------
 
 
 def test_shards_share_the_cells_out_and_no_editor_is_trained_twice() -> None:
@@ -94,7 +94,7 @@ def test_a_bad_shard_is_named(shard: tuple[int, int]) -> None:
         PLAN.cells(shard)
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_cells_hold_the_scores_of_the_procedure_on_the_records_of_their_seed(bench: Any, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_no_record_of_the_kind_is_said(bench: Any, tmp_path: Path) -> None:
         run(bench(RECORDS[:1]), tmp_path, replace(PLAN, editors=("none",)))
 
 
-# --- from the command line --------------------------------------------------------------------------------------------
+# --- from the command line -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def test_bad_input_is_named(
     assert re.search(message, error), error
 
 
-# --- what it stands on ------------------------------------------------------------------------------------------------
+# --- what it stands on -----------------------------------------------------------------------------------------------
 
 
 def test_every_id_has_its_class_and_the_unedited_model_has_none(tiny_model: Callable[..., Any]) -> None:

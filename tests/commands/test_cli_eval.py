@@ -176,8 +176,9 @@ def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Ru
         (
             ["--dataset", "atlas", "--model", "gpt2"],
             (
-                "--editor ibke edits the embedded Atlas model only; for gpt2 give --editor ft, t_patcher, lemoe, grace, "
-                "or rome or alphaedit with a --corpus, or the folder or Hub id of an editor trained for it: ibke train"
+                "--editor ibke edits the embedded Atlas model only; for gpt2 give --editor ft, t_patcher, lemoe, "
+                "grace, or rome or alphaedit with a --corpus, or the folder or Hub id of an editor trained for "
+                "it: ibke train"
             ),
         ),
         (

@@ -1,4 +1,4 @@
-"""Seeded damage to every file that a command reads: one clear error or a result, never a traceback, and nothing hangs."""
+"""Seeded damage to every file that a command reads: a clear error or a result, no traceback, nothing hangs."""
 
 from __future__ import annotations
 

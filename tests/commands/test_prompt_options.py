@@ -1,4 +1,4 @@
-"""Options that say how prompts are put to a model: `--chat`, `--chat-options` and `--leading-space`, read alike everywhere."""
+"""How prompts are put to a model: `--chat`, `--chat-options` and `--leading-space`, read alike everywhere."""
 
 from __future__ import annotations
 

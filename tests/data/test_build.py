@@ -304,7 +304,7 @@ def test_shares_that_mean_nothing_are_refused(world: World, shares: dict[str, di
 
 
 def test_the_old_subject_of_a_single_inverse_is_left_alone(built: list[Built], world: World) -> None:
-    """After "the capital of Alia is Borton", whose capital Borton is has two answers, so nobody asks about the other one."""
+    """After "the capital of Alia is Borton", whose capital Borton is has two answers; nobody asks for the other."""
     moved = [
         (made, record)
         for made, record, _ in built

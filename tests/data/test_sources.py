@@ -1,4 +1,4 @@
-"""Records from files, folders and the Hub by one call, with filters and samples, and as rows of a `datasets` dataset."""
+"""Records from files, folders and the Hub by one call, with filters and samples, and as rows of `datasets`."""
 
 from __future__ import annotations
 

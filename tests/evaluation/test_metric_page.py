@@ -1,4 +1,4 @@
-"""The metric's page without a browser: pasted text -> cases -> the metric's own scores -> HTML; every kind of bad line is named."""
+"""The metric's page without a browser: pasted text -> cases -> scores -> HTML; every bad line is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metric as a Space: loaded by its id where this package is not installed, with the numbers that the package gives."""
+"""The metric as a Space: loaded by its id where this package is not installed, with the package's numbers."""
 
 from __future__ import annotations
 

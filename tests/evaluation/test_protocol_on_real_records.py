@@ -1,4 +1,4 @@
-"""Evaluation of real records of every native format against the naive reference, one case at a time with dense weights."""
+"""Evaluation of real records of every native format against the naive reference with dense weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model cards: rendered and not written, metadata that the Hub's client reads back, figures of committed files alone."""
+"""Model cards: rendered, not written; metadata that the Hub's client reads; figures of committed files alone."""
 
 from __future__ import annotations
 

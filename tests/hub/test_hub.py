@@ -1,4 +1,4 @@
-"""Editors on the Hub, by the real client against a stand-in: one commit, the same edit bit for bit, and never a pickle."""
+"""Editors on the Hub, by the real client against a stand-in: one commit, the same edit bit for bit, no pickle."""
 
 from __future__ import annotations
 
@@ -363,7 +363,8 @@ folder, where = sys.argv[1:3]
 editor = AutoModel.from_pretrained(where, trust_remote_code=True).eval()
 EditRequest = get_class_from_dynamic_module("records.EditRequest", where)
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-edit = editor.edit(model, tokenizer, [EditRequest(**request) for request in json.load(open(folder + "/requests.json"))])
+requests = json.load(open(folder + "/requests.json"))
+edit = editor.edit(model, tokenizer, [EditRequest(**request) for request in requests])
 assert type(editor).__module__.startswith("transformers_modules."), type(editor).__module__
 edit.save_pretrained(folder + "/edit")
 if len(sys.argv) > 3:

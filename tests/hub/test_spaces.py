@@ -1,4 +1,4 @@
-"""Spaces: settings that the Hub takes, folders that run on their own, one commit by the command, and refusals that name the cure."""
+"""Spaces: settings that the Hub takes, folders that run on their own, one commit, refusals that name the cure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real browser for the tests of the Spaces: the system's Chromium, `app.py` in a process of its own, isolated sessions.
+"""A real browser for tests of the Spaces: Chromium, `app.py` in a process of its own, isolated sessions.
 
 Nothing outside this machine is reached: requests elsewhere are refused, and :func:`session` keeps their addresses.
 With the environment variable SCREENSHOTS set to a folder, :func:`keep` leaves pictures there to look at.
@@ -41,7 +41,7 @@ RUN = "import runpy, sys; {before}\nrunpy.run_path('app.py', run_name='__main__'
 
 
 def find_chromium() -> str:
-    """Return the path of the system's Chromium; skip the test, or fail in CI, where it, Playwright or Gradio is not installed."""
+    """Return the path of Chromium; without it, Playwright or Gradio skip the test, or fail in CI."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     absent = [name for name in ("gradio", "playwright") if find_spec(name) is None] + (
         [] if found else [f"a browser ({', '.join(NAMES)})"]

@@ -50,7 +50,7 @@ class Repository:
 
 
 class LoopbackHub:
-    """The server. `cut` names what it breaks off in the middle: ``"lfs"``, ``"commit"``, a file that is read, or nothing."""
+    """The server. `cut` names what it breaks off: ``"lfs"``, ``"commit"``, a file that is read, or nothing."""
 
     def __init__(self) -> None:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)

@@ -1,4 +1,4 @@
-"""A naive reference for PROTOCOL, written from its text alone, with records and models to hold evaluation against it."""
+"""A naive reference for PROTOCOL, from its text alone, with records and models to hold evaluation against."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def make_hop(rng: random.Random, names: list[str]) -> Hop:
 
 
 def make_records(number: int, most_requests: int, seed: int = 0) -> list[EditRecord]:
-    """Records with every kind of case: some locality cases collide, some hops restate an edit, which the model then knows."""
+    """Records with every kind of case: some locality cases collide, some hops restate an edit."""
     rng, records = random.Random(seed), []
     for index in range(number):
         names = [f"{rng.choice(PLACES)}{rng.randrange(40)}" for _ in range(5)] + rng.sample(PLACES + THINGS, 3)
@@ -125,7 +125,7 @@ def make_records(number: int, most_requests: int, seed: int = 0) -> list[EditRec
 
 
 def settings_of(tiny_model, tiny_tokenizer, **config):
-    """Return family -> model, tokenizer and calibrated editor, each made once; the edits are large, so that predictions move."""
+    """Return family -> model, tokenizer and calibrated editor, each made once; edits are large: predictions move."""
     made = {}
 
     def build(family="qwen3"):

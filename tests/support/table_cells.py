@@ -1,4 +1,4 @@
-"""Cells for the tests of the table and its plot: rows of the paper, and a larger made-up set with runs that are not finished."""
+"""Cells for tests of the table and its plot: the paper's rows, and a larger made-up set with unfinished runs."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_page_of_no_rows_and_of_any_characters_is_written(tmp_path):
 
 
 def in_browser(folder: Path, rows, script: str = "") -> str:
-    """Return the page's content after its scripts, and one more, have run; the data and the scripts themselves left out."""
+    """Return the page's content after its scripts, and one more, have run, without data and scripts."""
     if BROWSER is None:
         pytest.skip("chromium is not installed")
     (folder / "page.html").write_text(
