@@ -393,7 +393,7 @@ def _require_all_weights(report: dict[str, Any]) -> None:
 
 def _reason(name: Any, error: Exception) -> str:
     """Say why a folder cannot be loaded: which file is broken, where the library's words do not."""
-    if isinstance(error, OSError) or type(error) in (ValueError, ImportError):
+    if isinstance(error, (OSError, LoadingError)) or type(error) in (ValueError, ImportError):
         return textwrap.shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
     try:
         for file in sorted(Path(str(name)).glob("*.json")):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from ..io import locked
+from ..io import locked, require_writable
 from .options import add_command, count, place
-from .outputs import require_writable_file
 
 
 def add(commands: Any) -> None:
@@ -30,6 +30,7 @@ def _run(given: argparse.Namespace) -> None:
     if given.json is None:
         run_demo(compare=given.compare, records=given.records)
         return
-    file = require_writable_file(given.json)  # not after all scoring
+    file = Path(given.json)
+    require_writable(file)  # before the lock makes its folder, and not after all scoring
     with locked(file.parent, lock=f".{file.name}.lock"):
         run_demo(json_file=file, compare=given.compare, records=given.records)

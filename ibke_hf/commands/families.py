@@ -26,7 +26,7 @@ def _run(given: argparse.Namespace) -> None:
     import logging
     import warnings
 
-    from transformers.utils.logging import set_verbosity_error
+    from transformers.utils.logging import get_verbosity, set_verbosity
 
     from ..atlas import load_backbone
     from ..benchmark.families import all_families, families_report, page, write_report
@@ -34,13 +34,19 @@ def _run(given: argparse.Namespace) -> None:
     unknown = sorted(set(given.families or ()) - set(all_families()))
     if unknown:
         raise ValueError(f"--families {unknown[0]}: transformers has no decoder of this model type")
-    set_verbosity_error()  # toy configs are odd on purpose
-    logging.getLogger("ibke_hf").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        report = families_report(
-            load_backbone()[1], given.families, progress=lambda line: print(line, file=sys.stderr, flush=True)
-        )
+    loggers, verbosity = logging.getLogger("ibke_hf"), get_verbosity()
+    level = loggers.level
+    try:  # toy configs are odd on purpose: no warnings of them
+        set_verbosity(logging.ERROR)
+        loggers.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = families_report(
+                load_backbone()[1], given.families, progress=lambda line: print(line, file=sys.stderr, flush=True)
+            )
+    finally:
+        set_verbosity(verbosity)
+        loggers.setLevel(level)
     if given.out is None:
         print(page(report))
         return

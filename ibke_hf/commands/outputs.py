@@ -41,21 +41,6 @@ def require_free(folder: str | Path, kind: str, *, force: bool = False) -> Path:
     return path
 
 
-def require_writable_file(file: str | Path) -> Path:
-    """Refuse a file that cannot be written in the end; what it holds is replaced then.
-
-    Raises:
-        ValueError: Says why not.
-    """
-    path = Path(file)
-    if not str(file).strip():
-        raise ValueError("the name of the file is empty")
-    if path.is_dir():
-        raise ValueError(f"{file}: is a folder; name a file")
-    _require_directory(path.parent)
-    return path
-
-
 def content_of(folder: Path) -> str:
     """Say what a folder holds, such as ``"a model"``; empty for nothing but a lock."""
     names = sorted(file.name for file in folder.iterdir() if file.name != LOCK)

@@ -117,8 +117,8 @@ class IBKEConfig(GradientEditorConfig):
         require_range(self, "latent_dim", 1, 65536)
         require_range(self, "second_stage_heads", 1, 1024)
         require_range(self, "second_stage_mlp", 0, 1_000_000)
-        low, high = self.log_variance_range
-        if not low < high:
+        bounds = self.log_variance_range
+        if len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise ValueError(
                 f"log_variance_range must be (low, high) with low < high, found {self.log_variance_range}"
             )

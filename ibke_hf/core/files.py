@@ -79,7 +79,9 @@ def read_text(
         ) from reason
 
 
-def parse_json(text: str, *, name: str, cure: str = REMAKE, error: type[FileError] = FileError) -> Any:
+def parse_json(
+    text: str, *, name: str, cure: str = REMAKE, error: type[FileError] = FileError, halves: bool = False
+) -> Any:
     """Return the value that a JSON text holds.
 
     Args:
@@ -87,6 +89,7 @@ def parse_json(text: str, *, name: str, cure: str = REMAKE, error: type[FileErro
         name: What the error calls it, such as its file.
         cure: What the error tells the user to do.
         error: What is raised.
+        halves: Take halves of characters (lone surrogates), which a tokenizer of bytes may generate.
 
     Raises:
         FileError: If the text is no JSON, is nested too deeply to be read, or holds half of a character.
@@ -97,7 +100,7 @@ def parse_json(text: str, *, name: str, cure: str = REMAKE, error: type[FileErro
         raise error(f"{name}: lists and objects nested too deeply to be read; {cure}") from reason
     except ValueError as reason:
         raise error(f"{name}: not valid JSON ({reason}); {cure}") from reason
-    if "\\ud" in text.lower():  # the only way to write one
+    if not halves and "\\ud" in text.lower():  # the only way to write one
         require_characters(value, name=name, cure=cure, error=error)
     return value
 

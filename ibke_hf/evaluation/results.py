@@ -27,6 +27,7 @@ from .report.page import write_page
 
 SETTINGS, ROWS, SKIPPED, RESULTS, PAGE = "settings.json", "rows.jsonl", "skipped.jsonl", "results.json", "rows.html"
 # How fast rows are made, or whether any are, not which: a resumed run may change them.
+EFFORT = ("edit_seconds", "edit_seconds_alone", "edit_bytes")  # what one edit takes
 NOT_SETTINGS = ("batch_size", "progress", "strict")
 
 
@@ -95,13 +96,18 @@ class ResultsFolder:
             unread: Number of records and cases that were skipped on reading, by reason.
             edit: What one edit takes alone: ``edit_seconds_alone`` and ``edit_bytes``.
         """
-        results = results_of(evaluation, unread, self.settings, edit)
-        if results["edit_seconds"] is None and (self.folder / RESULTS).exists():  # nothing was left to be edited
-            results["edit_seconds"] = read_json(self.folder / RESULTS, error=ResultsError).get("edit_seconds")
+        results = results_of(evaluation, unread, self.settings, edit) | (self.earlier_effort(evaluation) or {})
         write_json(self.folder / RESULTS, results)
         with written_file(self.folder / PAGE) as temporary:
             write_page(evaluation.rows, results, temporary)
         return results
+
+    def earlier_effort(self, evaluation: Evaluation) -> dict[str, Any] | None:
+        """Return what an edit took in the run that finished the folder; None unless nothing was left to be edited."""
+        if evaluation.edit_seconds is not None or not (self.folder / RESULTS).exists():
+            return None
+        earlier = read_json(self.folder / RESULTS, error=ResultsError)
+        return {name: earlier.get(name) for name in EFFORT}
 
     def _earlier_settings(self) -> dict[str, Any] | None:
         """Return the settings of an earlier run; None in a new folder."""
@@ -173,8 +179,11 @@ def evaluate_to_folder(
             finished=results.rows,
             **options,
         )
-        seconds, size = edit_alone(editor, model, tokenizer, [record.requests[0] for record in records[:EDITS_ALONE]])
-        return results.finish(evaluation, unread or {}, {"edit_seconds_alone": seconds, "edit_bytes": size})
+        alone: dict[str, float | None] = {}
+        if results.earlier_effort(evaluation) is None:
+            requests = [record.requests[0] for record in records[:EDITS_ALONE]]
+            alone["edit_seconds_alone"], alone["edit_bytes"] = edit_alone(editor, model, tokenizer, requests)
+        return results.finish(evaluation, unread or {}, alone)
 
 
 def results_of(
@@ -240,7 +249,7 @@ def _read_rows(file: Path) -> Iterator[Row]:
     seen: set[RowKey] = set()
     for number, line in enumerate(content[:complete].split(b"\n")[:-1], start=1):
         try:
-            row: Row = parse_json(line.decode("utf-8"), name=f"{file}: line {number}", error=ResultsError)
+            row: Row = parse_json(line.decode("utf-8"), name=f"{file}: line {number}", error=ResultsError, halves=True)
             key = row_key(row)
         except (ValueError, KeyError, TypeError) as error:
             raise ResultsError(

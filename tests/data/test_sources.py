@@ -170,7 +170,9 @@ def test_other_content_is_an_error_that_lists_the_formats(tmp_path: Path, conten
 
 
 def test_wrong_options_are_refused_at_once(layout: Path) -> None:
-    with pytest.raises(ValueError, match="format must be one of uniedit, mquake, counterfact, zsre, found 'json'"):
+    with pytest.raises(
+        ValueError, match="format must be one of uniedit, mquake, counterfact, zsre, knowedit, qaedit, found 'json'"
+    ):
         read_records(layout, format="json")
     with pytest.raises(ValueError, match="limit must be at least 1, found 0"):
         read_records(layout, limit=0)

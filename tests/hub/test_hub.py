@@ -341,7 +341,11 @@ def test_what_cannot_be_pushed_is_named(
 
 
 def test_results_of_something_else_are_refused(hub: LoopbackHub, world: Any, tmp_path: Path) -> None:
-    for text, message in (("{", "not valid JSON"), ("[]", "no `overall`"), ('{"overall": {}}', "no `overall`")):
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"overall": {}}', "no `overall`"),
+    ):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match=f"results.json: .*{message}"):
             world[2].push_to_hub(ID, results=tmp_path)
@@ -424,7 +428,7 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(
     hub: LoopbackHub, world: Any, tmp_path: Path
 ) -> None:
     world[2].push_to_hub(ID)
-    come_with_them = {"huggingface_hub", "safetensors", "yaml", "typing_extensions"}
+    come_with_them = {"huggingface_hub", "regex", "safetensors", "yaml", "typing_extensions"}
     for name in CODE:
         (tmp_path / name).write_bytes(hub[ID].files()[name])
         outside = set(get_imports(tmp_path / name)) - set(
