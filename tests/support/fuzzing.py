@@ -90,11 +90,11 @@ def fuzz(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
     monkeypatch.chdir(tmp_path)
     for name in WORK:
         monkeypatch.setattr(name, _leave_out)
-    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]  # as it is outside of a test
     faults: list[str] = []
 
     def run(*arguments: Any) -> None:
         words = [str(argument) for argument in arguments]
+        sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as it is outside of a test
         previous = signal.signal(signal.SIGALRM, _time_out)
         signal.alarm(SECONDS)
         try:
