@@ -154,9 +154,14 @@ def _imports(file: Path) -> set[str]:
 
 def _bring_package(target: Path) -> None:
     shutil.rmtree(target / PACKAGE, ignore_errors=True)  # of a folder that was assembled before
-    shutil.copytree(Path(__file__).parents[1], target / PACKAGE, ignore=NOT_COPIED)
+    shutil.copytree(Path(__file__).parents[1], target / PACKAGE, ignore=_not_of_a_page)
 
 
 def _bring_metric(target: Path) -> None:
     write_metric(target)
     shutil.copyfile(Path(__file__).parents[1] / "evaluation" / f"{METRIC_PAGE}.py", target / f"{METRIC_PAGE}.py")
+
+
+def _not_of_a_page(folder: str, names: list[str]) -> set[str]:
+    """Leave out what no page reads: the weights of the embedded model's second editor, which only comparisons load."""
+    return NOT_COPIED(folder, names) | ({"mend"} if Path(folder).name == "assets" else set())

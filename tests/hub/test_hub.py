@@ -371,9 +371,13 @@ requests = json.load(open(folder + "/requests.json"))
 edit = editor.edit(model, tokenizer, [EditRequest(**request) for request in requests])
 assert type(editor).__module__.startswith("transformers_modules."), type(editor).__module__
 edit.save_pretrained(folder + "/edit")
-if len(sys.argv) > 3:
-    editor.push_to_hub(sys.argv[3])
-    edit.push_to_hub(sys.argv[3] + "-edit")
+for what in (editor, edit):
+    try:
+        what.push_to_hub("org/again")
+    except ImportError as error:
+        assert "publishing needs the package ibke_hf itself" in str(error)
+    else:
+        raise AssertionError("nothing of what publishes travels")
 """
 
 
@@ -410,18 +414,14 @@ def test_the_code_travels_and_needs_torch_and_transformers_alone(hub: LoopbackHu
     (tmp_path / "backbone" / "requests.json").write_text(json.dumps(list(map(asdict, REQUESTS))))
     editor.push_to_hub(ID)
     online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    again = "org/ibke-again"
-    for environment, push in ((online, [again]), ({**online, "HF_HUB_OFFLINE": "1"}, [])):
+    for environment in (online, {**online, "HF_HUB_OFFLINE": "1"}):
         asked = len(hub.requests)
-        run_python(ALONE, str(tmp_path / "backbone"), ID, *push, **environment)
+        run_python(ALONE, str(tmp_path / "backbone"), ID, **environment)
         assert LowRankEdit.from_pretrained(tmp_path / "backbone" / "edit") == expected.padded(
             max(expected.ranks.values())
         )
     assert len(hub.requests) == asked
-    sent, resent = hub[ID].files(), hub[again].files()  # what was pulled as code can be pushed in its turn
-    assert sent.keys() == resent.keys() and all(sent[name] == resent[name] for name in (*CODE, "model.safetensors"))
-    assert json.loads(resent["config.json"])["auto_map"] == json.loads(sent["config.json"])["auto_map"]
-    assert LowRankEdit.from_pretrained(f"{again}-edit") == expected.padded(max(expected.ranks.values()))
+    assert set(hub.repositories) == {("models", ID)}
 
 
 def test_the_code_that_travels_imports_torch_and_transformers_alone(
