@@ -82,8 +82,8 @@ def test_demo_checks_its_file_first(refused: Run, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("ibke_hf.app.demo.run_demo", work)
     (tmp_path / "file").write_text("")
-    assert "cannot be written to (" in refused("demo", "--json", tmp_path / "file" / "scores.json")
-    assert "is a folder; name a file" in refused("demo", "--json", tmp_path)
+    assert "there is no folder" in refused("demo", "--json", tmp_path / "file" / "scores.json")
+    assert "is a folder; give the name of a file in it" in refused("demo", "--json", tmp_path)
 
 
 def test_records_are_not_built_over_records(refused: Run, tmp_path: Path) -> None:
