@@ -21,16 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"argument {empty[:-3]}: a value is wanted, found '--'"
         )  # argparse would make an empty list of it
-    given = parser.parse_args(words)
+    options = parser.parse_args(words)
     try:
-        given.run(given)
+        options.run(options)
     except KeyboardInterrupt:
         print("ibke: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_for_the_user(error):
             raise
-        print(f"ibke {given.title}: {_message(error)}", file=sys.stderr)
+        print(f"ibke {options.title}: {_message(error)}", file=sys.stderr)
         return 2
     return 0
 

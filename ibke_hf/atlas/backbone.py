@@ -186,8 +186,8 @@ def examine(model: Any, tokenizer: PreTrainedTokenizerBase, taught: World, seed:
         chains = {chain for chain in (random_chain(taught, rng, hops) for _ in range(EXAMINED_CHAINS * 12)) if chain}
         ordered = sorted(chains, key=repr)
         rng.shuffle(ordered)
-        for label, wanted in (("taught", True), ("never_seen", False)):
-            asked = [(path_prompt(taught, c), _answers(taught, c)) for c in ordered if is_taught(c) == wanted][
+        for label, teaching in (("taught", True), ("never_seen", False)):
+            asked = [(path_prompt(taught, c), _answers(taught, c)) for c in ordered if is_taught(c) == teaching][
                 :EXAMINED_CHAINS
             ]
             report[f"{name}_{label}"] = _percent_right(model, tokenizer, asked)

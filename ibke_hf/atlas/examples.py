@@ -42,8 +42,12 @@ def _records(kind: str, part: str, relation: str) -> Iterator[EditRecord]:
         builder = RecordBuilder(
             split.taught, split.world, seed=0, generality=len(GENERALITY), locality=len(LOCALITY), alias_rate=0.0
         )
-        made = builder.counterfactual(triple) if kind == "counterfactual" else builder.unknown(triple)
-        record = None if made is None else parse_record(made, f"{relation}-{triple.subject}", relation, Counter())
+        json_record = builder.counterfactual(triple) if kind == "counterfactual" else builder.unknown(triple)
+        record = (
+            None
+            if json_record is None
+            else parse_record(json_record, f"{relation}-{triple.subject}", relation, Counter())
+        )
         if record is not None:
             record = replace(record, generality=_short(record.generality), locality=_short(record.locality))
             if len(record.generality) > CONSEQUENCES and len(record.locality) >= NEIGHBOURS:

@@ -24,7 +24,7 @@ def near_records(split: Split, records: Sequence[EditRecord], seed: int = 0) -> 
         seed: Seeds the draw of at most `NEAR_CASES` subjects a record.
     """
     relations = {relation.label: relation for relation in split.world.relations.values()}
-    rng, made = random.Random(seed), []
+    rng, variants = random.Random(seed), []
     for record in records:
         request, old = record.requests[0], record.metadata.get("original")
         relation = relations[record.relation]
@@ -41,5 +41,5 @@ def near_records(split: Split, records: Sequence[EditRecord], seed: int = 0) -> 
         if wordings and known:
             prompts = [relation.prompt(t.subject, wordings[0]) for t in rng.sample(known, min(NEAR_CASES, len(known)))]
             cases = tuple(EditCase(prompt, str(old)) for prompt in prompts)
-            made.append(replace(record, generality=(), locality=cases))
-    return made
+            variants.append(replace(record, generality=(), locality=cases))
+    return variants

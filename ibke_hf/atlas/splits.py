@@ -117,15 +117,17 @@ def build_records(
     )
     unknown = round(unknown_share * number)
     records = []
-    for make, triples, wanted in (
+    for make, triples, count in (
         (builder.counterfactual, split.counterfactual[name], number - unknown),
         (builder.unknown, split.unknown[name], unknown),
     ):
-        passes = 1 + (wanted // max(len(triples), 1) if name == "train" else 0) * 2
-        stream = (made for _ in range(passes) for triple in triples if (made := make(triple)) is not None)
-        part = list(islice(stream, wanted))
-        if len(part) < wanted:
-            raise ValueError(f"{name}: {wanted} records wanted of {make.__name__} edits, the tables allow {len(part)}")
+        passes = 1 + (count // max(len(triples), 1) if name == "train" else 0) * 2
+        stream = (
+            edit_record for _ in range(passes) for triple in triples if (edit_record := make(triple)) is not None
+        )
+        part = list(islice(stream, count))
+        if len(part) < count:
+            raise ValueError(f"{name}: {count} records wanted of {make.__name__} edits, the tables allow {len(part)}")
         records += [
             (split.world.relations[record["edit"]["property"]["description"]].domain, record) for record in part
         ]

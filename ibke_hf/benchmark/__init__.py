@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .benches import Bench, ModelBench
 from .cells import BenchmarkError, Cell, Plan
-from .runs import found_cells, merge_cells, open_folder, planned, run_cells
+from .runs import finished_cells, merge_cells, open_folder, planned, run_cells
 
 __all__ = [
     "Bench",
@@ -12,7 +12,7 @@ __all__ = [
     "Cell",
     "ModelBench",
     "Plan",
-    "found_cells",
+    "finished_cells",
     "merge_cells",
     "open_folder",
     "planned",

@@ -72,8 +72,8 @@ class Plan:
         for name in ("editors", "splits", "edits", "sequential"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                found = ", ".join(map(str, values)) or "none"
-                raise BenchmarkError(f"{name} must name at least one, and none of them twice, found {found}")
+                names = ", ".join(map(str, values)) or "none"
+                raise BenchmarkError(f"{name} must name at least one, and none of them twice, found {names}")
         if unknown := set(self.edits) - set(EDITS):
             raise BenchmarkError(f"edits must be some of {', '.join(EDITS)}, found {', '.join(sorted(unknown))}")
         if min(self.seeds, self.records, *self.sequential) < 1:

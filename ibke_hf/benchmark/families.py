@@ -95,21 +95,21 @@ def try_family(family: str, tokenizer: Any) -> Row:
             return row | {"not_edited": str(error)}
         template, layers = layers_to_edit(model, None, NAMED[family])
         row |= {"projection": template, "layers": layers, "found": "named by hand"}
-    made: list[Any] = []
+    edits: list[Any] = []
 
     def ibke() -> str | bool:
-        made.extend(_ibke_edit(model, tokenizer, requests, layers, template))
-        return _acts_and_goes(model, batch, made[1])
+        edits.extend(_ibke_edit(model, tokenizer, requests, layers, template))
+        return _acts_and_goes(model, batch, edits[1])
 
     row["ibke"] = _outcome(ibke)
-    if not made:
+    if not edits:
         return row | dict.fromkeys(("ft", "batched", "merged", "peft"), "no IBKE edit could be made")
     row["ft"] = _outcome(lambda: _fine_tuning_learns(model, tokenizer, requests, layers, template))
     row["batched"] = _outcome(
-        lambda: _batched_is_single(model, made[0], tokenizer, encode_requests(tokenizer, REQUESTS))
+        lambda: _batched_is_single(model, edits[0], tokenizer, encode_requests(tokenizer, REQUESTS))
     )
-    row["merged"] = _outcome(lambda: _merged_is_attached(model, batch, made[1]))
-    row["peft"] = _outcome(lambda: _peft_applies(model, batch, made[1]))
+    row["merged"] = _outcome(lambda: _merged_is_attached(model, batch, edits[1]))
+    row["peft"] = _outcome(lambda: _peft_applies(model, batch, edits[1]))
     return row
 
 
@@ -298,9 +298,9 @@ def _peft_applies(model: Any, batch: TokenBatch, edit: LowRankEdit) -> str | boo
         return _effect(_logits(loaded, batch), attached, before, "PEFT's and attached answers")
 
 
-def _effect(found: Tensor, attached: Tensor, before: Tensor, what: str) -> str | bool:
+def _effect(answers: Tensor, attached: Tensor, before: Tensor, what: str) -> str | bool:
     """Compare answers relative to what the edit changes in them."""
-    if torch.equal(found, before):
+    if torch.equal(answers, before):
         return "no effect"
-    error = float((found - attached).norm() / (attached - before).norm())
+    error = float((answers - attached).norm() / (attached - before).norm())
     return True if error < 0.01 else f"{what} differ by {error:.1e} of the edit's effect"

@@ -88,7 +88,7 @@ def run_cells(
             )
         )
         raise BenchmarkError(f"{len(failed)} of {len(missing)} cells failed: {reasons}")
-    return found_cells(target)
+    return finished_cells(target)
 
 
 def _train_missing(
@@ -146,7 +146,7 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
     write_json(folder / CELL, line)
 
 
-def found_cells(folder: str | Path) -> list[dict[str, Any]]:
+def finished_cells(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of all cells that are done, in the order of the plan, of the paper's editors and of seeds."""
     lines = [read_cell(file) for file in (Path(folder) / CELLS).glob(f"*/{CELL}")]
     (_, groups), editors = planned(folder), list(KINDS)
@@ -175,7 +175,7 @@ def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str
         with locked(target):
             for file in sorted((folder / CELLS).glob(f"*/{CELL}")):
                 _copy_cell(file, target / CELLS / file.parent.name)
-    return found_cells(target)
+    return finished_cells(target)
 
 
 def _copy_cell(file: Path, there: Path) -> None:
@@ -202,9 +202,9 @@ def open_folder(bench: Bench, plan: Plan, out: str | Path) -> None:
     Raises:
         ResultsError: If it holds cells of other settings; names each difference.
     """
-    given = {name: source for name in plan.editors if (source := bench.source(name)) is not None}
+    sources = {name: source for name in plan.editors if (source := bench.source(name)) is not None}
     settings = json.loads(
-        json.dumps({"ibke_hf": __version__, **bench.settings, "limit": plan.records, "given": given})
+        json.dumps({"ibke_hf": __version__, **bench.settings, "limit": plan.records, "given": sources})
     )
     _require_settings(Path(out), settings)
     groups = dict.fromkeys((cell.split, cell.edits, cell.sequential) for cell in plan.cells())
@@ -229,14 +229,14 @@ def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
     Editors that are given may be added, but none of another origin under the same id.
     """
-    file, given = folder / SETTINGS, dict(settings["given"])
+    file, sources = folder / SETTINGS, dict(settings["given"])
     if file.exists() and any((folder / CELLS).glob(f"*/{CELL}")):
         earlier = read_settings(file)
-        both = {name: source for name, source in earlier["given"].items() if name in given}
-        require_same(folder, {**earlier, "given": both}, {**settings, "given": {name: given[name] for name in both}})
-        given = {**earlier["given"], **given}
+        both = {name: source for name, source in earlier["given"].items() if name in sources}
+        require_same(folder, {**earlier, "given": both}, {**settings, "given": {name: sources[name] for name in both}})
+        sources = {**earlier["given"], **sources}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**settings, "given": given})
+    write_json(file, {**settings, "given": sources})
 
 
 @contextmanager

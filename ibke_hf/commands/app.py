@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     command.add_argument("--port", type=port, help="port to serve on (default: the first free one from 7860 on)")
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from ..app.page import launch
 
-    launch(given.editor, given.backbone, server_port=given.port)
+    launch(options.editor, options.backbone, server_port=options.port)

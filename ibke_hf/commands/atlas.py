@@ -78,72 +78,74 @@ def add(commands: Any) -> None:
         command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
-def _run_build_data(given: argparse.Namespace) -> None:
+def _run_build_data(options: argparse.Namespace) -> None:
     from ..atlas import ASSETS, load_split
     from ..atlas.datasets import write_evaluation_records
 
-    print(json.dumps(write_evaluation_records(load_split(), given.out or ASSETS / "records"), indent=2))
+    print(json.dumps(write_evaluation_records(load_split(), options.out or ASSETS / "records"), indent=2))
 
 
-def _run_build_backbone(given: argparse.Namespace) -> None:
+def _run_build_backbone(options: argparse.Namespace) -> None:
     from ..atlas import ASSETS, load_split
     from ..atlas.backbone import build_backbone
 
     split = load_split()
-    options = {
-        name: value for name, value in (("epochs", given.epochs), ("max_steps", given.max_steps)) if value is not None
+    limits = {
+        name: value
+        for name, value in (("epochs", options.epochs), ("max_steps", options.max_steps))
+        if value is not None
     }
-    report = build_backbone(split.world, split.taught, given.out or ASSETS / "backbone", seed=given.seed, **options)
+    report = build_backbone(split.world, split.taught, options.out or ASSETS / "backbone", seed=options.seed, **limits)
     print(json.dumps(report, indent=2))
 
 
-def _run_tune(given: argparse.Namespace) -> None:
+def _run_tune(options: argparse.Namespace) -> None:
     from ..atlas import ASSETS
     from ..atlas.tuning import EDITS, tune
 
-    print(json.dumps(tune(given.out or ASSETS, given.editors, given.sequential or EDITS), indent=2))
+    print(json.dumps(tune(options.out or ASSETS, options.editors, options.sequential or EDITS), indent=2))
 
 
-def _run_report(given: argparse.Namespace) -> None:
+def _run_report(options: argparse.Namespace) -> None:
     from ..atlas import ASSETS
     from ..atlas.report import markdown_table, write_report
 
-    print(markdown_table(write_report(given.out or ASSETS)))
+    print(markdown_table(write_report(options.out or ASSETS)))
 
 
-def _run_train_atlas(given: argparse.Namespace) -> None:
+def _run_train_atlas(options: argparse.Namespace) -> None:
     from ..atlas import ASSETS
     from ..atlas.editors import train_atlas_editor
 
-    _require_fields(given)
-    training = {name: value for group, name, value in given.set if group == "training"}
-    options = {name: value for group, name, value in given.set if group == "editor"}
-    training |= {name: value for name in ("max_steps", "records") if (value := getattr(given, name)) is not None}
+    _require_fields(options)
+    training = {name: value for group, name, value in options.set if group == "training"}
+    editor_fields = {name: value for group, name, value in options.set if group == "editor"}
+    training |= {name: value for name in ("max_steps", "records") if (value := getattr(options, name)) is not None}
     report = train_atlas_editor(
-        given.editor_name,
-        given.out or ASSETS / given.editor_name,
-        seed=given.seed,
-        options=options,
-        resume=given.resume,
+        options.editor_name,
+        options.out or ASSETS / options.editor_name,
+        seed=options.seed,
+        options=editor_fields,
+        resume=options.resume,
         **training,
     )
     print(json.dumps(report, indent=2))
 
 
-def _require_fields(given: argparse.Namespace) -> None:
+def _require_fields(options: argparse.Namespace) -> None:
     """Refuse a `--set` that names no field, or one that the command decides itself."""
     from ..core.configuration_ibke import IBKEConfig
     from ..editors.mend import MENDConfig
     from ..training.trainer import IBKETrainingArguments
 
-    config = IBKEConfig if given.editor_name == "ibke" else MENDConfig
+    config = IBKEConfig if options.editor_name == "ibke" else MENDConfig
     known = {
         "training": {
             field.name for field in fields(IBKETrainingArguments) if field.init and field.name not in NOT_TO_SET
         },
         "editor": {"layers", *(field.name for field in fields(config))},
     }
-    for group, name, _ in given.set:
+    for group, name, _ in options.set:
         if name not in known[group]:
             raise ValueError(f"--set {name}: no such field of the {group} recipe, or one that the command sets itself")
 

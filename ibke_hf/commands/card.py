@@ -39,22 +39,22 @@ def add(commands: Any) -> None:
     )
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from ..hub.cards import CARDS
 
-    names = CARDS if given.name == ALL else (given.name,)
-    if names[0] not in CARDS and Path(given.name).is_dir():
-        _show(given)
+    names = CARDS if options.name == ALL else (options.name,)
+    if names[0] not in CARDS and Path(options.name).is_dir():
+        _show(options)
         return
     for option in ("repository", "results"):
-        if getattr(given, option) is not None:
-            raise ValueError(f"--{option} belongs to the folder of a trained editor; {given.name!r} is none")
-    if given.needs:
-        _print_needs(given)
-    elif given.check:
-        _check(names, given.out or FOLDER)
+        if getattr(options, option) is not None:
+            raise ValueError(f"--{option} belongs to the folder of a trained editor; {options.name!r} is none")
+    if options.needs:
+        _print_needs(options)
+    elif options.check:
+        _check(names, options.out or FOLDER)
     else:
-        _write(names, given.out or FOLDER)
+        _write(names, options.out or FOLDER)
 
 
 def _write(names: tuple[str, ...], out: str) -> None:
@@ -75,18 +75,18 @@ def _check(names: tuple[str, ...], out: str) -> None:
     print(f"{', '.join(names)}: up to date")
 
 
-def _print_needs(given: argparse.Namespace) -> None:
+def _print_needs(options: argparse.Namespace) -> None:
     from ..hub.cards import BACKBONES, backbone_of
     from ..hub.cards.presets import needs_section
 
-    if given.name not in BACKBONES:
+    if options.name not in BACKBONES:
         raise ValueError(
-            f"--needs belongs to an editor that is not trained yet: {', '.join(BACKBONES)}; found {given.name!r}"
+            f"--needs belongs to an editor that is not trained yet: {', '.join(BACKBONES)}; found {options.name!r}"
         )
-    print("\n\n".join(needs_section(given.name, backbone_of(given.name))))
+    print("\n\n".join(needs_section(options.name, backbone_of(options.name))))
 
 
-def _show(given: argparse.Namespace) -> None:
+def _show(options: argparse.Namespace) -> None:
     """Print the card that `ibke push` writes for a trained editor that has none of its own beside it."""
     from ..hub.cards.editor import editor_card
     from ..hub.cards.results import RESULTS, read_results
@@ -94,18 +94,18 @@ def _show(given: argparse.Namespace) -> None:
     from ..hub.remote_code import code_files
     from ..loading import load_editor
 
-    folder = Path(given.name)
+    folder = Path(options.name)
     kind = folder_kind(folder)
     if kind != "editor":
         raise ValueError(f"{folder}: holds {kind}, whose card `ibke push` writes; give the folder of a trained editor")
     for option in ("out", "check", "needs"):
-        if getattr(given, option):
+        if getattr(options, option):
             raise ValueError(
                 f"--{option} belongs to the cards of this package; the card of the editor in {folder} is printed"
             )
-    results = read_results(given.results or (folder / RESULTS if (folder / RESULTS).exists() else None))
-    editor = load_editor(given.name)
+    results = read_results(options.results or (folder / RESULTS if (folder / RESULTS).exists() else None))
+    editor = load_editor(options.name)
     card = editor_card(
-        editor, given.repository or folder.resolve().name, results=results, remote=bool(code_files(editor))
+        editor, options.repository or folder.resolve().name, results=results, remote=bool(code_files(editor))
     )
     print(str(card), end="")

@@ -22,15 +22,15 @@ def add(commands: Any) -> None:
     command.add_argument("--json", type=place, metavar="FILE", help="write the answers, and the scores, to this file")
 
 
-def _run(given: argparse.Namespace) -> None:
-    if given.records is not None and not given.compare:
+def _run(options: argparse.Namespace) -> None:
+    if options.records is not None and not options.compare:
         raise ValueError("--records says how many records to score editors on; give --compare as well")
     from ..app.demo import run_demo
 
-    if given.json is None:
-        run_demo(compare=given.compare, records=given.records)
+    if options.json is None:
+        run_demo(compare=options.compare, records=options.records)
         return
-    file = Path(given.json)
+    file = Path(options.json)
     require_writable(file)  # before the lock makes its folder, and not after all scoring
     with locked(file.parent, lock=f".{file.name}.lock"):
-        run_demo(json_file=file, compare=given.compare, records=given.records)
+        run_demo(json_file=file, compare=options.compare, records=options.records)

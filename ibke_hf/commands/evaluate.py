@@ -105,81 +105,81 @@ def add(commands: Any) -> None:
     )
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from ..loading import require_editor
 
-    require_editor(given.editor or "ibke", given.model)
-    _require_corpus_used(given)
-    with locked(given.out):  # before anything is loaded
-        _evaluate(given)
+    require_editor(options.editor or "ibke", options.model)
+    _require_corpus_used(options)
+    with locked(options.out):  # before anything is loaded
+        _evaluate(options)
 
 
-def _evaluate(given: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
     from ..evaluation.report.score_table import score_table
     from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
     from ..loading import load_all
 
     unread: Counter[str] = Counter()
-    records = list(_records(given, unread))
+    records = list(_records(options, unread))
     model, tokenizer, editor = load_all(
-        given.editor,
-        given.model,
-        corpus=given.corpus,
-        edits=given.sequential,
-        edited_modules=given.edited_modules,
-        **load_options(given),
+        options.editor,
+        options.model,
+        corpus=options.corpus,
+        edits=options.sequential,
+        edited_modules=options.edited_modules,
+        **load_options(options),
     )
-    changes = prompt_changes(given, tokenizer)
+    changes = prompt_changes(options, tokenizer)
     records = [record.formatted(**changes) for record in records]
-    settings = {name: getattr(given, name) for name in SELECTION}
+    settings = {name: getattr(options, name) for name in SELECTION}
     results = evaluate_to_folder(
-        given.out,
+        options.out,
         editor,
         model,
         tokenizer,
         records,
         unread=unread,
-        sequential=given.sequential,
-        mode=given.mode,
-        batch_size=given.batch_size,
-        collision_scope=given.collision_scope,
-        locality_match=given.locality_match,
-        span=given.span,
-        generate=not given.no_generate,
-        strict=given.strict,
+        sequential=options.sequential,
+        mode=options.mode,
+        batch_size=options.batch_size,
+        collision_scope=options.collision_scope,
+        locality_match=options.locality_match,
+        span=options.span,
+        generate=not options.no_generate,
+        strict=options.strict,
         progress=sys.stderr.isatty(),
         settings={
             **settings,
-            "model": given.model or model.config.name_or_path,
-            "editor": given.editor or "ibke",
-            "corpus": given.corpus,
-            **({"edited_modules": given.edited_modules} if given.edited_modules else {}),
+            "model": options.model or model.config.name_or_path,
+            "editor": options.editor or "ibke",
+            "corpus": options.corpus,
+            **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
         },
     )
     print(score_table(results))
-    print("\nwritten: " + ", ".join(str(Path(given.out) / name) for name in (RESULTS, ROWS, PAGE)))
+    print("\nwritten: " + ", ".join(str(Path(options.out) / name) for name in (RESULTS, ROWS, PAGE)))
 
 
 # --- what is evaluated --------------------------------------------------------------------------------------------
 
 
-def _records(given: argparse.Namespace, unread: Counter[str]) -> Iterator[Any]:
+def _records(options: argparse.Namespace, unread: Counter[str]) -> Iterator[Any]:
     from ..data.sources import select
 
     filters = {
-        "domains": given.domains,
-        "criteria": given.criteria,
-        "hops": given.hops,
-        "limit": given.limit,
-        "seed": given.seed,
+        "domains": options.domains,
+        "criteria": options.criteria,
+        "hops": options.hops,
+        "limit": options.limit,
+        "seed": options.seed,
     }
-    if given.dataset == ATLAS:
+    if options.dataset == ATLAS:
         from ..atlas import load_records
 
-        if given.format:
-            raise ValueError(f"--format {given.format}: the records of atlas have one format; leave it out")
-        return select(load_records(given.split or "test"), skipped=unread, **filters)
-    return read_dataset(given.dataset, format=given.format, split=given.split, skipped=unread, **filters)
+        if options.format:
+            raise ValueError(f"--format {options.format}: the records of atlas have one format; leave it out")
+        return select(load_records(options.split or "test"), skipped=unread, **filters)
+    return read_dataset(options.dataset, format=options.format, split=options.split, skipped=unread, **filters)
 
 
 def _require_corpus_used(options: argparse.Namespace) -> None:

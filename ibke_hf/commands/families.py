@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     )
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     import logging
     import warnings
 
@@ -31,7 +31,7 @@ def _run(given: argparse.Namespace) -> None:
     from ..atlas import load_backbone
     from ..benchmark.families import all_families, families_report, page, write_report
 
-    unknown = sorted(set(given.families or ()) - set(all_families()))
+    unknown = sorted(set(options.families or ()) - set(all_families()))
     if unknown:
         raise ValueError(f"--families {unknown[0]}: transformers has no decoder of this model type")
     loggers, verbosity = logging.getLogger("ibke_hf"), get_verbosity()
@@ -42,13 +42,13 @@ def _run(given: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = families_report(
-                load_backbone()[1], given.families, progress=lambda line: print(line, file=sys.stderr, flush=True)
+                load_backbone()[1], options.families, progress=lambda line: print(line, file=sys.stderr, flush=True)
             )
     finally:
         set_verbosity(verbosity)
         loggers.setLevel(level)
-    if given.out is None:
+    if options.out is None:
         print(page(report))
         return
-    write_report(report, given.out)
-    print(f"wrote {given.out}/FAMILIES.md and families.json")
+    write_report(report, options.out)
+    print(f"wrote {options.out}/FAMILIES.md and families.json")

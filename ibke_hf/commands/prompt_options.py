@@ -26,21 +26,21 @@ def prompt_options(command: Any) -> None:
     )
 
 
-def prompt_changes(given: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
+def prompt_changes(options: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
     """Return the fields of :class:`~ibke_hf.core.records.PromptFormat` that the options set.
 
     Args:
-        given: The parsed options.
+        options: The parsed options.
         tokenizer: Checked for a chat template, if it is to be used.
 
     Raises:
         ValueError: If options of a chat template are given without ``--chat``, or the tokenizer has no template.
     """
-    if given.chat_options and not given.chat:
+    if options.chat_options and not options.chat:
         raise ValueError("--chat-options: only a chat template takes them; give --chat as well")
-    if given.chat and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
+    if options.chat and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
         raise ValueError("--chat: the tokenizer has no chat template; leave the chat option off for this model")
-    fields = {"chat": given.chat, "chat_options": given.chat_options, "leading_space": given.leading_space}
+    fields = {"chat": options.chat, "chat_options": options.chat_options, "leading_space": options.leading_space}
     return {name: value for name, value in fields.items() if value}
 
 

@@ -23,15 +23,15 @@ def add(commands: Any) -> None:
     )
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from ..hub.push import folder_kind, push_folder
 
-    kind, options = folder_kind(given.folder), upload_settings(given)
-    for name, value, owner in (("results", given.results, "editor"), ("max_rank", given.max_rank, "edit")):
+    kind, settings = folder_kind(options.folder), upload_settings(options)
+    for name, value, owner in (("results", options.results, "editor"), ("max_rank", options.max_rank, "edit")):
         if value is not None and kind != owner:
             raise ValueError(
-                f"--{name.replace('_', '-')} belongs to an {owner}, and {given.folder} holds {kind}; leave it out"
+                f"--{name.replace('_', '-')} belongs to an {owner}, and {options.folder} holds {kind}; leave it out"
             )
-        options |= {} if value is None else {name: value}
-    commit = push_folder(given.folder, given.repository, **options)
+        settings |= {} if value is None else {name: value}
+    commit = push_folder(options.folder, options.repository, **settings)
     print(f"{kind}: {commit.pr_url or commit.commit_url}")

@@ -27,15 +27,15 @@ def add(commands: Any) -> None:
     command.add_argument("--out", type=place, required=True, metavar="DIR", help="new or empty folder")
 
 
-def _run_push(given: argparse.Namespace) -> None:
+def _run_push(options: argparse.Namespace) -> None:
     from ..hub.spaces import push_space
 
-    commit = push_space(given.folder, given.repository, **upload_settings(given))
+    commit = push_space(options.folder, options.repository, **upload_settings(options))
     print(f"space: {commit.pr_url or commit.commit_url}")
 
 
-def _run_build(given: argparse.Namespace) -> None:
+def _run_build(options: argparse.Namespace) -> None:
     from ..hub.spaces import assemble
 
-    folder = assemble(given.folder, given.out)
+    folder = assemble(options.folder, options.out)
     print(f"{folder}: run it by `python app.py` there, with what requirements.txt lists")

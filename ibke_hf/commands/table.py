@@ -68,30 +68,30 @@ def add(commands: Any) -> None:
     )
     what.add_argument("--limit", type=positive, default=100, metavar="N", help="records of a cell (default: 100)")
     prompt_options(command.add_argument_group("how records are asked"))
-    made = command.add_argument_group("how editors are made")
-    made.add_argument(
+    making = command.add_argument_group("how editors are made")
+    making.add_argument(
         "--records", nargs="+", metavar="FILE", help="training records of the editors with weights (atlas: its own)"
     )
-    made.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records of their training")
-    made.add_argument(
+    making.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records of their training")
+    making.add_argument(
         "--steps", type=positive, metavar="N", help="their training steps, the same for all (atlas: 700)"
     )
-    made.add_argument(
+    making.add_argument(
         "--corpus",
         metavar="FILE|ID",
         help="texts that ROME and AlphaEdit measure the model's keys on (atlas: its own)",
     )
-    edited_modules_option(made)
-    made.add_argument(
+    edited_modules_option(making)
+    making.add_argument(
         "--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training"
     )
-    made.add_argument(
+    making.add_argument(
         "--trained",
         type=place,
         metavar="DIR",
         help="folder of the trained editors (default: editors in the output folder)",
     )
-    made.add_argument(
+    making.add_argument(
         "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default: 64)"
     )
     command.add_argument(
@@ -107,47 +107,47 @@ def add(commands: Any) -> None:
     )
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from ..evaluation.report.trade_off import require_plots
 
     require_plots()  # not after hours of work
-    with locked(given.out):
-        _make(given)
+    with locked(options.out):
+        _make(options)
 
 
-def _make(given: argparse.Namespace) -> None:
+def _make(options: argparse.Namespace) -> None:
     from ..benchmark import merge_cells, open_folder, run_cells
 
-    if given.merge:
-        merge_cells(given.merge, given.out)
-        _show(given.out)
+    if options.merge:
+        merge_cells(options.merge, options.out)
+        _show(options.out)
         return
-    bench, plan = _bench_and_plan(given)
-    open_folder(bench, plan, given.out)
+    bench, plan = _bench_and_plan(options)
+    open_folder(bench, plan, options.out)
     try:
         run_cells(
             bench,
             plan,
-            given.out,
-            shard=given.shard,
-            trained=given.trained,
-            batch_size=given.batch_size,
+            options.out,
+            shard=options.shard,
+            trained=options.trained,
+            batch_size=options.batch_size,
             progress=sys.stderr.isatty(),
         )
     finally:  # what is made by now is shown, whatever stops the rest
-        _show(given.out)
+        _show(options.out)
 
 
 def _show(out: str) -> None:
     """Write and print the table of all cells that the folder holds; those planned that are missing are said to be."""
-    from ..benchmark import found_cells, planned
+    from ..benchmark import finished_cells, planned
     from ..evaluation.report.table import Column
     from ..evaluation.report.table_files import CSV, JSON, MARKDOWN, PAGE, PLOT, write_tables
 
     editors, groups = planned(out)
     print(
         write_tables(
-            found_cells(out),
+            finished_cells(out),
             out,
             editors=editors,
             columns=[Column(*group) for group in groups],
@@ -158,61 +158,61 @@ def _show(out: str) -> None:
     print("\nwritten: " + ", ".join(str(file) for file in files if file.exists()))
 
 
-def _bench_and_plan(given: argparse.Namespace) -> tuple[Any, Any]:
+def _bench_and_plan(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..benchmark import Plan
 
-    atlas = given.model == ATLAS
-    kinds = given.edits or (("counterfactual", "unknown") if atlas else ("all",))
-    editors = [_editor(text) for text in given.editors or _default_editors(atlas)]
-    datasets = given.datasets or _default_datasets(atlas)
-    plan = Plan([name for name, _ in editors], datasets, kinds, given.sequential, given.seeds, given.limit)
-    return (_atlas_bench if atlas else _model_bench)(given, dict(editors)), plan
+    atlas = options.model == ATLAS
+    kinds = options.edits or (("counterfactual", "unknown") if atlas else ("all",))
+    editors = [_editor(text) for text in options.editors or _default_editors(atlas)]
+    datasets = options.datasets or _default_datasets(atlas)
+    plan = Plan([name for name, _ in editors], datasets, kinds, options.sequential, options.seeds, options.limit)
+    return (_atlas_bench if atlas else _model_bench)(options, dict(editors)), plan
 
 
-def _atlas_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
+def _atlas_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..atlas.bench import STEPS, AtlasBench
 
     named = [
         f"--{name.replace('_', '-')}"
         for name in ("records", "validation", "corpus", "edited_modules", "config", "device", "device_map", "revision")
-        if getattr(given, name)
+        if getattr(options, name)
     ]
-    named += ["--dtype"] * (given.dtype != "auto")
-    named += [f"--{name.replace('_', '-')}" for name in prompt_changes(given)]
+    named += ["--dtype"] * (options.dtype != "auto")
+    named += [f"--{name.replace('_', '-')}" for name in prompt_changes(options)]
     named += [f"--editors {name}={path}" for name, path in editors.items() if path]
     if named:
         raise ValueError(f"{named[0]}: atlas has its own; leave it out, or give a --backbone")
-    return AtlasBench(given.steps or STEPS)
+    return AtlasBench(options.steps or STEPS)
 
 
-def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
+def _model_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..benchmark import ModelBench
     from ..editors.locate.corpus import key_statistics
     from ..loading import load_editor, load_model
     from ..training.recipe import PAPER_DTYPES, read_settings, train_editor, training_settings
 
-    config = read_settings(given.config, SETTINGS) if given.config else {}
-    fields = _with_projections(_checked_config(config, str(given.config)), given.edited_modules)
+    config = read_settings(options.config, SETTINGS) if options.config else {}
+    fields = _with_projections(_checked_config(config, str(options.config)), options.edited_modules)
     corpus, layers, steps = (
-        given.corpus or config.get("corpus"),
+        options.corpus or config.get("corpus"),
         config.get("layers"),
-        {"max_steps": given.steps} if given.steps else {},
+        {"max_steps": options.steps} if options.steps else {},
     )
-    if given.dtype == "auto":
-        given.dtype = PAPER_DTYPES.get(given.model, "auto")  # editors are trained and scored in the same precision
+    if options.dtype == "auto":
+        options.dtype = PAPER_DTYPES.get(options.model, "auto")  # editors are trained and scored in the same precision
 
-    changes = prompt_changes(given)
+    changes = prompt_changes(options)
 
     def training(name: str, seed: int, folder: Path) -> Mapping[str, Any]:
         kind, config_fields = kind_of(name), dict(fields.get(name, {}))
         flags = {
             "kind": kind.variant_of or name,
-            "backbone": given.model,
-            "records": given.records,
-            "validation": given.validation,
+            "backbone": options.model,
+            "records": options.records,
+            "validation": options.validation,
             "out": str(folder),
             "layers": config_fields.pop("layers", layers if kind.several_layers else None),
-            "dtype": None if given.dtype == "auto" else given.dtype,
+            "dtype": None if options.dtype == "auto" else options.dtype,
             **changes,
         }
         return training_settings(
@@ -230,26 +230,26 @@ def _model_bench(given: argparse.Namespace, editors: Mapping[str, str]) -> Any:
             tokenizer,
             str(corpus),
             [fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")],
-            edited_modules=given.edited_modules,
+            edited_modules=options.edited_modules,
         )
 
     settings = {
-        "backbone": given.model,
-        "dtype": given.dtype,
-        "trained_on": given.records,
-        "validation": given.validation,
-        "steps": given.steps,
+        "backbone": options.model,
+        "dtype": options.dtype,
+        "trained_on": options.records,
+        "validation": options.validation,
+        "steps": options.steps,
         "config": config,
         "corpus": corpus,
-        **({"edited_modules": given.edited_modules} if given.edited_modules else {}),
+        **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
         **changes,
     }
     return ModelBench(
-        lambda: load_model(given.model, **load_options(given)),
+        lambda: load_model(options.model, **load_options(options)),
         lambda name: (record.formatted(**changes) for record in _read(name)),
         saved={name: path for name, path in editors.items() if path},
         load_saved=load_editor,
-        training=training if given.records else None,
+        training=training if options.records else None,
         train=train,
         statistics=statistics if corpus else None,
         layers=layers,

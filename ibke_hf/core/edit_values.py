@@ -227,17 +227,17 @@ def described(edit: Described, info: EditInfo, previous: Any = None) -> Describe
 
 
 def warn_of_other_backbone(
-    info: EditInfo, found: Mapping[str, Sequence[float]], model_name: str, what: str = "the edit"
+    info: EditInfo, layers_fingerprint: Mapping[str, Sequence[float]], model_name: str, what: str = "the edit"
 ) -> None:
     """Say so where the layers of a model have other weights than those that an edit was made on.
 
     Args:
         info: Of the edit.
-        found: Fingerprint of the model's layers.
+        layers_fingerprint: Fingerprint of the model's layers.
         model_name: What the model is called.
         what: What the edit is called.
     """
-    if not same_backbone(info.fingerprint, found):
+    if not same_backbone(info.fingerprint, layers_fingerprint):
         logger.warning_once(
             f"{what} ({info.editor or 'of an unknown editor'}) was made on {info.backbone or 'another backbone'}, and "
             f"the weights of {model_name or 'this model'} differ from those: it may say anything there. Make the edit "
@@ -262,8 +262,8 @@ def require_length(previous: Edit, number: int) -> None:
         ValueError: If it has another number of rows.
     """
     if len(previous) not in (1, number):
-        wanted = "1" if number == 1 else f"1 or {number}"
+        lengths = "1" if number == 1 else f"1 or {number}"
         raise ValueError(
-            f"previous holds {len(previous)} independent edits, here it must hold {wanted}; choose one, such as "
+            f"previous holds {len(previous)} independent edits, here it must hold {lengths}; choose one, such as "
             f"previous[0]"
         )

@@ -59,11 +59,11 @@ def plain_name(name: str) -> str:
 
 def named_projections(model: nn.Module) -> dict[str, nn.Module]:
     """Return every projection of a model by its plain name, a PEFT layer standing for the layer it wraps."""
-    found: dict[str, nn.Module] = {}
+    projections: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if is_projection(module) and ".base_layer" not in name and ".lora_" not in name:
-            found.setdefault(plain_name(name), module)
-    return found
+            projections.setdefault(plain_name(name), module)
+    return projections
 
 
 def modules_to_edit(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -76,11 +76,11 @@ def modules_to_edit(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
     missing = next((name for name in names if name not in projections), None)
     if missing is not None:
         candidates = sorted({_template(name) for name in projections})
-        found = f"its linear layers are {_listed(candidates)}"
+        alternatives = f"its linear layers are {_listed(candidates)}"
         if _template(missing) in candidates:
             layers = [str(_block_of(name)) for name in projections if _template(name) == _template(missing)]
-            found = f"it has {_template(missing)} for i = {_listed(layers)}"
-        raise BackboneError(f"{type(model).__name__} has no linear layer named {missing!r}; {found}")
+            alternatives = f"it has {_template(missing)} for i = {_listed(layers)}"
+        raise BackboneError(f"{type(model).__name__} has no linear layer named {missing!r}; {alternatives}")
     return {name: projections[name] for name in names}
 
 
@@ -225,7 +225,7 @@ def _default_layers(model: Any, template: str, default: Sequence[int] | None) ->
     having = having or list(range(depth))  # whoever looks the modules up says which name is missing
     if default is None:
         return [layer for layer in having if layer <= depth // 2][-3:] or having[:3]
-    return sorted({min(having, key=lambda layer: abs(layer - wanted)) for wanted in default})
+    return sorted({min(having, key=lambda layer: abs(layer - preferred)) for preferred in default})
 
 
 def number_of_layers(model: Any) -> int:

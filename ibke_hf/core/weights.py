@@ -82,10 +82,10 @@ def _sharer(model: nn.Module, module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    own_name = ""
+    weight_name = ""
     for prefix, other in model.named_modules():
         if other is module:
-            own_name = f"{prefix}.weight"
+            weight_name = f"{prefix}.weight"
             continue
         for name, parameter in other.named_parameters(recurse=False):
             if parameter is weight or (parameter.data_ptr() == weight.data_ptr() != 0):
@@ -93,4 +93,4 @@ def _sharer(model: nn.Module, module: nn.Module) -> str | None:
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     if weight.device.type != "meta" or not isinstance(tied, Mapping):  # offloaded weights have no address
         return None
-    return tied.get(own_name) or next((other for other, name in tied.items() if name == own_name), None)
+    return tied.get(weight_name) or next((other for other, name in tied.items() if name == weight_name), None)

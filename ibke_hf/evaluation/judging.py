@@ -191,9 +191,9 @@ class Judge:
     def _equal_strings(self, logits: Tensor, expected: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Hits within the top k and the top 1 where equal decoded tokens count as equal, as UniEdit compares them."""
         best = [self._tokens(row) for row in scores.top_ids(logits, top_k).tolist()]
-        wanted = self._tokens(expected.tolist())
-        hits = [text in texts for text, texts in zip(wanted, best, strict=True)]
-        return torch.tensor(hits), torch.tensor([text == texts[0] for text, texts in zip(wanted, best, strict=True)])
+        targets = self._tokens(expected.tolist())
+        hits = [text in texts for text, texts in zip(targets, best, strict=True)]
+        return torch.tensor(hits), torch.tensor([text == texts[0] for text, texts in zip(targets, best, strict=True)])
 
     def _tokens(self, ids: Sequence[int]) -> list[str]:
         return [str(self.tokenizer.decode([i])) for i in ids]

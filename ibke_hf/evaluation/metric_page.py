@@ -146,13 +146,13 @@ def _objects(text: str) -> Iterator[tuple[str, str]]:
 
 def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the cases of columns, of which all have a value for each case or are null."""
-    given = {name: values for name, values in columns.items() if values is not None}
+    filled = {name: values for name, values in columns.items() if values is not None}
     number = len(columns["role"])
-    for name, values in given.items():
+    for name, values in filled.items():
         if not isinstance(values, list) or len(values) != number:
-            found = f"{len(values)} values" if isinstance(values, list) else f"{values!r:.40}"
-            raise PasteError([f"{name}: {number} roles, but {found}; every column is a list with one value a case"])
-    return [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+            shown = f"{len(values)} values" if isinstance(values, list) else f"{values!r:.40}"
+            raise PasteError([f"{name}: {number} roles, but {shown}; every column is a list with one value a case"])
+    return [dict(zip(filled, values, strict=True)) for values in zip(*filled.values(), strict=True)]
 
 
 def _read(place: str, text: str, ids: dict[int | str, int]) -> dict[str, Any] | str:
@@ -165,10 +165,10 @@ def _read(place: str, text: str, ids: dict[int | str, int]) -> dict[str, Any] | 
         return f"{place}: {error}"
 
 
-def _case(found: Any, ids: dict[int | str, int]) -> dict[str, Any]:
-    if not isinstance(found, Mapping):
-        raise ValueError(f"a case is a JSON object, such as {SHOWN}; found {found!r:.40}")
-    case = {NAMES.get(name, name): value for name, value in found.items() if name not in NOTES}
+def _case(pasted: Any, ids: dict[int | str, int]) -> dict[str, Any]:
+    if not isinstance(pasted, Mapping):
+        raise ValueError(f"a case is a JSON object, such as {SHOWN}; found {pasted!r:.40}")
+    case = {NAMES.get(name, name): value for name, value in pasted.items() if name not in NOTES}
     for name in case:
         if name not in FIELDS:
             raise ValueError(f'there is no field "{name:.40}"; the fields are {", ".join((*FIELDS, *NOTES))}')
@@ -207,10 +207,10 @@ def _tokens(reference: Any, prediction: Any) -> tuple[list[Any], list[list[Any]]
     return reference, ranked
 
 
-def _criterion(found: Any) -> str:
-    names = [found] if isinstance(found, str) else found or []
+def _criterion(value: Any) -> str:
+    names = [value] if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"criterion is a text, such as Rephrase, or a list of texts; found {found!r:.40}")
+        raise ValueError(f"criterion is a text, such as Rephrase, or a list of texts; found {value!r:.40}")
     return ", ".join(names)
 
 

@@ -91,8 +91,8 @@ def folder_kind(folder: str | Path) -> str:
         return "editor"
     if record_splits(path):
         return "records"
-    found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
-    raise ValueError(f"{folder}: neither an editor, an edit nor records; found {found}")
+    contents = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+    raise ValueError(f"{folder}: neither an editor, an edit nor records; found {contents}")
 
 
 def _field(file: Path, name: str, what: str) -> Any:

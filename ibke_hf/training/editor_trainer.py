@@ -73,7 +73,7 @@ class EditorTrainer(Trainer, ABC):
         super().__init__(model, args, **kwargs)  # without the tokenizer, or its tokens would enter the editor's config
         self.tokenizer = self.callback_handler.processing_class = processing_class
         self.model_accepts_loss_kwargs = False
-        self.add_callback(_OwnNoise())
+        self.add_callback(_NoisePerRank())
         self.add_callback(_StopWhenAsked(self))
         self.stopped = self._stop_requested = self._stop_agreed = False
         self._sums: dict[str, Tensor] = {}  # of the terms since the last log
@@ -343,7 +343,7 @@ class EditorTrainer(Trainer, ABC):
             self.push_to_hub(f"Training in progress, step {self.state.global_step}")
 
 
-class _OwnNoise(TrainerCallback):
+class _NoisePerRank(TrainerCallback):
     """Gives every rank its own ε; rank 0 goes on with the seed, and a resumed run loads its states after this."""
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:

@@ -69,11 +69,11 @@ def run_serac_batch(model: nn.Module, editor: Any, backbone: Any, inputs: Mappin
     entries, split = entries_of(cases[:requests]), requests + generality
     pairs = [(k, k) for k in range(requests)]
     pairs += [(case, k) for case in range(requests, split) for k in range(requests) if owners[case] == owners[k]]
-    made: ScopesAndAnswers = model([ids for ids, _ in entries], cases, pairs)
+    outputs: ScopesAndAnswers = model([ids for ids, _ in entries], cases, pairs)
     rows = (cases.labels != IGNORED).nonzero()[:, 0]
     terms = {
-        "loss_scope": scope_loss(made.scopes, owners[rows], owners[:requests], rows < split),
-        "loss_counterfactual": answer_loss(made.answers, cases.labels[[case for case, _ in pairs]]),
+        "loss_scope": scope_loss(outputs.scopes, owners[rows], owners[:requests], rows < split),
+        "loss_counterfactual": answer_loss(outputs.answers, cases.labels[[case for case, _ in pairs]]),
     }
     nothing = torch.zeros(0)
     if model.training:
@@ -88,12 +88,12 @@ def run_serac_batch(model: nn.Module, editor: Any, backbone: Any, inputs: Mappin
 
 def entries_of(requests: TokenBatch) -> list[Entry]:
     """Return the tokens of tokenised requests, the last target token included, and where their targets start."""
-    found = []
+    entries = []
     for ids, mask, labels in zip(requests.input_ids, requests.attention_mask.bool(), requests.labels, strict=True):
         targets = labels[labels != IGNORED].tolist()
-        own = [*ids[mask].tolist(), targets[-1]]
-        found.append((own, len(own) - len(targets)))
-    return found
+        tokens = [*ids[mask].tolist(), targets[-1]]
+        entries.append((tokens, len(tokens) - len(targets)))
+    return entries
 
 
 def scope_loss(scopes: Tensor, owners: Tensor, requests: Tensor, in_scope: Tensor) -> Tensor:
@@ -105,10 +105,10 @@ def scope_loss(scopes: Tensor, owners: Tensor, requests: Tensor, in_scope: Tenso
         requests: (m,) record of each request.
         in_scope: (p,) whether the position is one of a request or generality case.
     """
-    own = (owners.unsqueeze(1) == requests.unsqueeze(0)).to(scopes.device)
-    positive = own & in_scope.unsqueeze(1).to(scopes.device)
+    same_record = (owners.unsqueeze(1) == requests.unsqueeze(0)).to(scopes.device)
+    positive = same_record & in_scope.unsqueeze(1).to(scopes.device)
     losses = functional.binary_cross_entropy_with_logits(scopes.float(), positive.float(), reduction="none")
-    parts = [losses[part].mean() for part in (positive, own & ~positive, ~own) if part.any()]
+    parts = [losses[part].mean() for part in (positive, same_record & ~positive, ~same_record) if part.any()]
     return torch.stack(parts).mean()
 
 

@@ -99,7 +99,7 @@ class TrainingSettings:
         Raises:
             ValueError: For an unknown or missing setting, or a value that cannot be; one line that names it.
         """
-        values = _given(settings)
+        values = _without_none(settings)
         for name in LISTS:
             if isinstance(values.get(name), str):
                 values[name] = [values[name]]
@@ -144,9 +144,9 @@ def training_settings(
     Raises:
         ValueError: As :meth:`TrainingSettings.of`.
     """
-    settings = (read_settings(config) if config is not None else {}) | _given(flags)
+    settings = (read_settings(config) if config is not None else {}) | _without_none(flags)
     for name, group in (("editor", editor), ("training", training)):
-        settings[name] = {**(settings.get(name) or {}), **_given(group)}
+        settings[name] = {**(settings.get(name) or {}), **_without_none(group)}
     checked = asdict(TrainingSettings.of(settings))
     return {name: checked[name] for name, value in settings.items() if value is not None}
 
@@ -270,7 +270,7 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ import torch
 from record_files import CITIES, write_records
 from training_runs import record
 
-from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, found_cells, merge_cells, run_cells
+from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, finished_cells, merge_cells, run_cells
 from ibke_hf.benchmark.files import CELL, SETTINGS
 from ibke_hf.benchmark.files import PLAN as PLAN_FILE
 from ibke_hf.benchmark.runs import CELLS
@@ -152,10 +152,10 @@ def test_shards_joined_are_the_whole(bench: Any, tmp_path: Path) -> None:
     parts = [tmp_path / f"part{i}" for i in (1, 2)]
     for i, part in enumerate(parts, 1):
         run(bench(), part, shard=(i, 2))
-    assert 0 < len(found_cells(parts[0])) < len(whole)
+    assert 0 < len(finished_cells(parts[0])) < len(whole)
     assert scores(merge_cells(parts, tmp_path / "joined")) == scores(whole)
     assert scores(run(bench(), tmp_path / "joined")) == scores(whole)  # and may be gone on with
-    assert merge_cells(parts, tmp_path / "joined") == found_cells(tmp_path / "joined")  # twice is once
+    assert merge_cells(parts, tmp_path / "joined") == finished_cells(tmp_path / "joined")  # twice is once
 
 
 def test_what_differs_is_not_joined(bench: Any, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_value_that_no_cell_has_is_named(bench: Any, tmp_path: Path, field: st
     path = next((tmp_path / CELLS).glob(f"*/{CELL}"))
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(FileError, match=rf"{re.escape(str(path))}: .*{field}.*remove its folder"):
-        found_cells(tmp_path)
+        finished_cells(tmp_path)
 
 
 def test_a_folder_of_other_settings_is_refused(bench: Any, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_what_fails_is_named_and_the_rest_is_made(
         BenchmarkError, match=r"2 of 4 cells failed: ibke on places, .*--records.*rome on places, .*--corpus"
     ):
         run(bench(hyper_parameters={"ft": {"steps": 2}, "grace": {"steps": 2}}), tmp_path, plan)
-    assert [cell["editor"] for cell in found_cells(tmp_path)] == ["ft", "grace"]
+    assert [cell["editor"] for cell in finished_cells(tmp_path)] == ["ft", "grace"]
 
 
 def test_an_editor_that_is_given_is_not_mixed_with_another(bench: Any, tmp_path: Path, tiny_model: Any) -> None:
@@ -247,7 +247,7 @@ def test_a_selection_without_records_takes_no_other_with_it(bench: Any, tmp_path
         BenchmarkError, match="2 of 8 cells failed: none on a, seed 0: a: has no record of unknown edits"
     ):
         run(made, tmp_path, replace(PLAN, splits=("a", "b"), seeds=1))
-    assert len(found_cells(tmp_path)) == 6
+    assert len(finished_cells(tmp_path)) == 6
 
 
 def test_more_edits_at_once_than_requests_are_refused(bench: Any, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ibke_hf.core.capture import NonFiniteError, target_logits
 from ibke_hf.core.layers import BackboneError
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests
-from ibke_hf.editors.t_patcher import TPatcherConfig, TPatcherEdit, TPatcherEditor, own_texts, patched_ffn
+from ibke_hf.editors.t_patcher import TPatcherConfig, TPatcherEdit, TPatcherEditor, patched_ffn, sampled_texts
 from ibke_hf.editors.t_patcher.training import NewPatches, top_mean_exp
 
 FAST = {"steps": 100, "learning_rate": 0.2}  # tiny models with random weights are hard to move
@@ -250,8 +250,8 @@ def test_sequential_edits_go_on_from_the_patches_before(tiny_model: Callable[...
 
 def test_without_a_memory_the_model_writes_one(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("llama")
-    texts = own_texts(model)
-    assert texts == own_texts(model)
+    texts = sampled_texts(model)
+    assert texts == sampled_texts(model)
     assert (len(texts), {len(text) for text in texts}) == (64, {32})
     editor = make(model, memory=(), memory_size=300, steps=2)
     editor.edit(model, tiny_tokenizer, REQUESTS)

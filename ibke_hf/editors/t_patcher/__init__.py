@@ -18,6 +18,6 @@ A patch of a ReLU that is silent adds an exact zero, so a token that no patch fi
 
 from .editor import TPatcherConfig, TPatcherEditor
 from .patches import TPatcherEdit, patched_ffn
-from .queries import own_texts
+from .queries import sampled_texts
 
-__all__ = ["TPatcherConfig", "TPatcherEdit", "TPatcherEditor", "own_texts", "patched_ffn"]
+__all__ = ["TPatcherConfig", "TPatcherEdit", "TPatcherEditor", "patched_ffn", "sampled_texts"]

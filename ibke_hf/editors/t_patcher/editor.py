@@ -22,7 +22,7 @@ from ...core.layers import (
 from ...core.records import EditRequest
 from ...core.tokens import IGNORED, TokenBatch, context_length, encode_prompt, encode_requests
 from .patches import Activation, TPatcherEdit, patched_ffn, widths_of
-from .queries import OWN_TEXTS, own_texts, prompts, run
+from .queries import SAMPLED_TEXTS, prompts, run, sampled_texts
 from .training import NewPatches, Patches
 
 
@@ -216,10 +216,10 @@ class TPatcherEditor:
         """Return the memory queries M (c, d); they are read once for each model."""
         if model not in self._memories:
             longest = context_length(model)
-            texts = [encode_prompt(tokenizer, text)[:longest] for text in self.config.memory] or own_texts(model)
+            texts = [encode_prompt(tokenizer, text)[:longest] for text in self.config.memory] or sampled_texts(model)
             read = []
-            for start in range(0, len(texts), OWN_TEXTS):
-                batch = prompts(texts[start : start + OWN_TEXTS])
+            for start in range(0, len(texts), SAMPLED_TEXTS):
+                batch = prompts(texts[start : start + SAMPLED_TEXTS])
                 queries = run(model, ffn, batch)[0]
                 names = [f"memory text {start + k}" for k in range(len(batch))]
                 require_finite(queries.flatten(1).sum(-1), "the input of the patched FFN", names)

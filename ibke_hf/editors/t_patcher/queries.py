@@ -16,17 +16,17 @@ from ...core.tokens import (
     pad_and_label,
 )
 
-OWN_TEXTS, OWN_LENGTH = 64, 32  # what the model writes itself where no memory is given
+SAMPLED_TEXTS, SAMPLED_LENGTH = 64, 32  # what the model writes itself where no memory is given
 
 
-def own_texts(model: Any) -> list[list[int]]:
+def sampled_texts(model: Any) -> list[list[int]]:
     """Let the model write texts of its own, each from a random token on, always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    texts = torch.randint(model.config.get_text_config().vocab_size, (OWN_TEXTS, 1), generator=generator)
-    for _ in range(min(OWN_LENGTH, context_length(model) or OWN_LENGTH) - 1):
+    texts = torch.randint(model.config.get_text_config().vocab_size, (SAMPLED_TEXTS, 1), generator=generator)
+    for _ in range(min(SAMPLED_LENGTH, context_length(model) or SAMPLED_LENGTH) - 1):
         with torch.no_grad():
             logits = target_logits(model, prompts(texts.tolist()))[0][:, -1].float().cpu()
-        require_finite(logits.sum(-1), "the model's prediction", [f"its own text {k}" for k in range(OWN_TEXTS)])
+        require_finite(logits.sum(-1), "the model's prediction", [f"its own text {k}" for k in range(SAMPLED_TEXTS)])
         texts = torch.cat([texts, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
     return texts.tolist()  # type: ignore[no-any-return]
 

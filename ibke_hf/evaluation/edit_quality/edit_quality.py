@@ -136,21 +136,22 @@ def _case(index: int, predictions: Any, references: Any, role: Any, criterion: A
     if role not in ROLES:
         raise ValueError(f"case {index}: role must be one of {', '.join(ROLES)}, found {role!r}")
     top_k = DEFAULT_TOP_K[role] if top_k is None else int(top_k)
-    best, wanted = [_ids(index, ids) for ids in predictions], _ids(index, references)
+    best, references = [_ids(index, ids) for ids in predictions], _ids(index, references)
     if top_k < 1:
         raise ValueError(f"case {index}: top_k must be at least 1, found {top_k}")
-    if not wanted:
+    if not references:
         raise ValueError(f"case {index}: no reference id; a case has at least one target token")
-    if len(best) != len(wanted):
+    if len(best) != len(references):
         raise ValueError(
-            f"case {index}: predictions for {len(best)} target tokens but {len(wanted)} reference ids; give as many"
+            f"case {index}: predictions for {len(best)} target tokens but {len(references)} reference ids; "
+            f"give as many"
         )
     for token, ids in enumerate(best):
         if len(ids) < top_k:
             few = f"{len(ids)} predicted ids make no top {top_k}; give at least {top_k}, or a smaller top_k"
             raise ValueError(f"case {index}, target token {token}: {few}")
     criteria = criterion if isinstance(criterion, str) else ", ".join(criterion or ())
-    return {"predictions": best, "references": wanted, "role": role, "criterion": criteria, "top_k": top_k}
+    return {"predictions": best, "references": references, "role": role, "criterion": criteria, "top_k": top_k}
 
 
 def _ids(index: int, values: Any) -> list[int]:

@@ -68,14 +68,14 @@ def points_of(cells: Iterable[Cell]) -> tuple[Point, ...]:
 
 
 def _scored(row: Row, columns: Sequence[Column]) -> dict[Column, tuple[float, float]]:
-    found = {}
+    scores = {}
     for column, entry in zip(columns, row.entries, strict=True):
         if entry is None or column.sequential != 1:
             continue
         general, local = entry.values["generality"].mean, entry.values["locality"].mean
         if general is not None and local is not None:
-            found[column] = (general, local)
-    return found
+            scores[column] = (general, local)
+    return scores
 
 
 def limits_of(values: Sequence[float]) -> tuple[float, float]:
@@ -289,16 +289,16 @@ def label_offsets(
     crowded = sorted(
         range(len(places)), key=lambda i: (min(_apart(places, i)), i)
     )  # those have the fewest places to go
-    found: dict[int, tuple[float, float, str]] = {}
+    offsets: dict[int, tuple[float, float, str]] = {}
     for i in crowded:
         x, y = places[i]
         costs = []
         for rank, (dx, dy, side) in enumerate(OFFSETS):
             box = _box(labels[i], x + dx, y + dy, TEXT, side)
             costs.append((sum(_overlap(box, other) for other in covered) + 2 * _outside(box, bounds) + rank, rank))
-        found[i] = OFFSETS[min(costs)[1]]
-        covered.append(_box(labels[i], x + found[i][0], y + found[i][1], TEXT, found[i][2]))
-    return [found[i] for i in range(len(labels))]
+        offsets[i] = OFFSETS[min(costs)[1]]
+        covered.append(_box(labels[i], x + offsets[i][0], y + offsets[i][1], TEXT, offsets[i][2]))
+    return [offsets[i] for i in range(len(labels))]
 
 
 def _apart(places: Sequence[tuple[float, float]], i: int) -> list[float]:

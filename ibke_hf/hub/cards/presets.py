@@ -92,13 +92,13 @@ def preset_card(name: str, backbone: str) -> dict[str, str]:
         "Needs": needs_section(name, backbone),
         "What is the paper's and what is ours": [_paper(needs)],
     }
-    own: dict[str, Any] = {"license": "apache-2.0", "language": "en", "datasets": [DATASET], "tags": IBKE_TAGS}
+    fields: dict[str, Any] = {"license": "apache-2.0", "language": "en", "datasets": [DATASET], "tags": IBKE_TAGS}
     summary = prose(
         SUMMARY, backbone=backbone, modules=listed([f"`{module}`" for module in needs.config.module_names()])
     )
     return {
         CARD: editor_page(
-            editor_metadata(backbone, editor, **own), f"IBKE for {backbone}", [summary], sections, status=STATUS
+            editor_metadata(backbone, editor, **fields), f"IBKE for {backbone}", [summary], sections, status=STATUS
         )
     }
 
