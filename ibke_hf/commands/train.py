@@ -21,6 +21,7 @@ TRAINING = {  # flags that set fields of the training arguments
     "seed": "seed",
     "batch_size": "per_device_train_batch_size",
     "save_steps": "save_steps",
+    "activation_cache": "activation_cache",
 }
 
 
@@ -59,6 +60,12 @@ def add(commands: Any) -> None:
     command.add_argument("--seed", type=seed, help="seed of initialisation, order and noise")
     command.add_argument(
         "--save-steps", type=positive, metavar="N", help="steps between checkpoints and evaluations (default: 3000)"
+    )
+    command.add_argument(
+        "--activation-cache",
+        type=place,
+        metavar="DIR",
+        help="folder that keeps what the backbone computes of each text, which makes later steps cheaper (ibke, mend)",
     )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     command.add_argument(

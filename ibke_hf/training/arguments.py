@@ -38,6 +38,9 @@ class IBKETrainingArguments(TrainingArguments):
         train_supporting_hops: Which supporting hops are edited in too: none, unknown (to the backbone) or all
             [settled].
         calibration_requests: Requests that statistics and η's start are measured on [settled: at least 256].
+        activation_cache: Folder that keeps what the backbone computes of each text, in 16 bit, so that later steps run
+            its upper blocks only; None for none. Runs of the same backbone and layers share it.
+        activation_cache_gb: Room for it, in gigabytes; texts that do not fit are computed at every step.
     """
 
     output_dir: str | None = field(default="ibke-editor")
@@ -61,6 +64,8 @@ class IBKETrainingArguments(TrainingArguments):
     sg_includes_edit: bool = False
     train_supporting_hops: str = "unknown"
     calibration_requests: int = 512
+    activation_cache: str | None = None
+    activation_cache_gb: float = 20.0
 
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and the allowed values."""
@@ -78,6 +83,8 @@ class IBKETrainingArguments(TrainingArguments):
         for name, low in LOWEST.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, found {getattr(self, name)}")
+        if self.activation_cache_gb <= 0:
+            raise ValueError(f"activation_cache_gb must be above 0, found {self.activation_cache_gb}")
         if self.seed > HIGHEST_SEED:
             raise ValueError(f"seed must be at most {HIGHEST_SEED}, found {self.seed}")
         if self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

@@ -64,6 +64,8 @@ class EditorTrainer(Trainer, ABC):
     ) -> None:
         model.modules_of(backbone)  # an editor that does not fit is refused before anything runs
         args = IBKETrainingArguments() if args is None else args
+        if args.activation_cache is not None and not self.reads_activations:
+            raise ValueError("activation_cache holds what IBKE and MEND read; leave it out for another kind of editor")
         self.backbone = backbone.requires_grad_(False)
         hops = self.reads_hops and args.train_supporting_hops != "none"
         collator = EditCollator(processing_class, args.edits_per_group, hops, context_length(backbone))
@@ -80,6 +82,7 @@ class EditorTrainer(Trainer, ABC):
         self._logged = 0
 
     reads_hops = True  # whether supporting hops are tokenised at all
+    reads_activations = False  # whether what a cache of activations holds is of use
 
     @property
     def editor(self) -> Any:

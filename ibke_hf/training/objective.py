@@ -16,6 +16,7 @@ from ..core.hypernetworks import AdaptedFactors
 from ..core.modeling_ibke import GradientEditor
 from ..core.tokens import IGNORED, TokenBatch
 from ..evaluation.scores import token_ranks
+from .activations import ActivationCache
 from .batches import WIDTH_MULTIPLE
 
 
@@ -122,6 +123,7 @@ def run_batch(
     *,
     hops: str = "unknown",
     sg_includes_edit: bool = False,
+    cache: ActivationCache | None = None,
 ) -> JudgedBatch:
     """Capture, edit, and run every judged case in one edited forward, the locality cases once more unedited.
 
@@ -132,18 +134,21 @@ def run_batch(
         inputs: What :class:`EditCollator` returns.
         hops: Which supporting hops are edited in too: none, unknown or all.
         sg_includes_edit: Count the requests as generality cases.
+        cache: Holds what the unedited backbone makes of the texts; without it all is computed.
 
     Raises:
         NonFiniteError: If a loss or factor of a request is not finite; names layer and record.
     """
-    edit, rows, adapted, names = _edit(model, editor, backbone, inputs, hops)
+    if cache is not None:
+        cache.new_batch()
+    edit, rows, adapted, names = _edit(model, editor, backbone, inputs, hops, cache)
     requests, split = inputs["counts"][0], sum(inputs["counts"][:2])
     first = requests if model.training and not sg_includes_edit else 0
     start = (0 if sg_includes_edit else requests) - first
     cases = inputs["cases"][first:]
-    logits = bucketed_logits(backbone, cases, edit, rows[first:])
+    logits = bucketed_logits(backbone, cases, edit, rows[first:], cache=cache)
     with torch.no_grad():
-        original = bucketed_logits(backbone, inputs["cases"][split:])
+        original = bucketed_logits(backbone, inputs["cases"][split:], cache=cache)
     labels = cases.labels.to(logits.device)
     before, local = (int((part != IGNORED).sum()) for part in (labels[:start], labels[split - first :]))
     general = slice(before, len(logits) - local)
@@ -158,19 +163,29 @@ def run_batch(
 
 
 def _edit(
-    model: nn.Module, editor: GradientEditor, backbone: Any, inputs: Mapping[str, Any], hops: str
+    model: nn.Module,
+    editor: GradientEditor,
+    backbone: Any,
+    inputs: Mapping[str, Any],
+    hops: str,
+    cache: ActivationCache | None,
 ) -> tuple[LowRankEdit, Tensor, Sequence[AdaptedFactors], list[str]]:
     """Return the batch's edits, which of them (n,) each case carries, the adapted factors, their requests' names.
 
     Whatever has parameters runs in the `forward` of `model`, as DDP needs it.
     """
     number, groups, names = inputs["counts"][0], inputs["groups"], list(inputs["names"])
-    requests, kept = inputs["cases"][:number].trimmed(WIDTH_MULTIPLE), _hops_to_edit(backbone, inputs, hops)
+    requests, kept = inputs["cases"][:number].trimmed(WIDTH_MULTIPLE), _hops_to_edit(backbone, inputs, hops, cache)
     hop_cases = inputs["hop_cases"][kept]
     if len(hop_cases):
         requests = TokenBatch.cat([requests, inputs["hops"][kept]])
     names = names[:number] + [f"a supporting hop of {names[i]}" for i in hop_cases.tolist()]
-    adapted = model(editor.capture(backbone, requests, names=names), sample=model.training)
+    factors = (
+        editor.capture(backbone, requests, names=names)
+        if cache is None
+        else cache.factors(editor, backbone, requests, names)
+    )
+    adapted = model(factors, sample=model.training)
     if not len(hop_cases):
         return editor.as_edit(adapted, groups[:number]), groups, adapted, names
     members, edits, rows = edits_with_hops(groups, number, hop_cases)
@@ -181,12 +196,12 @@ def _edit(
 
 
 @torch.no_grad()
-def _hops_to_edit(backbone: Any, inputs: Mapping[str, Any], which: str) -> Tensor:
+def _hops_to_edit(backbone: Any, inputs: Mapping[str, Any], which: str, cache: ActivationCache | None) -> Tensor:
     """Return the indices of the supporting hops that are edited in too."""
     hops, number = inputs["hops"], len(inputs["hop_cases"])
     if hops is None or which != "unknown":
         return torch.arange(number if which == "all" else 0)
-    scores = hit_rates(bucketed_logits(backbone, hops), hops.labels, torch.full((number,), 5))
+    scores = hit_rates(bucketed_logits(backbone, hops, cache=cache), hops.labels, torch.full((number,), 5))
     return (scores < 1).nonzero().flatten().to(hops.labels.device)
 
 
@@ -214,12 +229,17 @@ def edits_with_hops(groups: Tensor, requests: int, hop_cases: Tensor) -> tuple[T
 
 
 def bucketed_logits(
-    backbone: Any, cases: TokenBatch, edit: LowRankEdit | None = None, rows: Tensor | None = None, buckets: int = 2
+    backbone: Any,
+    cases: TokenBatch,
+    edit: LowRankEdit | None = None,
+    rows: Tensor | None = None,
+    buckets: int = 2,
+    cache: ActivationCache | None = None,
 ) -> Tensor:
     """Logits (p, vocabulary) at the judged positions of left-padded cases, case after case, each under its edit.
 
     The short and the long cases go in a forward each: one long question would otherwise pad every short one, which on
-    Atlas doubles the tokens of a step.
+    Atlas doubles the tokens of a step. With a cache only the upper blocks are run, and the vocabulary projection once.
     """
     if not len(cases):  # an empty sum, which still reaches every factor: all ranks have to reduce the same gradients
         factors = [] if edit is None else [factor.sum() for factor in edit.outputs.values()]
@@ -228,11 +248,20 @@ def bucketed_logits(
     parts = []
     with evaluating(backbone):
         for chunk in order.chunk(buckets):
-            with nullcontext() if edit is None or rows is None else edit.attached(backbone, rows=rows[chunk]):
-                logits, labels = target_logits(backbone, cases[chunk].trimmed(WIDTH_MULTIPLE))
-            parts.append(logits[labels != IGNORED])
-    owners = order.repeat_interleave((cases.labels[order] != IGNORED).sum(-1))
-    return torch.cat(parts)[owners.argsort(stable=True).to(parts[0].device)]
+            batch, carried = cases[chunk].trimmed(WIDTH_MULTIPLE), None if rows is None else rows[chunk]
+            parts.append(
+                _judged(backbone, batch, edit, carried) if cache is None else cache.states(batch, edit, carried)
+            )
+        owners = order.repeat_interleave((cases.labels[order] != IGNORED).sum(-1))
+        joined = torch.cat(parts)[owners.argsort(stable=True).to(parts[0].device)]
+        return joined if cache is None else cache.logits(joined)
+
+
+def _judged(backbone: Any, cases: TokenBatch, edit: LowRankEdit | None, rows: Tensor | None) -> Tensor:
+    """Logits (p, vocabulary) at the judged positions of one forward."""
+    with nullcontext() if edit is None or rows is None else edit.attached(backbone, rows=rows):
+        logits, labels = target_logits(backbone, cases)
+    return logits[labels != IGNORED]
 
 
 def hit_rates(logits: Tensor, labels: Tensor, top_k: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..core.modeling_ibke import GradientEditor
 from ..core.tokens import context_length, encode_requests
+from .activations import ActivationCache
 from .arguments import IBKETrainingArguments
 from .batches import EditCollator, RecordDataset
 from .checkpoints import last_complete_checkpoint
@@ -34,10 +36,27 @@ class GradientEditorTrainer(EditorTrainer):
     Before the first step the editor is calibrated on requests of the training set.
     """
 
+    reads_activations = True
+
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> JudgedBatch:
         """Edit and judge one batch; MEND, which has no latent, has no information term."""
-        hops, sg_includes_edit = self.args.train_supporting_hops, self.args.sg_includes_edit
-        return run_batch(model, self.editor, self.backbone, inputs, hops=hops, sg_includes_edit=sg_includes_edit)
+        return run_batch(
+            model,
+            self.editor,
+            self.backbone,
+            inputs,
+            hops=self.args.train_supporting_hops,
+            sg_includes_edit=self.args.sg_includes_edit,
+            cache=self.activations,
+        )
+
+    @cached_property
+    def activations(self) -> ActivationCache | None:
+        """What the backbone makes of the texts, kept on disk where the arguments name a folder for it."""
+        folder = self.args.activation_cache
+        if folder is None:
+            return None
+        return ActivationCache.open(folder, self.backbone, self.editor, self.args.activation_cache_gb)
 
     def term_weights(self) -> Mapping[str, float]:
         """Return β, the weight of the information term."""

@@ -1,0 +1,198 @@
+"""A cache of what the frozen backbone computes: steps equal those without it, nothing stale or broken is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_runs import record
+
+from ibke_hf import IBKEEditor
+from ibke_hf.core.records import EditRecord, EditRequest
+from ibke_hf.editors.mend import MENDEditor
+from ibke_hf.training.activation_store import DATA, INDEX, ActivationStore, from_half, to_half
+from ibke_hf.training.activations import ActivationCache
+from ibke_hf.training.objective import run_batch
+
+HALF = {"rtol": 5e-3, "atol": 2e-5}  # what rounding to 16 bit leaves
+SAME = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def records() -> list[EditRecord]:
+    """Records of one and of two requests, with supporting hops, with and without cases of a kind."""
+    two = record(1, 1, 3, hops=1)
+    more = EditRequest("The Rome bridge crosses the", "river Thames")
+    return [record(0, 2, 1), replace(two, requests=(*two.requests, more)), record(2, 1, 2, hops=1), record(3, 0, 1)]
+
+
+def step(trainer: Any, inputs: Any, cache: ActivationCache | None, **options: Any) -> tuple[dict[str, Tensor], Any]:
+    """Terms of the loss and gradients of one step, at the same noise."""
+    editor = trainer.model.train()
+    editor.zero_grad()
+    torch.manual_seed(0)
+    batch = run_batch(editor, editor, trainer.backbone, inputs, cache=cache, **options)
+    sum(batch.terms.values()).backward()
+    return dict(batch.terms), {name: p.grad.clone() for name, p in editor.named_parameters()}
+
+
+def assert_close(left: Any, right: Any, tolerance: dict[str, float]) -> None:
+    for name in left[0]:
+        torch.testing.assert_close(left[0][name], right[0][name], **tolerance)
+    largest = max(float(gradient.norm()) for gradient in left[1].values())
+    for name, gradient in left[1].items():  # a key's bias has none but of rounding
+        difference = (gradient - right[1][name]).norm() / gradient.norm().clamp(min=1e-2 * largest)
+        assert difference < tolerance["rtol"], name
+
+
+def opened(trainer: Any, folder: Path, gigabytes: float = 1.0) -> ActivationCache:
+    cache = ActivationCache.open(folder, trainer.backbone, trainer.model, gigabytes)
+    assert cache is not None
+    return cache
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, cache: ActivationCache) -> None:
+    """Fail where the backbone is run on what the cache should hold."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the backbone was run on what is cached")
+
+    monkeypatch.setattr(cache.parts, "lower", fail)
+    monkeypatch.setattr("ibke_hf.core.modeling_ibke.capture_factors", fail)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize(("kind", "hops", "per_group"), [(IBKEEditor, "all", 1), (MENDEditor, "unknown", 0)])
+def test_a_step_with_the_cache_equals_the_step_without(
+    family: str,
+    kind: Any,
+    hops: str,
+    per_group: int,
+    trainer_for: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = trainer_for(records(), family=family, kind=kind, edits_per_group=per_group, train_supporting_hops=hops)
+    trainer.calibrate(trainer.model)
+    inputs = trainer.data_collator(records())
+    plain = step(trainer, inputs, None, hops=hops, sg_includes_edit=per_group == 1)
+    cache = opened(trainer, tmp_path / "cache")
+    filling = step(trainer, inputs, cache, hops=hops, sg_includes_edit=per_group == 1)
+    forbid(monkeypatch, cache)
+    filled = step(trainer, inputs, cache, hops=hops, sg_includes_edit=per_group == 1)
+    reopened = step(trainer, inputs, opened(trainer, tmp_path / "cache"), hops=hops, sg_includes_edit=per_group == 1)
+    assert_close(plain, filling, HALF)
+    assert_close(filling, filled, SAME)
+    assert_close(filled, reopened, SAME)
+
+
+def test_mend_reads_what_ibke_has_stored(trainer_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (trainer_for(records(), kind=kind) for kind in (IBKEEditor, MENDEditor))
+    inputs = first.data_collator(records())
+    first.calibrate(first.model)
+    second.calibrate(second.model)
+    step(first, inputs, opened(first, tmp_path))
+    plain = step(second, inputs, None)
+    cache = opened(second, tmp_path)
+    forbid(monkeypatch, cache)
+    assert_close(plain, step(second, inputs, cache), HALF)
+
+
+def test_a_text_is_one_entry_whatever_it_is_padded_with(trainer_for: Any, tmp_path: Path) -> None:
+    trainer = trainer_for(records())
+    cache = opened(trainer, tmp_path)
+    cases = trainer.data_collator(records())["cases"]
+    together = cache.states(cases)
+    stored = len(cache.store)
+    for alone in (cases[1:2].trimmed(), cases[1:2].trimmed(64)):
+        cache.new_batch()
+        first = int((cases.labels[:1] >= 0).sum())
+        torch.testing.assert_close(cache.states(alone), together[first : first + int((alone.labels >= 0).sum())])
+    right = replace(cases, **{name: flipped(getattr(cases, name), cases.attention_mask) for name in vars(cases)})
+    torch.testing.assert_close(cache.states(right), together)
+    assert len(cache.store) == stored
+
+
+def flipped(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Move the columns of left-padded rows to the left."""
+    shifts = mask.argmax(1).tolist()
+    return torch.stack([row.roll(-shift) for row, shift in zip(tensor, shifts, strict=True)])
+
+
+def test_training_uses_a_cache_only_where_it_is_asked_for(trainer_for: Any, tmp_path: Path) -> None:
+    plain = trainer_for(records(), folder="plain")
+    plain.train()
+    assert plain.activations is None
+    cached = trainer_for(records(), folder="cached", activation_cache=str(tmp_path / "cache"))
+    cached.train()
+    assert len(cached.activations.store) > 0
+    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, cached)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "layers", "precision"])
+def test_what_another_backbone_has_stored_is_not_read(change: str, trainer_for: Any, tmp_path: Path) -> None:
+    trainer = trainer_for(records())
+    inputs = trainer.data_collator(records())
+    step(trainer, inputs, opened(trainer, tmp_path))
+    assert len(opened(trainer, tmp_path).store)
+    if change == "weights":
+        trainer.backbone.get_input_embeddings().weight.data[100, 20] += 0.1
+    elif change == "config":
+        trainer.backbone.config.rms_norm_eps *= 2
+    elif change == "layers":
+        trainer.model.config.edited_layers = [0, 2]
+    else:
+        trainer.backbone.bfloat16()
+    assert not len(opened(trainer, tmp_path).store)
+
+
+def test_the_room_is_never_exceeded_and_what_has_none_is_computed(trainer_for: Any, tmp_path: Path) -> None:
+    trainer = trainer_for(records())
+    trainer.calibrate(trainer.model)
+    inputs = trainer.data_collator(records())
+    plain = step(trainer, inputs, None)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / DATA).write_bytes(bytes(5_000))
+    cache = opened(trainer, tmp_path, 20_000 / 1e9)
+    for _ in range(2):
+        assert_close(plain, step(trainer, inputs, cache), HALF)
+    assert cache.store.is_full
+    assert 12_000 < sum(file.stat().st_size for file in tmp_path.glob("*/*") if file.name != "backbone.json") <= 20_000
+
+
+def arrays(*numbers: int) -> dict[str, tuple[Tensor, tuple[float, ...]]]:
+    return {f"key {n}": (torch.full((n + 1, 3), float(n), dtype=torch.float16), (n / 4,)) for n in numbers}
+
+
+def test_half_written_and_damaged_entries_are_not_read(tmp_path: Path) -> None:
+    store = ActivationStore(tmp_path, 10_000)
+    store.put(arrays(1, 2))
+    with (tmp_path / DATA).open("ab") as data, (tmp_path / INDEX).open("ab") as index:
+        data.write(b"half of an arr")  # a process was killed here
+        index.write(b'{"key":"key 3","offset":0,"sha')
+    store = ActivationStore(tmp_path, 10_000)
+    assert len(store) == 2
+    store.put(arrays(3, 4))
+    for each in (store, ActivationStore(tmp_path, 10_000)):
+        for n in (1, 2, 3, 4):
+            array, numbers = each.get(f"key {n}")  # type: ignore[misc]
+            assert array.tolist() == [[float(n)] * 3] * (n + 1)
+            assert numbers == (n / 4,)
+    with (tmp_path / DATA).open("r+b") as data:
+        data.write(b"damage")
+    store = ActivationStore(tmp_path, 10_000)
+    assert store.get("key 1") is None
+    store.put(arrays(1))
+    assert ActivationStore(tmp_path, 10_000).get("key 1") is not None
+
+
+def test_sixteen_bit_keep_the_digits_of_gradients_of_any_size() -> None:
+    sizes = torch.tensor([1e-25, 1e-12, 1e-5, 1.0, 1e4, 1e9])
+    rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * sizes[:, None]
+    rows = torch.cat((rows, torch.zeros(1, 50)))
+    torch.testing.assert_close(from_half(to_half(rows)), rows, rtol=2**-10, atol=0)
