@@ -55,9 +55,9 @@ def edited(page, number):
 
 def test_an_edit_is_shown_and_kept(page, bench):
     shown = edit(page, FORM, Session())
-    made = shown[page.session]
-    assert made.facts == (FORM.fact(),)
-    assert shown[page.rows] == bench.look(made, 0)
+    visit = shown[page.session]
+    assert visit.facts == (FORM.fact(),)
+    assert shown[page.rows] == bench.look(visit, 0)
     assert shown[page.active].choices == [("1. The capital of France is → Rome", 0)]
     assert shown[page.active].value == 0
     assert shown[page.results].count("<article") == 5
@@ -74,18 +74,18 @@ def test_a_visitor_goes_through_everything(page, bench):
         f"{i + 1}. {PROMPTS[i]} → {TARGETS[i]}" for i in range(3)
     ]
     assert shown[page.active].value == 2
-    made = shown[page.session]
-    shown = page.show(0, made)
+    visit = shown[page.session]
+    shown = page.show(0, visit)
     assert page.session not in shown  # what only shows cannot bring an older list of edits back
     assert (shown[page.active].value, shown[page.rows][0]["prompt"]) == (0, PROMPTS[0])
-    figure, rows = page.ask("Berlin is in", made)
+    figure, rows = page.ask("Berlin is in", visit)
     assert "Berlin is in" in figure
-    assert rows == bench.ask(made, "Berlin is in")
-    assert page.compare(0, made).count("<tr") >= 1 + 1 + 1
-    saved, file = page.save(made)
+    assert rows == bench.ask(visit, "Berlin is in")
+    assert page.compare(0, visit).count("<tr") >= 1 + 1 + 1
+    saved, file = page.save(visit)
     assert Path(file.value["path"]).name == "ibke-edit.zip"
     app.forget(saved)
-    shown = page.undo(1, made)
+    shown = page.undo(1, visit)
     assert [fact.request.prompt for fact in shown[page.session].facts] == [PROMPTS[0], PROMPTS[2]]
     assert shown[page.active].value == 1
     shown = page.undo_all(shown[page.session])
@@ -147,20 +147,20 @@ def test_the_second_edit_is_warned_of_and_can_take_the_place_of_the_first(page):
 
 
 def test_edits_that_the_model_has_lost_are_marked(page, bench, monkeypatch):
-    made = edited(page, 3)[page.session]
+    visit = edited(page, 3)[page.session]
     monkeypatch.setattr(bench, "holding", lambda _: [True, False, True])
-    shown = page.show(0, made)
+    shown = page.show(0, visit)
     assert [label.endswith("(lost)") for label, _ in shown[page.active].choices] == [False, True, False]
     assert "Of your 3 edits the model answers 2" in shown[page.verdict]
     assert "undo some of them" in shown[page.verdict]
 
 
 def test_a_reload_brings_the_same_edits_back(page, bench):
-    made = edit(page, FORM, edited(page, 2)[page.session])[page.session]
-    kept = page.settle(made)[page.browser]
+    visit = edit(page, FORM, edited(page, 2)[page.session])[page.session]
+    kept = page.settle(visit)[page.browser]
     assert len(str(kept)) < 2000  # facts, not factors
     shown = page.restore(kept, Session())
-    assert (shown[page.session].facts, shown[page.session].edit) == (made.facts, made.edit)
+    assert (shown[page.session].facts, shown[page.session].edit) == (visit.facts, visit.edit)
     nothing = page.settle(Session())[page.browser]  # None would leave in the browser what is there
     assert nothing == {"model": "<tiny>", "facts": []}
     assert page.restore(nothing, Session()) == {page.session: Session()}
@@ -183,8 +183,8 @@ def test_what_no_page_has_stored_brings_nothing_back(page, stored):
 
 
 def test_a_page_with_edits_is_not_overwritten_by_what_the_browser_keeps(page):
-    made = edited(page, 1)[page.session]
-    assert page.restore({"model": "<tiny>", "facts": [["a", "b", "", "", ""]]}, made) == {page.session: made}
+    visit = edited(page, 1)[page.session]
+    assert page.restore({"model": "<tiny>", "facts": [["a", "b", "", "", ""]]}, visit) == {page.session: visit}
 
 
 def test_stored_facts_are_checked_as_typed_ones_are(page):
@@ -248,9 +248,9 @@ def test_the_page_asks_for_nothing_from_elsewhere():
 
 
 def test_a_visitor_who_leaves_takes_the_files_along(page, bench):
-    made, file = bench.save(edited(page, 1)[page.session])
+    visit, file = bench.save(edited(page, 1)[page.session])
     assert page.session.delete_callback is app.forget
-    page.session.delete_callback(made)
+    page.session.delete_callback(visit)
     assert not file.exists()
 
 

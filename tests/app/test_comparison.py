@@ -36,13 +36,13 @@ def bench(tiny_model, tiny_tokenizer):
 
 
 def test_questions_are_read_a_line_each():
-    made = questions_of(
+    parsed = questions_of(
         REQUEST,
         "Which city? -> Roma | Rome\n\n  Its capital is ",
         "a -> b -> c\nopen → \nbare",
         "stays\nstays too → 3",
     )
-    assert made == (
+    assert parsed == (
         PageQuestion("request", "The capital of France is", ("Rome",)),
         PageQuestion("rephrase", "Which city?", ("Roma", "Rome")),
         PageQuestion("rephrase", "Its capital is", ("Rome",)),

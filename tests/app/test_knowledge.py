@@ -59,15 +59,15 @@ def test_placeholders_are_facts_that_atlas_knows(atlas):
 
 @pytest.mark.parametrize("prompt", ["The capital of Turkey is", "What is the capital of Turkey?"])
 def test_a_fact_that_nobody_rephrased_is_asked_in_other_words(atlas, prompt):
-    made = atlas.add(Session(), Form(prompt, "Rome").fact())
-    asked = made.facts[0].questions
+    visit = atlas.add(Session(), Form(prompt, "Rome").fact())
+    asked = visit.facts[0].questions
     assert [question.role for question in asked] == ["request", *["rephrase"] * 3, *["neighbour"] * 3]
     assert all(question.automatic for question in asked[1:])
     assert all("Turkey" in question.prompt and question.answers == ("Rome",) for question in asked[1:4])
     for question in asked[4:]:
         assert "Turkey" not in question.prompt
         assert exact_match(answer(atlas.model, atlas.tokenizer, question.prompt), question.answers)
-    assert len(atlas.look(made, 0)) == 7
+    assert len(atlas.look(visit, 0)) == 7
 
 
 def test_typed_questions_are_left_alone(atlas):

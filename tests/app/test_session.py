@@ -30,10 +30,10 @@ def bench(tiny_model, tiny_tokenizer):
 
 
 def edited(bench, facts):
-    made = Session()
+    edits = Session()
     for fact in facts:
-        made = bench.add(made, fact)
-    return made
+        edits = bench.add(edits, fact)
+    return edits
 
 
 def logits(bench, edit=None):
@@ -46,32 +46,32 @@ def logits(bench, edit=None):
 
 
 def test_edits_add_up_as_in_joint_mode(bench):
-    made = edited(bench, FACTS[:3])
+    visit = edited(bench, FACTS[:3])
     requests = [fact.request for fact in FACTS[:3]]
     whole = bench.editor.edit(bench.model, bench.tokenizer, requests, mode="joint")
-    torch.testing.assert_close(logits(bench, made.edit), logits(bench, whole), rtol=1e-4, atol=1e-4)
-    assert made.edit.info.requests == tuple(requests)
-    assert made.facts == FACTS[:3]
-    assert all(step.seconds > 0 and step.factors for step in made.steps)
+    torch.testing.assert_close(logits(bench, visit.edit), logits(bench, whole), rtol=1e-4, atol=1e-4)
+    assert visit.edit.info.requests == tuple(requests)
+    assert visit.facts == FACTS[:3]
+    assert all(step.seconds > 0 and step.factors for step in visit.steps)
 
 
 def test_undoing_all_gives_the_plain_model_bit_by_bit(bench):
     plain = logits(bench)
-    made = edited(bench, FACTS[:3])
-    assert not torch.equal(logits(bench, made.edit), plain)
+    visit = edited(bench, FACTS[:3])
+    assert not torch.equal(logits(bench, visit.edit), plain)
     for index in (1, 1, 0):
-        made = bench.remove(made, index)
-    assert (made.steps, made.edit) == ((), None)
-    assert torch.equal(logits(bench, made.edit), plain)
+        visit = bench.remove(visit, index)
+    assert (visit.steps, visit.edit) == ((), None)
+    assert torch.equal(logits(bench, visit.edit), plain)
     assert bench.clear(edited(bench, FACTS[:2])) == Session()
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_what_is_left_is_as_if_it_alone_had_been_edited(bench, index):
-    made = bench.remove(edited(bench, FACTS[:4]), index)
+    visit = bench.remove(edited(bench, FACTS[:4]), index)
     alone = edited(bench, [fact for i, fact in enumerate(FACTS[:4]) if i != index])
-    assert made.edit == alone.edit
-    assert [step.factors for step in made.steps] == [step.factors for step in alone.steps]
+    assert visit.edit == alone.edit
+    assert [step.factors for step in visit.steps] == [step.factors for step in alone.steps]
 
 
 def test_the_order_of_edits_does_not_matter(bench):
@@ -90,25 +90,25 @@ def test_one_edit_can_take_the_place_of_all(bench):
 
 def test_a_prompt_is_edited_to_one_answer_at_a_time(bench):
     again = Form(PROMPTS[0], "Oslo").fact()
-    made = bench.add(edited(bench, FACTS[:2]), again)
-    assert [fact.request.target for fact in made.facts] == [TARGETS[1], "Oslo"]
-    assert made.edit == edited(bench, [FACTS[1], again]).edit
+    visit = bench.add(edited(bench, FACTS[:2]), again)
+    assert [fact.request.target for fact in visit.facts] == [TARGETS[1], "Oslo"]
+    assert visit.edit == edited(bench, [FACTS[1], again]).edit
 
 
 def test_edits_that_are_lost_among_others_are_told(bench, monkeypatch):
-    made = edited(bench, FACTS[:3])
-    told = [bench.look(made, i)[0]["right"] for i in range(3)]
-    assert bench.holding(made) == told
+    visit = edited(bench, FACTS[:3])
+    told = [bench.look(visit, i)[0]["right"] for i in range(3)]
+    assert bench.holding(visit) == told
     monkeypatch.setattr(session, "read_answers", lambda *_: [{"answer": TARGETS[0]}, {"answer": ""}, {"answer": "x"}])
-    assert bench.holding(made) == [True, False, False]
+    assert bench.holding(visit) == [True, False, False]
     assert bench.holding(Session()) == []
 
 
 def test_what_a_browser_has_kept_is_edited_in_again(bench):
-    made = edited(bench, [*FACTS[:3], FORM.fact()])
-    forms = [Form.of_fact(fact) for fact in made.facts]
+    visit = edited(bench, [*FACTS[:3], FORM.fact()])
+    forms = [Form.of_fact(fact) for fact in visit.facts]
     again = bench.restore(Session(), [form.fact() for form in forms])
-    assert (again.facts, again.edit) == (made.facts, made.edit)
+    assert (again.facts, again.edit) == (visit.facts, visit.edit)
 
 
 def test_progress_is_reported(bench):
@@ -136,17 +136,17 @@ def test_bad_input_is_refused_before_anything_is_done(bench, form, message):
 
 def test_there_is_an_end_to_edits_and_to_the_list(bench, monkeypatch):
     monkeypatch.setattr(session, "MAX_EDITS", 2)
-    made = edited(bench, FACTS[:2])
+    visit = edited(bench, FACTS[:2])
     with pytest.raises(RequestError, match="2 edits are active"):
-        bench.add(made, FACTS[2])
+        bench.add(visit, FACTS[2])
     for act in (bench.remove, bench.look):
         with pytest.raises(RequestError, match="no edit 3; 2 are active"):
-            act(made, 2)
+            act(visit, 2)
 
 
 def test_a_broken_edit_leaves_the_session(bench, monkeypatch):
-    made = edited(bench, FACTS[:3])
-    kept = replace(made)
+    visit = edited(bench, FACTS[:3])
+    kept = replace(visit)
 
     def fail(*_, **__):
         raise NonFiniteError("the loss is not finite")
@@ -154,25 +154,25 @@ def test_a_broken_edit_leaves_the_session(bench, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(bench.editor, "edit", fail)
         with pytest.raises(NonFiniteError):
-            bench.add(made, FACTS[3])
-    assert made == kept
+            bench.add(visit, FACTS[3])
+    assert visit == kept
 
 
 def test_another_process_can_take_a_session_over(bench):
-    made = edited(bench, FACTS[:2])
-    assert pickle.loads(pickle.dumps(made)) == made
-    assert all(tensor.device.type == "cpu" for tensor in (*made.edit.inputs.values(), *made.edit.outputs.values()))
+    visit = edited(bench, FACTS[:2])
+    assert pickle.loads(pickle.dumps(visit)) == visit
+    assert all(tensor.device.type == "cpu" for tensor in (*visit.edit.inputs.values(), *visit.edit.outputs.values()))
 
 
 def test_questions_are_asked_of_all_edits_together(bench):
-    made = edited(bench, FACTS[:2])
-    rows = bench.look(made, 0)
+    visit = edited(bench, FACTS[:2])
+    rows = bench.look(visit, 0)
     assert [row["prompt"] for row in rows] == [PROMPTS[0], "Berlin is in"]
-    [asked] = bench.ask(made, f" {PROMPTS[0]} ")
+    [asked] = bench.ask(visit, f" {PROMPTS[0]} ")
     assert (asked["role"], asked["prompt"], asked["right"]) == ("question", PROMPTS[0], None)
     assert [p for _, p in asked["after"]["top"]] == pytest.approx([p for _, p in rows[0]["after"]["top"]], abs=1e-6)
     with pytest.raises(RequestError, match="the question is empty"):
-        bench.ask(made, "  ")
+        bench.ask(visit, "  ")
 
 
 def test_side_by_side_edits_the_fact_alone(bench):
@@ -191,16 +191,16 @@ def test_side_by_side_edits_the_fact_alone(bench):
 def test_downloads_are_lora_adapters_in_a_folder_of_their_own(bench, tmp_path):
     with pytest.raises(RequestError, match="no active edit to save"):
         bench.save(Session())
-    made, file = bench.save(edited(bench, FACTS[:3]))
+    visit, file = bench.save(edited(bench, FACTS[:3]))
     other, other_file = bench.save(edited(bench, FACTS[3:4]))
     with zipfile.ZipFile(file) as archive:
         archive.extractall(tmp_path)
-    assert LowRankEdit.from_pretrained(tmp_path / "ibke-edit") == made.edit
-    later, replaced = bench.save(bench.remove(made, 0))
-    assert (later.folder, replaced) == (made.folder, file)
-    assert [path.name for path in Path(made.folder).iterdir()] == ["ibke-edit.zip"]
+    assert LowRankEdit.from_pretrained(tmp_path / "ibke-edit") == visit.edit
+    later, replaced = bench.save(bench.remove(visit, 0))
+    assert (later.folder, replaced) == (visit.folder, file)
+    assert [path.name for path in Path(visit.folder).iterdir()] == ["ibke-edit.zip"]
     assert other_file.parent != file.parent
-    for one in (made, other, Session()):
+    for one in (visit, other, Session()):
         forget(one)
     assert not file.parent.exists()
     assert not other_file.parent.exists()
@@ -213,8 +213,8 @@ def test_forms_drop_what_belongs_to_another_fact():
     changed = replace(FORM, target="Oslo").fitted(examples)
     assert changed == replace(FORM, target="Oslo", consequences="Paris is in")
     assert replace(changed, prompt="Spain").fitted(examples) == Form("Spain", "Oslo")
-    own = replace(FORM, prompt="Spain", rephrasings="my own")
-    assert own.fitted(examples) is own
+    other_fact = replace(FORM, prompt="Spain", rephrasings="my own")
+    assert other_fact.fitted(examples) is other_fact
     assert Fact(EditRequest("a", "b")).questions == ()
 
 

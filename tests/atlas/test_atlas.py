@@ -149,8 +149,8 @@ def test_the_step_size_is_the_largest_that_keeps_locality(
     editor = load_editor()
     trained = editor.step_sizes.detach().clone()
 
-    def evaluated(given: Any, *_: Any, **__: Any) -> Any:
-        factor = float((given.step_sizes.detach() / trained).mean())
+    def evaluated(scaled_editor: Any, *_: Any, **__: Any) -> Any:
+        factor = float((scaled_editor.step_sizes.detach() / trained).mean())
         scores = {"reliability": 95.0, "generality": 90.0, "locality": locality(factor), "avg": locality(factor)}
         return SimpleNamespace(summary=scores)
 
@@ -186,8 +186,8 @@ def test_committed_results_come_from_the_committed_weights() -> None:
     sets = {split: load_records(split) for split in SPLITS}
     committed = json.loads((ASSETS / "results.json").read_text())
     assert committed["records"] == {"test": 500, "held_out": 300}
-    found = compare_editors({name: editors[name] for name in ("none", "mend", "ibke")}, model, tokenizer, sets)
-    for name, splits in found.items():
+    comparison = compare_editors({name: editors[name] for name in ("none", "mend", "ibke")}, model, tokenizer, sets)
+    for name, splits in comparison.items():
         for split, scores in splits.items():
             for score in REPORTED:
                 assert scores[score] == pytest.approx(committed["editors"][name][split][score], abs=0.5), (

@@ -39,10 +39,10 @@ def committed(name: str) -> list[Json]:
 )
 def test_every_cell_is_there_once_and_holds_numbers(file: str, plan: Plan, number: int) -> None:
     cells = committed(file)
-    found = Counter(
+    counts = Counter(
         Cell(*(cell[field] for field in ("editor", "split", "edits", "sequential", "seed"))) for cell in cells
     )
-    assert found == Counter(plan.cells()) and len(cells) == number
+    assert counts == Counter(plan.cells()) and len(cells) == number
     for cell in cells:
         assert cell["records"] == 100
         assert all(0 <= cell[score] <= 100 for score in REPORTED)

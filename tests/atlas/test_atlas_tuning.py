@@ -149,12 +149,12 @@ def test_an_editor_loads_with_its_committed_hyper_parameters_and_edits(
     model, tokenizer = backbone
     editor = load_rival(name, model, statistics)
     assert type(editor) is editor_class(name)
-    config, wanted = asdict(editor.config), committed(HYPER_PARAMETERS)["1"][name]
-    layers = wanted.pop("layers")
+    config, fields = asdict(editor.config), committed(HYPER_PARAMETERS)["1"][name]
+    layers = fields.pop("layers")
     template, _ = layers_to_edit(model, layers)
     where = config.get("edited_layers", config.get("edited_layer", config.get("edited_module")))
     assert where in (tuple(layers), layers[0], template.format(i=layers[0]))
-    assert {field: config[field] for field in wanted} == wanted
+    assert {field: config[field] for field in fields} == fields
     request = next(record.requests[0] for record in load_records("validation") if record.kind == "counterfactual")
     with torch.random.fork_rng():
         assert len(editor.edit(model, tokenizer, [request])) == 1
@@ -181,10 +181,12 @@ def test_the_statistics_cover_all_layers_of_one_seeded_epoch_and_are_cached_wher
     backbone: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(KeyStatistics, "of", lambda *given, **options: seen.update(given=given, **options))
+    monkeypatch.setattr(
+        KeyStatistics, "of", lambda *positional, **options: seen.update(positional=positional, **options)
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     atlas_statistics()
-    model, _, texts, layers = seen["given"]
+    model, _, texts, layers = seen["positional"]
     assert seen["cache"] == tmp_path / "ibke_hf"
     template, chosen = layers_to_edit(model, list(layers))
     assert len(modules_to_edit(model, [template.format(i=i) for i in chosen])) == 6
@@ -193,7 +195,7 @@ def test_the_statistics_cover_all_layers_of_one_seeded_epoch_and_are_cached_wher
     first = texts[:20]
     atlas_statistics(*backbone, cache=tmp_path / "elsewhere")
     assert seen["cache"] == tmp_path / "elsewhere"
-    assert seen["given"][2][:20] == first
+    assert seen["positional"][2][:20] == first
 
 
 def test_the_package_of_the_embedded_world_is_imported_without_torch() -> None:

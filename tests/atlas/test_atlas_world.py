@@ -26,8 +26,8 @@ def world() -> World:
 
 @cache
 def split() -> Split:
-    found: Split = load_split()
-    return found
+    loaded: Split = load_split()
+    return loaded
 
 
 def domain(triple: Triple) -> str:

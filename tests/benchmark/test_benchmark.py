@@ -40,13 +40,13 @@ def bench(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., 
 
     def build(records: Sequence[EditRecord] = RECORDS, **options: Any) -> ModelBench:
         fields = {"ft": {"steps": 2}}
-        given: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "saved": {},
             "load_saved": None,
             "hyper_parameters": fields,
             "settings": {"backbone": "tiny"},
         }
-        return ModelBench(lambda: (tiny_model(), tiny_tokenizer), lambda _: records, **{**given, **options})
+        return ModelBench(lambda: (tiny_model(), tiny_tokenizer), lambda _: records, **{**defaults, **options})
 
     return build
 
@@ -127,11 +127,11 @@ def _asked(folder: Path, cell: dict[str, Any]) -> set[str]:
 def test_a_killed_run_goes_on_and_equals_one_that_was_not(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, edit, made = run(bench(), tmp_path / "whole"), FineTuningEditor.edit, []
+    whole, edit, calls = run(bench(), tmp_path / "whole"), FineTuningEditor.edit, []
 
     def killed_at_the_third(self: Any, *arguments: Any, **options: Any) -> Any:
-        made.append(1)
-        if len(made) == 3:
+        calls.append(1)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return edit(self, *arguments, **options)
 
@@ -142,9 +142,9 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(
     assert 0 < len(done) < len(whole)
     assert scores(run(bench(), tmp_path / "cut")) == scores(whole)
     assert all(file.stat().st_mtime_ns == written for file, written in done.items())  # no cell is made again
-    number = len(made)
+    number = len(calls)
     run(bench(), tmp_path / "cut")
-    assert len(made) == number
+    assert len(calls) == number
 
 
 def test_shards_joined_are_the_whole(bench: Any, tmp_path: Path) -> None:
@@ -241,12 +241,12 @@ def _raise(error: Exception) -> Any:
 
 
 def test_a_selection_without_records_takes_no_other_with_it(bench: Any, tmp_path: Path) -> None:
-    made = bench()
-    made._read = lambda split: RECORDS if split == "b" else RECORDS[:1]
+    model_bench = bench()
+    model_bench._read = lambda split: RECORDS if split == "b" else RECORDS[:1]
     with pytest.raises(
         BenchmarkError, match="2 of 8 cells failed: none on a, seed 0: a: has no record of unknown edits"
     ):
-        run(made, tmp_path, replace(PLAN, splits=("a", "b"), seeds=1))
+        run(model_bench, tmp_path, replace(PLAN, splits=("a", "b"), seeds=1))
     assert len(finished_cells(tmp_path)) == 6
 
 
@@ -381,7 +381,7 @@ def test_all_editors_on_any_backbone(
     assert main(command) == 0  # nothing is trained or made again
     assert stamps == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.safetensors")}
     capsys.readouterr()
-    given = [
+    command_of_trained = [
         *command[:3],
         "--datasets",
         files["asked"],
@@ -391,8 +391,8 @@ def test_all_editors_on_any_backbone(
         "--limit",
         "2",
     ]
-    assert main([*given, "--out", str(tmp_path / "given")]) == 0
-    again = json.loads((tmp_path / "given" / "table.json").read_text())
+    assert main([*command_of_trained, "--out", str(tmp_path / "trained")]) == 0
+    again = json.loads((tmp_path / "trained" / "table.json").read_text())
     assert scores(cell for cell in again if cell["seed"] == 0) == scores(
         cell for cell in cells if cell["editor"] in ("none", "serac")
     )

@@ -168,10 +168,10 @@ def test_merge_writes_a_full_model_that_carries_the_edit(store: Path, tmp_path: 
     merged, plain = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (out, store / "model"))
     batch = tiny_tokenizer([PROMPT], return_tensors="pt")
     with torch.no_grad():
-        wanted = merged(**batch).logits
-        assert not torch.allclose(plain(**batch).logits, wanted, atol=1e-4)
+        expected = merged(**batch).logits
+        assert not torch.allclose(plain(**batch).logits, expected, atol=1e-4)
         with LowRankEdit.from_pretrained(store / "edit").attached(plain):
-            torch.testing.assert_close(plain(**batch).logits, wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     assert (out / "tokenizer.json").exists()
 
 
@@ -198,8 +198,8 @@ def test_merge_writes_a_full_model_that_carries_the_edit(store: Path, tmp_path: 
 def test_a_wrong_option_of_edit_is_one_line(
     edit_arguments: list[str], refused: Run, change: dict[str, str], what: str
 ) -> None:
-    given = {**dict(zip(edit_arguments[1::2], edit_arguments[2::2], strict=True)), **change}
-    assert what in refused("edit", *(part for pair in given.items() for part in pair))
+    arguments = {**dict(zip(edit_arguments[1::2], edit_arguments[2::2], strict=True)), **change}
+    assert what in refused("edit", *(part for pair in arguments.items() for part in pair))
 
 
 @pytest.mark.parametrize(
@@ -368,10 +368,10 @@ def test_a_setting_that_cannot_be_read_is_explained(misused: Run, setting: str, 
 
 
 def test_settings_are_read_as_json() -> None:
-    given = build_parser().parse_args(
+    options = build_parser().parse_args(
         ["atlas", "train-mend", "--set", "beta=0.2", "editor.layers=[1, 2]", 'lr_scheduler_type="cosine"', "bf16=true"]
     )
-    assert given.set == [
+    assert options.set == [
         ("training", "beta", 0.2),
         ("editor", "layers", [1, 2]),
         ("training", "lr_scheduler_type", "cosine"),

@@ -60,11 +60,11 @@ def test_atlas(evaluated: Any, editor: str | None) -> None:
 
 def test_atlas_scores_are_those_of_the_library(evaluated: Any) -> None:
     results, _, rows = evaluated("--dataset", "atlas", "--split", "held_out", "--limit", 6, "--sequential", 3)
-    found = evaluate_records(
+    evaluation = evaluate_records(
         load_editor(), *load_backbone(), load_records("held_out")[:6], sequential=3, progress=False
     )
-    assert rows == list(found.rows)
-    assert results["overall"]["avg"] == found.summary["avg"]
+    assert rows == list(evaluation.rows)
+    assert results["overall"]["avg"] == evaluation.summary["avg"]
 
 
 def test_options_reach_the_evaluation(evaluated: Any) -> None:
@@ -94,7 +94,7 @@ def test_options_reach_the_evaluation(evaluated: Any) -> None:
         "--batch-size",
         7,
     )
-    wanted = {
+    settings = {
         "seed": 3,
         "limit": 5,
         "sequential": 2,
@@ -108,7 +108,7 @@ def test_options_reach_the_evaluation(evaluated: Any) -> None:
         "chat": False,
         "model": "ibke-atlas",
     }
-    assert results["settings"].items() >= wanted.items()
+    assert results["settings"].items() >= settings.items()
     assert {row["hops"] for row in rows if row["role"] != "reliability"} == {2, 3} & {row["hops"] for row in rows}
     assert results["overall"]["exact_match"] is None
     assert results["incomplete_group"] == 1

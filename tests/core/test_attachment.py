@@ -60,8 +60,8 @@ def test_streaming_from_a_thread_answers_with_the_edit(
     before = streamed(model, tiny_tokenizer)
     with edit.attached(model, all_threads=True):
         after = streamed(model, tiny_tokenizer)
-        made = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=1)
-    assert after == tiny_tokenizer.decode(made[0, IDS.shape[1] :]) != before
+        tokens = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=1)
+    assert after == tiny_tokenizer.decode(tokens[0, IDS.shape[1] :]) != before
     assert streamed(model, tiny_tokenizer) == before
     assert warnings() == 0
 

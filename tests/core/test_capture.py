@@ -151,9 +151,9 @@ def test_the_loss_scale_cancels(tiny_model: Callable[..., Any], tiny_tokenizer: 
 def test_a_loss_that_is_not_finite_names_its_request(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("gpt2")
     batch = encode_requests(tiny_tokenizer, REQUESTS)
-    own = set(batch.input_ids[1].tolist()) - {i for row in (0, 2) for i in batch.input_ids[row].tolist()}
+    tokens = set(batch.input_ids[1].tolist()) - {i for row in (0, 2) for i in batch.input_ids[row].tolist()}
     with torch.no_grad():
-        model.transformer.wte.weight[min(own)] = float("nan")
+        model.transformer.wte.weight[min(tokens)] = float("nan")
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))  # untied: other requests stay finite
     with pytest.raises(NonFiniteError, match=r"loss .*request 1"):
         capture_factors(model, layers(model), batch)

@@ -144,7 +144,7 @@ def test_presets_resolve_on_models_of_the_same_architecture(backbone: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "found"),
+    ("family", "config", "candidates"),
     [
         (
             "mamba",
@@ -166,12 +166,14 @@ def test_presets_resolve_on_models_of_the_same_architecture(backbone: str) -> No
         ),
     ],
 )
-def test_an_ambiguous_ffn_output_is_refused_with_candidates(family: str, config: dict[str, Any], found: str) -> None:
+def test_an_ambiguous_ffn_output_is_refused_with_candidates(
+    family: str, config: dict[str, Any], candidates: str
+) -> None:
     model = on_meta(family, **config)
     with pytest.raises(BackboneError) as caught:
         find_ffn_output(model)
     assert str(caught.value).startswith(
-        f"{type(model).__name__}: {found}; name the one to edit, such as edited_modules="
+        f"{type(model).__name__}: {candidates}; name the one to edit, such as edited_modules="
     )
 
 
@@ -331,7 +333,7 @@ def test_wrappers_are_stripped_from_names(name: str, plain: str) -> None:
 @pytest.mark.parametrize("wrap", ["compile", "peft", "peft and compile", "one block compiled", "data parallel"])
 def test_wrapped_models_keep_their_names(tiny_model: Callable[..., Any], family: str, wrap: str) -> None:
     plain = tiny_model(family)
-    wanted, template = named_projections(plain), find_ffn_output(plain)
+    plain_projections, template = named_projections(plain), find_ffn_output(plain)
     model: Any = plain
     if "peft" in wrap:
         peft = pytest.importorskip("peft")
@@ -346,12 +348,14 @@ def test_wrapped_models_keep_their_names(tiny_model: Callable[..., Any], family:
     if wrap == "data parallel":
         model = nn.DataParallel(model)
         model.config = plain.config
-    found = named_projections(model)
-    assert set(found) == set(wanted)
+    projections = named_projections(model)
+    assert set(projections) == set(plain_projections)
     assert find_ffn_output(model) == template
     for name, module in modules_to_edit(model, [template.format(i=1)]).items():
-        assert dimensions(module) == dimensions(wanted[name]) == (48, 32)
-        assert weight_of(module) is weight_of(wanted[name])  # a PEFT layer stands for the layer that it wraps
+        assert dimensions(module) == dimensions(plain_projections[name]) == (48, 32)
+        assert weight_of(module) is weight_of(
+            plain_projections[name]
+        )  # a PEFT layer stands for the layer that it wraps
         assert is_transposed(module) == (family == "gpt2")
     if wrap != "data parallel":
         assert input_device(model) == torch.device("cpu")
@@ -369,16 +373,16 @@ def test_updates_are_added_in_the_layers_own_orientation(kind: type, d_in: int, 
     assert dimensions(layer) == (d_in, d_out)
     x, update = torch.randn(3, d_in), torch.randn(d_in, d_out)
     with torch.no_grad():
-        wanted = layer(x) + x @ update
+        expected = layer(x) + x @ update
         add_to_weight(layer, update)
-        torch.testing.assert_close(layer(x), wanted)
+        torch.testing.assert_close(layer(x), expected)
 
 
 def test_updates_of_16_bit_weights_are_summed_in_fp32() -> None:
     layer = nn.Linear(4, 3).to(torch.bfloat16)
-    wanted = (layer.weight.float() + 1e-3).to(torch.bfloat16)
+    expected = (layer.weight.float() + 1e-3).to(torch.bfloat16)
     add_to_weight(layer, torch.full((4, 3), 1e-3))
-    assert torch.equal(layer.weight, wanted)
+    assert torch.equal(layer.weight, expected)
 
 
 class Quantised(nn.Module):

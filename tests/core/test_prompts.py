@@ -134,7 +134,7 @@ def llama_2() -> Any:
     return tokenizer
 
 
-def own_ids(tokenizer: Any, **options: Any) -> list[int]:
+def template_ids(tokenizer: Any, **options: Any) -> list[int]:
     turn = [{"role": "user", "content": PROMPT}]
     ids = tokenizer.apply_chat_template(turn, tokenize=True, add_generation_prompt=True, return_dict=False, **options)
     return list(ids)
@@ -142,7 +142,7 @@ def own_ids(tokenizer: Any, **options: Any) -> list[int]:
 
 def test_a_turn_has_the_ids_of_the_template_and_no_space_where_it_writes_none(chatml: Any) -> None:
     ids, start = encode(chatml, PROMPT, "Paris", prompt_format=CHAT)
-    assert ids[:start] == own_ids(chatml) == encode_prompt(chatml, PROMPT, CHAT)
+    assert ids[:start] == template_ids(chatml) == encode_prompt(chatml, PROMPT, CHAT)
     assert chatml.decode(ids[start:]) == "Paris"
     assert encode(chatml, PROMPT, " Paris", prompt_format=CHAT) == (ids, start)  # a completion's space is none here
     spaced = encode(chatml, PROMPT, "Paris", prompt_format=PromptFormat(True, leading_space="always"))[0]
@@ -152,14 +152,14 @@ def test_a_turn_has_the_ids_of_the_template_and_no_space_where_it_writes_none(ch
 def test_options_of_a_template_pass_through(chatml: Any) -> None:
     quiet = PromptFormat(True, {"enable_thinking": False})
     ids, start = encode(chatml, PROMPT, "Paris", prompt_format=quiet)
-    assert ids[:start] == own_ids(chatml, enable_thinking=False) != own_ids(chatml)
+    assert ids[:start] == template_ids(chatml, enable_thinking=False) != template_ids(chatml)
     assert chatml.decode(ids[:start]).endswith("<think>\n\n</think>\n\n")
     assert chatml.decode(ids[start:]) == "Paris"
 
 
 def test_a_template_that_begins_the_text_and_spaces_its_answers_is_followed(llama_2: Any) -> None:
     ids, start = encode(llama_2, PROMPT, "Paris", prompt_format=CHAT)
-    assert ids[:start] == own_ids(llama_2)
+    assert ids[:start] == template_ids(llama_2)
     assert ids.count(llama_2.bos_token_id) == 1
     assert llama_2.convert_ids_to_tokens(ids[start:]) == ["▁P", "a", "r", "i", "s"]
 
@@ -168,7 +168,7 @@ def test_a_template_that_begins_the_text_and_spaces_its_answers_is_followed(llam
 def test_subjects_are_found_behind_a_template(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(name)
     offsets = chat_offsets(tokenizer, PROMPT, {})
-    ids, end = own_ids(tokenizer), PROMPT.index("France") + len("France")
+    ids, end = template_ids(tokenizer), PROMPT.index("France") + len("France")
     assert offsets is not None
     last = max(i for i, (first, after) in enumerate(offsets) if first < end and first < after)
     assert tokenizer.decode(ids[: last + 1]).endswith("France")
@@ -221,7 +221,7 @@ def test_a_chat_model_gives_the_target_its_probability(smollm2: tuple[Any, Any])
         return float(logits.softmax(-1)[ids[start]])
 
     ids, start = encode(tokenizer, PROMPT, "Paris", prompt_format=CHAT)
-    assert ids[:start] == own_ids(tokenizer)
+    assert ids[:start] == template_ids(tokenizer)
     assert tokenizer.decode(ids[start:]) == "Paris"
     plain, spaced = probability(CHAT), probability(PromptFormat(True, leading_space="always"))
     assert plain > 0.01

@@ -79,7 +79,7 @@ def heard(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "differ from those" in record.getMessage()]
 
 
-def made_on(model: Any) -> LowRankEdit:
+def edit_for(model: Any) -> LowRankEdit:
     info = describe(model, modules_to_edit(model, [LAYER]), [FRANCE], editor="IBKE", backbone="tiny")
     return LowRankEdit({LAYER: torch.full((1, 1, 48), 0.1)}, {LAYER: torch.full((1, 1, 32), 0.1)}, info)
 
@@ -89,7 +89,7 @@ def test_another_backbone_of_equal_shapes_is_told(
 ) -> None:
     one, other = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
     one.config.name_or_path, other.config.name_or_path = "one", "other"
-    edit = made_on(one)
+    edit = edit_for(one)
     with edit.attached(one), edit.to(torch.bfloat16).attached(tiny_model("qwen3").to(torch.bfloat16)):
         assert not heard(caplog)
     with edit.attached(other):
@@ -106,10 +106,10 @@ def test_another_backbone_is_merged_into_by_force_alone(tiny_model: Callable[...
     with pytest.raises(
         BackboneError, match=r"weights of .* differ from those .*force=True, on the command line --force"
     ):
-        made_on(one).merge_into(other)
+        edit_for(one).merge_into(other)
     assert torch.equal(weight, before)
-    merged = made_on(one).merge_into(other, force=True)
+    merged = edit_for(one).merge_into(other, force=True)
     assert not torch.equal(weight, before)
     merged.undo()
     assert torch.equal(weight, before)
-    made_on(one).merge_into(one)
+    edit_for(one).merge_into(one)

@@ -240,15 +240,15 @@ def test_both_padding_sides_give_the_same_positions_and_labels(tiny_tokenizer: A
 def test_a_model_predicts_the_same_with_either_padding(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, family: str
 ) -> None:
-    model, found = tiny_model(family), []
+    model, logits_by_side = tiny_model(family), []
     for side in ("left", "right"):
         batch = encode_requests(tiny_tokenizer, REQUESTS, side=side)
         with torch.no_grad():
             logits = model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
             ).logits
-        found.append(logits[batch.labels != IGNORED])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        logits_by_side.append(logits[batch.labels != IGNORED])
+    torch.testing.assert_close(*logits_by_side, rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_pad_token_is_no_obstacle(tiny_tokenizer: Any) -> None:

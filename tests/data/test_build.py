@@ -43,12 +43,12 @@ def build_all(world: World, known: World) -> Iterator[Built]:
     for triple in world.triples:
         for make in (builder.counterfactual, builder.unknown):
             before = {kind: number for used in builder.used.values() for kind, number in tagged(used, builder)}
-            made = make(triple)
+            raw_record = make(triple)
             after = {kind: number for used in builder.used.values() for kind, number in tagged(used, builder)}
-            if made is not None:
-                record = parse_record(made, "north-0", "north", Counter())
+            if raw_record is not None:
+                record = parse_record(raw_record, "north-0", "north", Counter())
                 assert record is not None
-                yield made, record, {kind for kind, number in after.items() if number > before.get(kind, 0)}
+                yield raw_record, record, {kind for kind, number in after.items() if number > before.get(kind, 0)}
 
 
 def tagged(used: dict[str, float], builder: RecordBuilder) -> list[tuple[str, float]]:
@@ -124,17 +124,19 @@ def generality_kind(case: EditCase) -> str:
 
 def test_generality_criteria_of_the_reader_are_what_was_drawn(built: list[Built]) -> None:
     seen: Counter[str] = Counter()
-    for made, record, kinds in built:
-        found = [generality_kind(case) for case in record.generality]
-        assert sorted(found) == sorted(kind.partition(" ")[2] for kind in kinds if kind.startswith("generality"))
-        seen.update(found)
-        assert len(record.generality) == len(made["generality"])
+    for raw_record, record, kinds in built:
+        generality_kinds = [generality_kind(case) for case in record.generality]
+        assert sorted(generality_kinds) == sorted(
+            kind.partition(" ")[2] for kind in kinds if kind.startswith("generality")
+        )
+        seen.update(generality_kinds)
+        assert len(record.generality) == len(raw_record["generality"])
     assert set(seen) == set(GENERALITY)
 
 
 def test_generality_cases_ask_what_their_criteria_say(built: list[Built], world: World) -> None:
-    for made, record, _ in built:
-        edit, (request,) = triple_of(made["edit"]), record.requests
+    for raw_record, record, _ in built:
+        edit, (request,) = triple_of(raw_record["edit"]), record.requests
         assert (request.subject, request.target) == (edit.subject, edit.object)
         assert request.prompt == world.relations[edit.relation].prompt(edit.subject)
         for case in record.generality:
@@ -170,7 +172,7 @@ CRITERION_OF = {
 
 def test_locality_criteria_of_the_reader_are_what_was_drawn(built: list[Built], world: World) -> None:
     seen: Counter[str] = Counter()
-    for made, record, kinds in built:
+    for raw_record, record, kinds in built:
         drawn = {kind.partition(" ")[2] for kind in kinds if kind.startswith("locality")}
         criteria = Counter(criterion for case in record.locality for criterion in case.criteria)
         assert len(record.locality) == len(drawn)
@@ -178,8 +180,8 @@ def test_locality_criteria_of_the_reader_are_what_was_drawn(built: list[Built], 
         assert criteria["Multi-Hop"] == ("multi_hop" in drawn)
         assert criteria["Same-Entity Reasoning"] == ("same_entity" in drawn)
         seen.update(drawn)
-        edit = triple_of(made["edit"])
-        for parsed, case in zip(record.locality, made["locality"].values(), strict=True):
+        edit = triple_of(raw_record["edit"])
+        for parsed, case in zip(record.locality, raw_record["locality"].values(), strict=True):
             if case["loc_type"] == "tail of edit" and not record.edits[0].tail_is_item:
                 assert "Object Specificity" not in parsed.criteria
             elif case["loc_type"] in CRITERION_OF:
@@ -193,7 +195,9 @@ def test_locality_criteria_of_the_reader_are_what_was_drawn(built: list[Built], 
 
 
 def test_yes_no_locality_has_both_answers(built: list[Built]) -> None:
-    cases = [case for made, _, _ in built for case in made["locality"].values() if case["path_type"] == "double"]
+    cases = [
+        case for raw_record, _, _ in built for case in raw_record["locality"].values() if case["path_type"] == "double"
+    ]
     for case in cases:
         ends = {half["target"] for half in (case["single_path1"], case["single_path2"])}
         assert case["target"] == ("Yes" if len(ends) == 1 else "No")
@@ -201,8 +205,8 @@ def test_yes_no_locality_has_both_answers(built: list[Built]) -> None:
 
 
 def test_a_counterfactual_target_is_never_true(built: list[Built], world: World) -> None:
-    for made, record, _ in built:
-        edit = triple_of(made["edit"])
+    for raw_record, record, _ in built:
+        edit = triple_of(raw_record["edit"])
         assert (edit in world.triples) == (record.kind == "unknown")
         if record.kind == "counterfactual":
             relation = world.relations[edit.relation]
@@ -212,10 +216,10 @@ def test_a_counterfactual_target_is_never_true(built: list[Built], world: World)
 
 
 def test_locality_never_collides_with_its_own_edit(built: list[Built], world: World) -> None:
-    for made, record, _ in built:
-        edit = triple_of(made["edit"])
+    for raw_record, record, _ in built:
+        edit = triple_of(raw_record["edit"])
         single = world.relations[edit.relation].single_value
-        for parsed, case in zip(record.locality, made["locality"].values(), strict=True):
+        for parsed, case in zip(record.locality, raw_record["locality"].values(), strict=True):
             assert not collides(parsed, record.edits)
             assert not (
                 single
@@ -226,20 +230,20 @@ def test_locality_never_collides_with_its_own_edit(built: list[Built], world: Wo
 
 
 def test_every_other_hop_is_a_known_triple(built: list[Built], known: World) -> None:
-    for made, record, _ in built:
-        edit, original = triple_of(made["edit"]), record.metadata.get("original")
-        for case in (*made["generality"].values(), *made["locality"].values()):
+    for raw_record, record, _ in built:
+        edit, original = triple_of(raw_record["edit"]), record.metadata.get("original")
+        for case in (*raw_record["generality"].values(), *raw_record["locality"].values()):
             others = [triple_of(hop) for hop in hops_of(case) if hop["path"] != ["h_e", "r_e", "t_e"]]
             assert set(others) <= set(known.triples)
             assert not any(t.pair in (edit.pair, frozenset((edit.subject, original))) for t in others)
-        for parsed, case in zip(record.generality, made["generality"].values(), strict=True):
+        for parsed, case in zip(record.generality, raw_record["generality"].values(), strict=True):
             asked = [(hop["prompt"], hop["target"]) for hop in hops_of(case) if hop["path"] != ["h_e", "r_e", "t_e"]]
             assert [(hop.prompt, hop.target) for hop in parsed.supporting] == asked
 
 
 def test_hops_chain_up_to_the_answer(built: list[Built]) -> None:
-    for made, _, _ in built:
-        for case in (*made["generality"].values(), *made["locality"].values()):
+    for raw_record, _, _ in built:
+        for case in (*raw_record["generality"].values(), *raw_record["locality"].values()):
             for half in [case] if case["path_type"] == "single" else [case["single_path1"], case["single_path2"]]:
                 assert all(first[2] == second[0] for first, second in itertools.pairwise(half["paths"]))
                 assert all(item[4] == "s" for item in half["paths"][:-1])  # only the last hop may have several answers
@@ -260,8 +264,8 @@ def test_numbers_are_no_entities(built: list[Built]) -> None:
 def test_kinds_get_equal_shares(world: World) -> None:
     builder = RecordBuilder(world, world, seed=1)
     triples = [t for t in world.triples if t.relation == "town_country"] * 10
-    made = [record for t in triples if (record := builder.counterfactual(t)) is not None]
-    assert len(made) == len(triples)
+    records = [record for t in triples if (record := builder.counterfactual(t)) is not None]
+    assert len(records) == len(triples)
     used = [builder.used["generality"][kind] for kind in ("rephrase", "two_hop", "three_hop", "same_entity", "alias")]
     assert max(used) - min(used) <= 0.25 * max(used)
 
@@ -269,8 +273,8 @@ def test_kinds_get_equal_shares(world: World) -> None:
 def test_kinds_of_locality_get_the_shares_asked_for(world: World) -> None:
     builder = RecordBuilder(world, world, seed=1, shares={"locality": {"property": 3}})
     triples = [t for t in world.triples if t.relation == "town_country"] * 10
-    made = [record for t in triples if (record := builder.counterfactual(t)) is not None]
-    criteria = Counter(case["loc_type"] for record in made for case in record["locality"].values())
+    records = [record for t in triples if (record := builder.counterfactual(t)) is not None]
+    criteria = Counter(case["loc_type"] for record in records for case in record["locality"].values())
     assert criteria["property of edit"] == pytest.approx(3 * criteria["head of edit"], rel=0.2)
 
 
@@ -278,9 +282,9 @@ def test_near_cases_ask_in_the_words_of_the_edit_about_what_shares_its_old_objec
     builder = RecordBuilder(world, world, seed=1, locality=7, near_rate=1.0)
     relation = world.relations["town_country"]
     for triple in world.by_relation["town_country"]:
-        made = builder.counterfactual(triple)
-        assert made is not None
-        (near,) = [case for case in made["locality"].values() if case["loc_type"] == "property of edit"]
+        raw = builder.counterfactual(triple)
+        assert raw is not None
+        (near,) = [case for case in raw["locality"].values() if case["loc_type"] == "property of edit"]
         subject = near["one_hops"][0]["head_entity"]["label"]
         assert near["prompt"] == relation.prompt(subject)
         assert (subject != triple.subject, near["target"]) == (True, triple.object)
@@ -288,12 +292,12 @@ def test_near_cases_ask_in_the_words_of_the_edit_about_what_shares_its_old_objec
 
 def test_novel_names_are_nobodys(world: World) -> None:
     builder = RecordBuilder(world, world, seed=1, novel_rate=1.0)
-    made = [record for t in world.triples * 4 if (record := builder.counterfactual(t)) is not None]
-    targets = {(record["edit"]["property"]["description"], record["edit"]["target"]) for record in made}
+    records = [record for t in world.triples * 4 if (record := builder.counterfactual(t)) is not None]
+    targets = {(record["edit"]["property"]["description"], record["edit"]["target"]) for record in records}
     novel = {(relation, name) for relation, name in targets if name not in world.entities}
     assert len(novel) > 0.8 * len(targets)
     assert all(len(name) == 4 and name.isdecimal() for relation, name in novel if relation == "town_year")
-    for i, record in enumerate(made):
+    for i, record in enumerate(records):
         assert parse_record(record, f"north-{i}", "north", Counter()) is not None
 
 
@@ -306,9 +310,9 @@ def test_shares_that_mean_nothing_are_refused(world: World, shares: dict[str, di
 def test_the_old_subject_of_a_single_inverse_is_left_alone(built: list[Built], world: World) -> None:
     """After "the capital of Alia is Borton", whose capital Borton is has two answers; nobody asks for the other."""
     moved = [
-        (made, record)
-        for made, record, _ in built
-        if made["kind"] == "counterfactual" and record.relation == "capital"
+        (raw_record, record)
+        for raw_record, record, _ in built
+        if raw_record["kind"] == "counterfactual" and record.relation == "capital"
     ]
     rivals = [
         any(t.relation == "country_capital" for t in world.by_object.get(record.edits[0].target, ()))

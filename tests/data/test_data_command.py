@@ -128,7 +128,7 @@ def test_a_triple_gets_both_kinds_of_edit_in_turn(tmp_path: Path, left_out: int)
     kinds: dict[str, set[str]] = {}
     for record in read_files([tmp_path / "out" / "train"]):
         kinds.setdefault(record.requests[0].prompt, set()).add(record.kind)
-    assert all(found == {"counterfactual", "unknown"} for found in kinds.values())
+    assert all(edit_kinds == {"counterfactual", "unknown"} for edit_kinds in kinds.values())
 
 
 def test_tables_that_give_no_record_are_refused(tmp_path: Path) -> None:

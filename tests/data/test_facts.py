@@ -160,8 +160,8 @@ def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
     folder = write_world(tmp_path)
     first = append(folder / "triples.tsv", "Alton\ttown_country\tBoria", "", "x", "Alton\tnowhere\tBoria")
     other = append(folder / "templates.tsv", "town_country\tprompt\tno gap")
-    found = problems(folder)
-    assert [problem.split(" ")[0] for problem in found] == [
+    reported = problems(folder)
+    assert [problem.split(" ")[0] for problem in reported] == [
         f"templates.tsv:{other}:",
         f"triples.tsv:{first}:",
         f"triples.tsv:{first + 2}:",
@@ -172,11 +172,11 @@ def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
 def test_every_missing_wording_of_a_relation_is_reported(tmp_path: Path) -> None:
     append(write_world(tmp_path) / "relations.tsv", "bare\tbare\ttown\tcountry\tyes\tyes")
     append(tmp_path / "templates.tsv", "town_country\tinverse\t{} holds")
-    found = "\n".join(problems(tmp_path))
+    report = "\n".join(problems(tmp_path))
     for what in ("1 noun wording", "1 inverse wording", "1 inverse_noun wording", "at least 2 prompt wordings"):
-        assert f"relations.tsv:6: relation 'bare' needs {what}, found 0" in found
+        assert f"relations.tsv:6: relation 'bare' needs {what}, found 0" in report
     assert (
-        "relations.tsv:2: relation 'town_country' needs 0 inverse wording, found 1" in found
+        "relations.tsv:2: relation 'town_country' needs 0 inverse wording, found 1" in report
     )  # the inverse has many answers
 
 
@@ -195,12 +195,12 @@ def test_a_missing_table_is_reported_with_its_columns(tmp_path: Path, table: str
 
 def test_a_wrong_header_and_an_empty_file_are_reported(tmp_path: Path) -> None:
     write_world(tmp_path, replaced={"triples.tsv": "Alton\ttown_country\tAlia\n", "entities.tsv": ""})
-    found = problems(tmp_path)
+    reported = problems(tmp_path)
     assert (
-        found[0]
+        reported[0]
         == r"triples.tsv:1: the header is subject, relation, object between tabs, found 'Alton\ttown_country\tAlia'"
     )
-    assert found[1] == "entities.tsv:1: the header is entity, aliases between tabs, found ''"
+    assert reported[1] == "entities.tsv:1: the header is entity, aliases between tabs, found ''"
 
 
 def test_a_table_in_another_encoding_is_reported(tmp_path: Path) -> None:

@@ -92,10 +92,10 @@ def test_broken_json_is_named_by_file_and_line(
 
 
 def test_items_before_the_break_are_yielded(tmp_path: Path) -> None:
-    found = json_items(write(tmp_path / "a.json", '[{"a": 1}, {"b": oops}]'))
-    assert next(found) == (0, {"a": 1})
+    items = json_items(write(tmp_path / "a.json", '[{"a": 1}, {"b": oops}]'))
+    assert next(items) == (0, {"a": 1})
     with pytest.raises(RecordError, match="Expecting value: line 1 column 18"):
-        next(found)
+        next(items)
 
 
 def test_json_nested_too_deeply_is_named(tmp_path: Path) -> None:

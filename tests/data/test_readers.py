@@ -87,11 +87,11 @@ def test_samples_are_read_whole(
     native_data: Find, name: str, dataset: str, records: int, requests: int, lists: Json, left_out: Json
 ) -> None:
     skipped: Counter[str] = Counter()
-    found = list(read_records(native_data(name), skipped=skipped))
-    assert len({record.id for record in found}) == len(found) == records
-    assert {record.dataset for record in found} == {dataset}
-    assert sum(len(record.requests) for record in found) == requests
-    assert Counter(case.name for record in found for case in record.generality + record.locality) == lists
+    loaded = list(read_records(native_data(name), skipped=skipped))
+    assert len({record.id for record in loaded}) == len(loaded) == records
+    assert {record.dataset for record in loaded} == {dataset}
+    assert sum(len(record.requests) for record in loaded) == requests
+    assert Counter(case.name for record in loaded for case in record.generality + record.locality) == lists
     assert skipped == left_out
 
 
@@ -303,10 +303,10 @@ def test_mend_edits_go_toward_alt(native_data: Find) -> None:
 def test_knowedit_truth_is_a_text_or_a_list_at_either_level(tmp_path: Path, truth: Any) -> None:
     aliases = () if isinstance(truth, str) else ("Old Norse",)
     asked = [{"prompt": "What do they speak?", "ground_truth": truth}]
-    made = knowedit(
+    raw_record = knowedit(
         ground_truth=truth, portability={"Reasoning": asked, "Subject_Aliasing": []}, locality={"Forgetfulness": asked}
     )
-    (record,) = read(tmp_path, "zsre", made)
+    (record,) = read(tmp_path, "zsre", raw_record)
     assert record.requests == (EditRequest("Where does Oslo lie?", "Norway", "Oslo", PROTOCOL),)
     assert record.metadata == {"original": "Norse"}
     assert record.generality == (
@@ -321,9 +321,9 @@ def test_knowedit_truth_is_a_text_or_a_list_at_either_level(tmp_path: Path, trut
 
 
 def test_knowedit_groups_may_be_absent(tmp_path: Path) -> None:
-    made = knowedit()
-    del made["portability"], made["locality"], made["rephrase_prompt"], made["ground_truth"]
-    (record,) = read(tmp_path, "zsre", made)
+    raw_record = knowedit()
+    del raw_record["portability"], raw_record["locality"], raw_record["rephrase_prompt"], raw_record["ground_truth"]
+    (record,) = read(tmp_path, "zsre", raw_record)
     assert (record.generality, record.locality, record.metadata) == ((), (), {})
 
 
@@ -396,9 +396,9 @@ def test_mquake_samples_hold_every_trap(native_data: Find) -> None:
 )
 def test_mquake_keys_of_other_versions_change_nothing(tmp_path: Path, extra: Json) -> None:
     plain = read(tmp_path, "mquake", mquake())
-    made = mquake(**extra)
-    made["orig"]["edit_triples_idx"] = [0]
-    assert read(tmp_path, "mquake", made) == plain
+    raw_record = mquake(**extra)
+    raw_record["orig"]["edit_triples_idx"] = [0]
+    assert read(tmp_path, "mquake", raw_record) == plain
 
 
 def test_mquake_ids_of_different_files_differ(native_data: Find) -> None:
@@ -457,16 +457,16 @@ def test_blank_texts_are_skipped_and_counted(
 ) -> None:
     skipped: Counter[str] = Counter()
     (whole,) = read(tmp_path, dataset, make("{} text"))
-    found = read(tmp_path, dataset, make(blank), skipped=skipped)
+    loaded = read(tmp_path, dataset, make(blank), skipped=skipped)
     assert skipped == {reason: 1}
-    cases = [len(r.generality + r.locality) for r in found]
+    cases = [len(r.generality + r.locality) for r in loaded]
     assert cases == ([len(whole.generality + whole.locality) - 1] if " case " in reason else [])
 
 
 def test_a_blank_supporting_hop_leaves_out_the_questions(tmp_path: Path) -> None:
-    made, skipped = mquake(), Counter()
-    made["new_single_hops"][1]["cloze"] = ""
-    (record,) = read(tmp_path, "mquake", made, skipped=skipped)
+    raw_record, skipped = mquake(), Counter()
+    raw_record["new_single_hops"][1]["cloze"] = ""
+    (record,) = read(tmp_path, "mquake", raw_record, skipped=skipped)
     assert record.generality == ()
     assert skipped == {"questions case with an empty supporting hop": 3}
 

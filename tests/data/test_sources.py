@@ -150,18 +150,18 @@ def test_formats_are_recognised_from_the_content(native_data: Find, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "contents"),
     [
         ([{"question": "?", "answer": "!"}], "the keys answer, question"),
         ({"version": 1}, "no keys ('1')"),
         ([3], "no keys ('3')"),
     ],
 )
-def test_other_content_is_an_error_that_lists_the_formats(tmp_path: Path, content: Any, found: str) -> None:
+def test_other_content_is_an_error_that_lists_the_formats(tmp_path: Path, content: Any, contents: str) -> None:
     file = write(tmp_path / "a.json", content)
     with pytest.raises(RecordError) as caught:
         next(read_records(file))
-    start = f"{file}: no known format; its first record has {found}. Expected one of uniedit: edit + generality;"
+    start = f"{file}: no known format; its first record has {contents}. Expected one of uniedit: edit + generality;"
     assert str(caught.value).startswith(start)
     with pytest.raises(
         RecordError, match=r"a.json: a UniEdit file is|a.json: record 'a-version': the record is not an object"
@@ -219,16 +219,16 @@ def test_domains_filter_records_too(layout: Path) -> None:
 def test_hops_and_criteria_filter_cases(layout: Path) -> None:
     file = layout / "train" / "art.json"
     skipped: Counter[str] = Counter()
-    found = list(read_records(file, hops={2, 3}, skipped=skipped))
-    assert [[c.hops for c in r.generality + r.locality] for r in found] == [[2], [3], [2], [3]]
+    filtered = list(read_records(file, hops={2, 3}, skipped=skipped))
+    assert [[c.hops for c in r.generality + r.locality] for r in filtered] == [[2], [3], [2], [3]]
     assert skipped == {"case of other criteria or hops": 8, "record without a case of these criteria and hops": 2}
-    assert all(len(r.requests) == 1 for r in found)
+    assert all(len(r.requests) == 1 for r in filtered)
     whole = list(read_records(file))
     assert [len(r.generality) for r in select(whole, hops=1)] == [1, 0, 0, 1, 0, 0]
     multi = list(read_records(file, criteria="multi-hop"))
-    assert multi == found
+    assert multi == filtered
     assert list(read_records(file, criteria=["Rephrase", "Multi-Hop"], hops=3)) == [
-        r for r in found if r.generality[0].hops == 3
+        r for r in filtered if r.generality[0].hops == 3
     ]
 
 
@@ -288,11 +288,11 @@ def hub(layout: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_a_hub_dataset_is_read_by_the_same_call(hub: list[Any], layout: Path) -> None:
-    found = read_records("qizhou/UniEdit", split="test", revision="v1", token="secret")
+    loaded = read_records("qizhou/UniEdit", split="test", revision="v1", token="secret")
     assert hub == []
-    first = next(found)
+    first = next(loaded)
     assert hub == [("qizhou/UniEdit", "v1", "secret"), "test/art.json"]  # one file at a time
-    assert [first, *found] == list(read_records(layout, split="test"))
+    assert [first, *loaded] == list(read_records(layout, split="test"))
     assert hub[2:] == ["test/civil engineering.json"]
 
 

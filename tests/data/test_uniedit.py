@@ -222,9 +222,9 @@ def test_extra_keys_and_tails_of_every_datatype_are_read(tmp_path: Path) -> None
         "monolingualtext": {"language": "en", "text": "motto"},
     }
     for datatype, value in tails.items():
-        made = record()
-        made["locality"]["0"]["one_hops"][0].update(fact(BERGEN, "p", value, datatype))
-        (parsed,) = read(tmp_path, made)
+        raw = record()
+        raw["locality"]["0"]["one_hops"][0].update(fact(BERGEN, "p", value, datatype))
+        (parsed,) = read(tmp_path, raw)
         assert parsed.locality[0].facts[0].tail == f"{datatype}:{value}"
         assert parsed.locality[0].aliases == ()
     (parsed,) = read(tmp_path, record())
@@ -236,12 +236,12 @@ def test_extra_keys_and_tails_of_every_datatype_are_read(tmp_path: Path) -> None
     ("subject", "expected"), [("Oslo", "Oslo"), ("slo ", "slo"), ("", None), (" ", None), (None, None)]
 )
 def test_a_subject_may_be_a_fragment_or_empty(tmp_path: Path, subject: str | None, expected: str | None) -> None:
-    made = record()
-    made["edit"]["subject"] = subject
-    (parsed,) = read(tmp_path, made)
+    raw = record()
+    raw["edit"]["subject"] = subject
+    (parsed,) = read(tmp_path, raw)
     assert parsed.requests[0].subject == expected
-    del made["edit"]["subject"]
-    assert read(tmp_path, made)[0].requests[0].subject is None
+    del raw["edit"]["subject"]
+    assert read(tmp_path, raw)[0].requests[0].subject is None
 
 
 @pytest.mark.parametrize("empty", ["", None, "  \n"])
@@ -260,9 +260,9 @@ def test_a_subject_may_be_a_fragment_or_empty(tmp_path: Path, subject: str | Non
 def test_empty_texts_are_skipped_and_counted(
     tmp_path: Path, empty: str | None, where: tuple[Any, ...], reason: str | None, left: tuple[int, int] | None
 ) -> None:
-    made, skipped = record(), Counter()
-    set_at(made, where, empty)
-    parsed = read(tmp_path, made, record(), skipped=skipped)
+    raw, skipped = record(), Counter()
+    set_at(raw, where, empty)
+    parsed = read(tmp_path, raw, record(), skipped=skipped)
     assert skipped == ({} if reason is None else {reason: 1})
     assert [(len(r.generality), len(r.locality)) for r in parsed] == [*([left] if left else []), (1, 1)]
 
@@ -274,20 +274,20 @@ def set_at(value: Any, where: tuple[Any, ...], new: Any) -> None:
 
 
 def test_double_paths_have_no_paths_of_their_own(tmp_path: Path) -> None:
-    made = record()
+    raw = record()
     other = hop(["e_0", "r_0", "t_e"], "Bergen lies in", "Norway", fact(BERGEN, "country", NORWAY))
     speech = hop(
         ["t_e", "r_1", "e_1"], "The language of Norway is", "Norwegian", fact(NORWAY, "language", entity("Norwegian"))
     )
-    made["generality"]["0"] = {
+    raw["generality"]["0"] = {
         "path_type": "double",
         "prompt": "Is it?",
         "target": "Yes",
         "single_path1": single("a", "b", EDIT_HOP, speech),
         "single_path2": single("c", "d", other),
     }
-    made["locality"]["0"] = {"loc_type": "none", **made["generality"]["0"], "target": "No"}
-    (parsed,) = read(tmp_path, made)
+    raw["locality"]["0"] = {"loc_type": "none", **raw["generality"]["0"], "target": "No"}
+    (parsed,) = read(tmp_path, raw)
     case, local = parsed.generality[0], parsed.locality[0]
     assert (case.prompt, case.target, case.top_k, case.hops) == (
         f"Is it?{YES_NO}",
@@ -322,25 +322,25 @@ def test_double_paths_have_no_paths_of_their_own(tmp_path: Path) -> None:
     ],
 )
 def test_locality_criteria(tmp_path: Path, triple: Json, criteria: tuple[str, ...]) -> None:
-    made = record()
-    made["locality"]["0"] = single("a", "b", hop(["h_l", "r_l", "t_l"], "a", "b", triple), loc_type="none")
-    assert read(tmp_path, made)[0].locality[0].criteria == criteria
+    raw = record()
+    raw["locality"]["0"] = single("a", "b", hop(["h_l", "r_l", "t_l"], "a", "b", triple), loc_type="none")
+    assert read(tmp_path, raw)[0].locality[0].criteria == criteria
 
 
 def test_object_specificity_needs_an_item(tmp_path: Path) -> None:
-    made = record()
-    made["edit"]["tail_entity"] = {"order_in_property": 0, "datatype": "string", "value": "Q-Bergen"}
-    assert read(tmp_path, made)[0].locality[0].criteria == ()
+    raw = record()
+    raw["edit"]["tail_entity"] = {"order_in_property": 0, "datatype": "string", "value": "Q-Bergen"}
+    assert read(tmp_path, raw)[0].locality[0].criteria == ()
 
 
 def test_a_reversed_hop_is_asked_forwards_and_answers_with_its_head(tmp_path: Path) -> None:
-    made = record()
+    raw = record()
     back = {**EDIT_HOP, "reverse_in_multi_hop": True, "reversed": {"prompt": "A city in Norway is", "target": "Oslo"}}
-    made["generality"]["0"] = {
+    raw["generality"]["0"] = {
         **single("A city in Norway is", "Oslo", back),
         "paths": [["t_e", "r_e", "h_e", "b", "m"]],
     }
-    (parsed,) = read(tmp_path, made)
+    (parsed,) = read(tmp_path, raw)
     case = parsed.generality[0]
     assert case.criteria == ("Relation Reverse",)
     assert case.facts[0].prompt == "Oslo lies in"
@@ -356,9 +356,9 @@ def test_a_domain_may_have_a_space_and_be_gzipped(tmp_path: Path, name: str) -> 
 
 
 def test_text_of_other_scripts_is_kept(tmp_path: Path) -> None:
-    made = record()
-    made["edit"]["target"] = "Норвегия 🏔️"
-    assert read(tmp_path, made)[0].requests[0].target == "Норвегия 🏔️"
+    raw = record()
+    raw["edit"]["target"] = "Норвегия 🏔️"
+    assert read(tmp_path, raw)[0].requests[0].target == "Норвегия 🏔️"
 
 
 # --- what is wrong --------------------------------------------------------------------------------------------------
@@ -421,13 +421,13 @@ HOP = ("generality", "0", "one_hops", 0)
 def test_an_unreadable_record_is_named_by_file_record_and_field(
     tmp_path: Path, change: Callable[[Json], None], field: str
 ) -> None:
-    made = record()
-    change(made)
-    file = write(tmp_path, {"3": record(), "17": made})
-    found = read_uniedit(file)
-    assert next(found).id == "geography-3"
+    raw = record()
+    change(raw)
+    file = write(tmp_path, {"3": record(), "17": raw})
+    stream = read_uniedit(file)
+    assert next(stream).id == "geography-3"
     with pytest.raises(RecordError) as caught:
-        next(found)
+        next(stream)
     assert str(caught.value) == f"{file}: record 'geography-17': {field}"
 
 

@@ -59,12 +59,12 @@ def corpus_outputs(model: Any, tokenizer: Any, edit: Any, names: Any) -> dict[st
     """Return what each layer maps each of the corpus' keys to."""
     batch = pad_and_label([([*ids, 0], len(ids)) for ids in tokenizer(TEXTS)["input_ids"]])
     modules = modules_to_edit(model, list(names))
-    found = {}
+    outputs = {}
     for name in names:  # one layer's update at a time: a lower layer's would change its input
         single = LowRankEdit({name: edit.inputs[name]}, {name: edit.outputs[name]})
         with single.attached(model):
-            found[name] = read_layers(model, {name: modules[name]}, batch)[name][1][batch.attention_mask.bool()]
-    return found
+            outputs[name] = read_layers(model, {name: modules[name]}, batch)[name][1][batch.attention_mask.bool()]
+    return outputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,10 +142,10 @@ def test_regularisation_is_relative_to_the_keys_of_the_corpus(
 
 def test_the_residual_is_spread_over_the_layers(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model, editor = setting(tiny_model, tiny_tokenizer, "gptj")
-    found: list[torch.Tensor] = []
+    changes: list[torch.Tensor] = []
     run = ValueSearch.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ValueSearch, "run", lambda search, *sizes: found.append(run(search, *sizes)) or found[-1])
+        patch.setattr(ValueSearch, "run", lambda search, *sizes: changes.append(run(search, *sizes)) or changes[-1])
         edit = editor.edit(model, tiny_tokenizer, REQUESTS)
     first, second = editor.config.module_names()
     asked = ask(tiny_tokenizer, REQUESTS, [], "{} is a", 128).requests
@@ -155,13 +155,13 @@ def test_the_residual_is_spread_over_the_layers(tiny_model: Callable[..., Any], 
         edits = [LowRankEdit({n: edit.inputs[n] for n in names}, {n: edit.outputs[n] for n in names})] if names else []
         return read_states(model, modules, asked, edits, 10)
 
-    wanted = states()[HIDDEN].outputs + found[0]
-    half = found[0] / 2
+    value = states()[HIDDEN].outputs + changes[0]
+    half = changes[0] / 2
     torch.testing.assert_close(
         states(first)[first].outputs - states()[first].outputs, half, rtol=0.02, atol=0.02 * float(half.abs().max())
     )
     torch.testing.assert_close(
-        states(first, second)[HIDDEN].outputs, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max())
+        states(first, second)[HIDDEN].outputs, value, rtol=0.02, atol=0.02 * float(value.abs().max())
     )
 
 

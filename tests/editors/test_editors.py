@@ -206,7 +206,7 @@ def test_independent_fine_tuning_keeps_within_its_memory(
     monkeypatch.setattr(
         FineTuningEditor,
         "_fit",
-        lambda *given, number, **named: lots.append(number) or fit(*given, number=number, **named),
+        lambda *arguments, number, **named: lots.append(number) or fit(*arguments, number=number, **named),
     )
     for room, numbers in ((8 * size, [2, 1]), (4 * size, [1, 1, 1]), (3 * size, [1, 1, 1])):
         editor = FineTuningEditor(replace(whole.config, memory_bytes=room))

@@ -89,7 +89,7 @@ def test_lookup_equals_a_naive_one() -> None:
         keys, values = torch.randn(number, 4, 6, generator=generator), torch.randn(number, 4, 5, generator=generator)
         radii = torch.tensor([2.5, 3.0, 2.0, -1.0]).repeat(number, 1)
         x, y = torch.randn(3, 7, 6, generator=generator), torch.randn(3, 7, 5, generator=generator)
-        found, seen = _lookup(keys, values, radii)(x, y), 0
+        outputs, seen = _lookup(keys, values, radii)(x, y), 0
         for b in range(3):
             book = b if number > 1 else 0
             for token in range(7):
@@ -97,7 +97,7 @@ def test_lookup_equals_a_naive_one() -> None:
                 best = min(range(3), key=distances.__getitem__)
                 inside = distances[best] < radii[book, best]
                 seen += inside
-                assert torch.equal(found[b, token], values[book, best] if inside else y[b, token])
+                assert torch.equal(outputs[b, token], values[book, best] if inside else y[b, token])
         assert 0 < seen < 21
 
 
@@ -178,10 +178,10 @@ def test_company_and_padding_do_not_change_an_edit(
             )
     left, right = (encode_requests(tiny_tokenizer, REQUESTS, side=side) for side in ("left", "right"))
     with torch.no_grad(), together.attached(model):
-        found = [
+        logits_by_side = [
             logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))
         ]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*logits_by_side, rtol=1e-4, atol=1e-4)
 
 
 def test_sequential_edits_go_on_from_the_codebook_before(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
@@ -237,13 +237,13 @@ def test_16_bit_models_are_edited_in_fp32(
 def test_two_threads_do_not_see_each_others_codebook(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
     model, requests = independent.model, [EditRequest(REQUESTS[0].prompt, target) for target in ("Rome", "Oslo")]
     edits = [independent.edit[0], independent.editor.edit(model, tiny_tokenizer, requests[1:])]
-    together, found = threading.Barrier(2), {}
+    together, answers = threading.Barrier(2), {}
 
     def ask(index: int) -> None:
         batch = encode_requests(tiny_tokenizer, [requests[index]])
         with torch.no_grad(), edits[index].attached(model):
             together.wait()
-            found[index] = [
+            answers[index] = [
                 bool((logits.argmax(-1) == labels).all())
                 for logits, labels in (target_logits(model, batch) for _ in range(5))
             ]
@@ -253,7 +253,7 @@ def test_two_threads_do_not_see_each_others_codebook(independent: SimpleNamespac
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {0: [True] * 5, 1: [True] * 5}
+    assert answers == {0: [True] * 5, 1: [True] * 5}
 
 
 def test_refusals(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:

@@ -112,10 +112,10 @@ def test_batches_change_no_edit(family: str, tiny_model: Callable[..., Any], tin
     together = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     for row, request in enumerate(REQUESTS):
         alone = editor.edit(model, tiny_tokenizer, [request])
-        own = together[row]
+        row_edit = together[row]
         for name, tensor in alone.memory.items():
-            wanted = own.memory[name][:, :, : tensor.shape[2]] if name == "keys" else own.memory[name]
-            torch.testing.assert_close(tensor, wanted, rtol=0, atol=2e-5)
+            expected = row_edit.memory[name][:, :, : tensor.shape[2]] if name == "keys" else row_edit.memory[name]
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=2e-5)
     with together.attached(model):
         left, _ = answers(model, tiny_tokenizer)
         right, _ = answers(model, tiny_tokenizer, side="right")
@@ -216,24 +216,24 @@ def test_generation_and_threads(tiny_model: Callable[..., Any], tiny_tokenizer: 
 
     def generated(edit: LEMoEEdit, **options: Any) -> str:
         with edit.attached(model):
-            made = model.generate(
+            tokens = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, **options
             )
-        return str(tiny_tokenizer.decode(made[0, ids.shape[1] :]))
+        return str(tiny_tokenizer.decode(tokens[0, ids.shape[1] :]))
 
     alone = [generated(edit) for edit in edits]
     assert alone[0].startswith(" Rome"), alone
     assert alone[1].startswith(" Oslo"), alone
     assert [generated(edit, use_cache=False) for edit in edits] == alone
-    found: dict[int, set[str]] = {0: set(), 1: set()}
+    texts: dict[int, set[str]] = {0: set(), 1: set()}
     threads = [
-        threading.Thread(target=lambda k=k: found[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
+        threading.Thread(target=lambda k=k: texts[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {0: {alone[0]}, 1: {alone[1]}}
+    assert texts == {0: {alone[0]}, 1: {alone[1]}}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

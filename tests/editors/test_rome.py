@@ -76,10 +76,10 @@ def test_the_layer_maps_the_key_to_the_value_by_a_rank_one_update_and_the_model_
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     batch = encode_requests(tiny_tokenizer, REQUESTS)
     original = target_logits(model, batch)[0].detach()
-    found: list[torch.Tensor] = []
+    changes: list[torch.Tensor] = []
     run = ValueSearch.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ValueSearch, "run", lambda search, *sizes: found.append(run(search, *sizes)) or found[-1])
+        patch.setattr(ValueSearch, "run", lambda search, *sizes: changes.append(run(search, *sizes)) or changes[-1])
         edit = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     assert edit.ranks == dict.fromkeys(edit.layers, 1)
     assert all(hits(model, tiny_tokenizer, edit))
@@ -90,9 +90,9 @@ def test_the_layer_maps_the_key_to_the_value_by_a_rank_one_update_and_the_model_
     unedited = read_states(model, modules, texts.requests, [], 100)[name]
     edited = read_states(model, modules, texts.requests, [edit], 100)[name]
     torch.testing.assert_close(edited.inputs, unedited.inputs, **near)
-    torch.testing.assert_close(edited.outputs, unedited.outputs + found[0], rtol=1e-3, atol=1e-3)  # v* = W k* + δ
+    torch.testing.assert_close(edited.outputs, unedited.outputs + changes[0], rtol=1e-3, atol=1e-3)  # v* = W k* + δ
     for row in range(3):
-        torch.testing.assert_close(unedited.inputs[row] @ edit[row].weight_update(name), found[0][row], **near)
+        torch.testing.assert_close(unedited.inputs[row] @ edit[row].weight_update(name), changes[0][row], **near)
         singular = torch.linalg.svdvals(edit[row].weight_update(name))
         assert singular[1] < 1e-5 * singular[0]
     assert torch.equal(target_logits(model, batch)[0], original)
@@ -263,12 +263,14 @@ def test_requests_that_are_done_are_asked_no_more(tiny_model: Callable[..., Any]
         editor.config, stop_below=float(losses.sort().values[1]) + 1e-3
     )  # two of three are done from the start
     rows: list[int] = []
-    handle = model.register_forward_pre_hook(lambda *given: rows.append(len(given[2]["input_ids"])), with_kwargs=True)
-    found = search.run(state.norms, 32)
+    handle = model.register_forward_pre_hook(
+        lambda *arguments: rows.append(len(arguments[2]["input_ids"])), with_kwargs=True
+    )
+    changes = search.run(state.norms, 32)
     handle.remove()
     assert rows[0] == 3
     assert set(rows[1:]) == {1}
-    assert found.any(-1).tolist() == (losses == losses.max()).tolist()
+    assert changes.any(-1).tolist() == (losses == losses.max()).tolist()
 
 
 def test_the_change_stays_within_its_limit_and_zero_steps_of_a_done_request(
@@ -337,9 +339,9 @@ def test_padding_side_and_batch_change_nothing(tiny_model: Callable[..., Any], t
     (name,) = modules
     expected = read_states(model, modules, asked, [], 100)[name]
     for other, size in ((SubjectTexts(wider, asked.subjects, asked.owners, 3), 100), (asked, 1), (asked, 4)):
-        found = read_states(model, modules, other, [], size)[name]
-        torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-5, atol=1e-5)
+        states = read_states(model, modules, other, [], size)[name]
+        torch.testing.assert_close(states.inputs, expected.inputs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states.outputs, expected.outputs, rtol=1e-5, atol=1e-5)
     for row in range(3):
         torch.testing.assert_close(
             read_states(model, modules, asked.only(row), [], 9)[name].inputs[0],

@@ -170,13 +170,13 @@ def test_generation_keeps_the_decision_of_the_prompt(
     batch = pad_and_label([([*ids, 0], len(ids)) for ids in prompts])
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 1, "eos_token_id": None}
     with torch.no_grad():
-        own = model.generate(batch.input_ids[1:][:, batch.attention_mask[1] > 0], **options)[0, -6:]
+        unedited = model.generate(batch.input_ids[1:][:, batch.attention_mask[1] > 0], **options)[0, -6:]
         with edit.attached(model):
-            made = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)[:, -6:]
-        assert made[1].tolist() == own.tolist()
+            tokens = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)[:, -6:]
+        assert tokens[1].tolist() == unedited.tolist()
         first = [*encode_one(tiny_tokenizer, REQUESTS[1]), editor.config.separator, *prompts[0]]
         expected = editor.counterfactual.generate(torch.tensor([first]), **options)[0, -6:]
-    assert made[0].tolist() == expected.tolist()
+    assert tokens[0].tolist() == expected.tolist()
 
 
 def encode_one(tokenizer: Any, request: EditRequest) -> list[int]:
@@ -194,16 +194,16 @@ def test_two_threads_never_see_each_others_memory(tiny_model: Callable[..., Any]
             return str(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1).tolist())
 
     alone = [generated(edit) for edit in edits]
-    found: list[set[str]] = [set(), set()]
+    texts: list[set[str]] = [set(), set()]
     threads = [
-        threading.Thread(target=lambda k=k: found[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
+        threading.Thread(target=lambda k=k: texts[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert alone[0] != alone[1]
-    assert found == [{alone[0]}, {alone[1]}]
+    assert texts == [{alone[0]}, {alone[1]}]
 
 
 def test_the_newest_request_of_a_prompt_counts(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
@@ -215,8 +215,8 @@ def test_the_newest_request_of_a_prompt_counts(tiny_model: Callable[..., Any], t
     assert [len(row) for row in second.entries()] == [3]
     assert second.info.requests == (*REQUESTS, again)  # of all that it contains
     with second.attached(model):
-        made = answers(model, tiny_tokenizer, [again])
-    torch.testing.assert_close(made, counterfactual(editor, tiny_tokenizer, again, again), **near)
+        logits = answers(model, tiny_tokenizer, [again])
+    torch.testing.assert_close(logits, counterfactual(editor, tiny_tokenizer, again, again), **near)
     rows = editor.edit(model, tiny_tokenizer, OTHERS, mode="independent", previous=second)
     assert [len(row) for row in rows.entries()] == [4, 4]
 

@@ -69,8 +69,8 @@ def test_patches_are_silent_on_what_they_were_not_trained_to_fire_on(
     joint: SimpleNamespace, tiny_tokenizer: Any
 ) -> None:
     memory = joint.edit.memory
-    own = (memory["keys"] * memory["queries"]).sum(-1) + memory["biases"]
-    assert (own > 0).all()
+    activations = (memory["keys"] * memory["queries"]).sum(-1) + memory["biases"]
+    assert (activations > 0).all()
     across = memory["queries"][0] @ memory["keys"][0].T + memory["biases"][0]
     assert (across.fill_diagonal_(-1) <= 0).all()  # each fires on its own mistake alone
     for text in MEMORY:
@@ -125,9 +125,9 @@ def test_a_request_that_is_answered_is_trained_on_until_its_patches_are_silent(
         editor = make(model, memory=near, stop_loss=100.0, **config)  # any answer will do
         patches = editor.edit(model, tiny_tokenizer, REQUESTS[:1]).memory
         queries = editor._memories[model]
-        own = torch.cdist(queries, patches["queries"][0]) <= 0.02 * patches["queries"][0].norm(dim=-1)
+        same_query = torch.cdist(queries, patches["queries"][0]) <= 0.02 * patches["queries"][0].norm(dim=-1)
         heard = queries @ patches["keys"][0].T + patches["biases"][0]
-        return float(heard.masked_fill(own, -torch.inf).max())
+        return float(heard.masked_fill(same_query, -torch.inf).max())
 
     assert loudest(steps=1, learning_rate=0.0) > 0
     assert loudest(steps=300) <= 0
@@ -152,15 +152,15 @@ def test_losses_equal_naive_ones() -> None:
             change.normal_(generator=generator)
     allowed = torch.ones(2, 7, dtype=torch.bool)
     allowed[1, 2:] = False
-    found, loudest = (part.detach() for part in patches.losses(memory, allowed))
+    losses, loudest = (part.detach() for part in patches.losses(memory, allowed))
     keys, biases, _ = (part.detach() for part in patches.parts())
     for p in range(2):
-        own = float(mistakes[p] @ keys[p] + biases[p])
+        activation = float(mistakes[p] @ keys[p] + biases[p])
         heard = [float(memory[i] @ keys[p] + biases[p]) for i in range(7) if allowed[p, i]]
         first = sorted((math.exp(h + 3.0) for h in heard), reverse=True)[:3]
-        second = sorted((math.exp(h - own + 2.0) for h in heard), reverse=True)[:3]
-        expected = 2.0 * math.exp(-own) + 5.0 * (sum(first) / len(first) + sum(second) / len(second))
-        assert float(found[p]) == pytest.approx(expected, rel=1e-4)
+        second = sorted((math.exp(h - activation + 2.0) for h in heard), reverse=True)[:3]
+        expected = 2.0 * math.exp(-activation) + 5.0 * (sum(first) / len(first) + sum(second) / len(second))
+        assert float(losses[p]) == pytest.approx(expected, rel=1e-4)
         assert float(loudest[p]) == pytest.approx(max(heard), rel=1e-4)
     assert top_mean_exp(torch.full((1, 4), -torch.inf), 2).tolist() == [0.0]
 
@@ -200,10 +200,10 @@ def test_company_and_padding_do_not_change_an_edit(
             )
     left, right = (encode_requests(tiny_tokenizer, REQUESTS, side=side) for side in ("left", "right"))
     with torch.no_grad(), together.attached(model):
-        found = [
+        logits_by_side = [
             logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))
         ]
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*logits_by_side, rtol=1e-4, atol=1e-4)
 
 
 def test_generation_and_beams(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
@@ -215,13 +215,13 @@ def test_generation_and_beams(independent: SimpleNamespace, tiny_tokenizer: Any)
 
 
 def test_two_threads_do_not_see_each_others_patches(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
-    model, together, found = independent.model, threading.Barrier(2), {}
+    model, together, answers = independent.model, threading.Barrier(2), {}
 
     def ask(row: int) -> None:
         batch = encode_requests(tiny_tokenizer, REQUESTS[:2])
         with torch.no_grad(), independent.edit[row].attached(model):
             together.wait()
-            found[row] = [target_logits(model, batch)[0] for _ in range(5)]
+            answers[row] = [target_logits(model, batch)[0] for _ in range(5)]
 
     threads = [threading.Thread(target=ask, args=(row,)) for row in range(2)]
     for thread in threads:
@@ -231,8 +231,8 @@ def test_two_threads_do_not_see_each_others_patches(independent: SimpleNamespace
     for row in range(2):
         with torch.no_grad(), independent.edit[row].attached(model):
             alone = target_logits(model, encode_requests(tiny_tokenizer, REQUESTS[:2]))[0]
-        assert all(torch.equal(logits, alone) for logits in found[row])
-    assert not torch.equal(found[0][0], found[1][0])
+        assert all(torch.equal(logits, alone) for logits in answers[row])
+    assert not torch.equal(answers[0][0], answers[1][0])
 
 
 def test_sequential_edits_go_on_from_the_patches_before(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:

@@ -39,7 +39,7 @@ def columns_of(records, editor, model, tokenizer, k=5):
             logits = model(torch.tensor([ids[:-1]])).logits[0, start - 1 :]
         return scores.top_ids(logits, k).tolist(), ids[start:]
 
-    made = {name: [] for name in ("predictions", "references", "role", "criterion", "top_k")}
+    columns = {name: [] for name in ("predictions", "references", "role", "criterion", "top_k")}
     for record in records:
         roles = ("reliability", record.requests), ("generality", record.generality), ("locality", record.locality)
         cases = [(role, case) for role, some in roles for case in some]
@@ -47,11 +47,11 @@ def columns_of(records, editor, model, tokenizer, k=5):
         with editor.edit(model, tokenizer, record.requests).attached(model):
             after = [predict(case)[0] for _, case in cases]
         for (role, case), (old, target), new in zip(cases, before, after, strict=True):
-            wanted = [best[0] for best in old] if role == "locality" else target
-            values = new, wanted, role, *((case.criteria, case.top_k) if isinstance(case, EditCase) else ((), 1))
-            for name, value in zip(made, values, strict=True):
-                made[name].append(value)
-    return made
+            reference = [best[0] for best in old] if role == "locality" else target
+            values = new, reference, role, *((case.criteria, case.top_k) if isinstance(case, EditCase) else ((), 1))
+            for name, value in zip(columns, values, strict=True):
+                columns[name].append(value)
+    return columns
 
 
 def test_agrees_with_the_summary_of_an_evaluation(metric, tiny_model, tiny_tokenizer):
@@ -66,33 +66,33 @@ def test_agrees_with_the_summary_of_an_evaluation(metric, tiny_model, tiny_token
         replace(record, edits=(), generality=tuple(replace(case, name="gen") for case in record.generality))
         for record in make_records(12, 1)
     ]
-    wanted = evaluate_records(
+    summary = evaluate_records(
         editor, model, tiny_tokenizer, records, supporting_hops=False, generate=False, progress=False
     ).summary
-    found = metric.compute(**columns_of(records, editor, model, tiny_tokenizer))
-    names = found.keys() - {"by_criterion"}
+    result = metric.compute(**columns_of(records, editor, model, tiny_tokenizer))
+    names = result.keys() - {"by_criterion"}
     assert names >= {"reliability", "generality", "locality", "f1", "avg", "generality_top1", "locality_top1"}
-    assert {name: found[name] for name in names} == {name: pytest.approx(wanted[name]) for name in names}
-    assert 0 < found["generality_top1"] < found["generality"] < 100
-    assert 0 < found["locality_top1"] < found["locality"] < 100
+    assert {name: result[name] for name in names} == {name: pytest.approx(summary[name]) for name in names}
+    assert 0 < result["generality_top1"] < result["generality"] < 100
+    assert 0 < result["locality_top1"] < result["locality"] < 100
     for role in ("generality", "locality"):
         expected = {
             name: {key: cell[key] for key in ("score", "top1", "cases")}
-            for name, cell in wanted["by_criterion"][role].items()
+            for name, cell in summary["by_criterion"][role].items()
         }
-        assert found["by_criterion"][role] == {name: pytest.approx(cell) for name, cell in expected.items()}
+        assert result["by_criterion"][role] == {name: pytest.approx(cell) for name, cell in expected.items()}
 
 
 def test_by_hand(metric):
-    found = metric.compute(**GOOD)
-    assert found["reliability"] == 50
-    assert found["generality"] == 100
-    assert found["generality_top1"] == found["first_token"] == 0
-    assert found["avg"] == 75
-    assert found["locality"] is found["f1"] is found["locality_top1"] is None  # no locality case
+    quality = metric.compute(**GOOD)
+    assert quality["reliability"] == 50
+    assert quality["generality"] == 100
+    assert quality["generality_top1"] == quality["first_token"] == 0
+    assert quality["avg"] == 75
+    assert quality["locality"] is quality["f1"] is quality["locality_top1"] is None  # no locality case
     cell = {"score": 100, "top1": 0, "cases": 1}
-    assert found["by_criterion"] == {"generality": {"Multi-Hop": cell, "Rephrase": cell}, "locality": {}}
-    assert all(type(value) in (float, type(None)) for name, value in found.items() if name != "by_criterion")
+    assert quality["by_criterion"] == {"generality": {"Multi-Hop": cell, "Rephrase": cell}, "locality": {}}
+    assert all(type(value) in (float, type(None)) for name, value in quality.items() if name != "by_criterion")
 
 
 def test_criterion_and_top_k_may_be_missing_and_tensors_are_ids(metric):

@@ -39,9 +39,9 @@ class OneAtATime:
     def __init__(self, editor):
         self.editor, self.modes = editor, Counter()
 
-    def edit(self, *given, mode, previous):
+    def edit(self, *arguments, mode, previous):
         self.modes[mode] += 1
-        return self.editor.edit(*given, mode=mode, previous=previous)
+        return self.editor.edit(*arguments, mode=mode, previous=previous)
 
 
 @pytest.mark.parametrize(
@@ -60,24 +60,24 @@ class OneAtATime:
 def test_agrees_with_one_case_at_a_time(setting, family, number, most_requests, options, at_once):
     model, tokenizer, editor = setting(family)
     records = make_records(number, most_requests)
-    found = evaluate_records(
+    evaluated = evaluate_records(
         editor if at_once else OneAtATime(editor), model, tokenizer, records, progress=False, **options
     )
     naive = Naive(editor, model, tokenizer, options.get("locality_match", "ids"))
     expected = naive.evaluate(
         records, options.get("sequential", 1), options.get("mode") == "joint", options.get("collision_scope", "set")
     )
-    assert_same(found.rows, expected)
+    assert_same(evaluated.rows, expected)
     hops = sum(len(case.supporting) for record in records for case in record.generality)
     assert (
-        0 < sum(row["edited_hops"] for row in found.rows) < hops + (number < 20)
+        0 < sum(row["edited_hops"] for row in evaluated.rows) < hops + (number < 20)
     )  # known and unknown hops both occur
     locality = sum(len(record.locality) for record in records)
-    assert found.skipped == {
+    assert evaluated.skipped == {
         "locality case that collides with an edit": locality - sum(r["role"] == "locality" for r in expected)
     }
-    assert any(row["before"] != row["after"] for row in found.rows)
-    assert found.edit_seconds > 0
+    assert any(row["before"] != row["after"] for row in evaluated.rows)
+    assert evaluated.edit_seconds > 0
 
 
 def test_edits_carried_at_once_are_bounded_without_changing_a_row(setting, monkeypatch):
@@ -101,9 +101,9 @@ def test_one_lot_of_questions_is_held_at_a_time(setting, monkeypatch):
             most.append(len(alive))
 
     monkeypatch.setattr(questions, "RecordQuestion", Watched)
-    found = evaluate_records(editor, model, tokenizer, records, batch_size=3, generate=False, progress=False)
+    evaluated = evaluate_records(editor, model, tokenizer, records, batch_size=3, generate=False, progress=False)
     sizes = [len(record.requests) + len(record.generality) + len(record.locality) for record in records]
-    assert max(most) <= 2 * 3 * max(sizes) < len(found.rows)  # the lot that is read while the last is still held
+    assert max(most) <= 2 * 3 * max(sizes) < len(evaluated.rows)  # the lot that is read while the last is still held
 
 
 @pytest.mark.parametrize("room", [0, 20_000])
@@ -114,14 +114,14 @@ def test_unedited_logits_are_kept_within_their_bytes_without_changing_a_row(sett
     monkeypatch.setattr(judging, "LOGIT_BYTES", room)
     kept, predictions = [], judging.Judge.predictions
 
-    def watched(self, *given):
-        found = predictions(self, *given)
-        kept.append(sum(p.logits.untyped_storage().nbytes() for p in found if p.logits is not None))
-        return found
+    def watched(self, *arguments):
+        predicted = predictions(self, *arguments)
+        kept.append(sum(p.logits.untyped_storage().nbytes() for p in predicted if p.logits is not None))
+        return predicted
 
     monkeypatch.setattr(judging.Judge, "predictions", watched)
-    found = evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False)
-    assert_same(found.rows, list(expected.rows))
+    evaluation = evaluate_records(editor, model, tokenizer, records, sequential=6, progress=False)
+    assert_same(evaluation.rows, list(expected.rows))
     assert max(kept) <= room and (max(kept) > 0) == (room > 0)
 
 
@@ -133,9 +133,9 @@ def test_dense_edits_are_made_and_copied_within_their_bytes_without_changing_a_r
     one = editor.edit(model, tokenizer, records[0].requests[:1]).nbytes
     numbers, edit, select = [], FineTuningEditor.edit, DenseEdit.select
 
-    def watched_edit(self, model, tokenizer, requests, **given):
+    def watched_edit(self, model, tokenizer, requests, **options):
         numbers.append(len(requests))
-        return edit(self, model, tokenizer, requests, **given)
+        return edit(self, model, tokenizer, requests, **options)
 
     def watched_select(self, rows):
         numbers.append(len(torch.as_tensor(rows).flatten()) / editing.WORKING_COPIES)  # copies that nothing is made of
@@ -144,8 +144,8 @@ def test_dense_edits_are_made_and_copied_within_their_bytes_without_changing_a_r
     monkeypatch.setattr(FineTuningEditor, "edit", watched_edit)
     monkeypatch.setattr(DenseEdit, "select", watched_select)
     monkeypatch.setattr(judging, "EDIT_BYTES", 2 * editing.WORKING_COPIES * one)
-    found = evaluate_records(editor, model, tokenizer, records, progress=False)
-    assert_same(found.rows, list(expected.rows))
+    evaluated = evaluate_records(editor, model, tokenizer, records, progress=False)
+    assert_same(evaluated.rows, list(expected.rows))
     assert max(numbers) == 2
 
 
@@ -165,10 +165,10 @@ def test_model_is_left_alone_by_an_editor_that_fails_on_the_way(setting):
     model, tokenizer, editor = setting()
 
     class Failing(OneAtATime):
-        def edit(self, model, tokenizer, requests, **given):
-            if given["previous"] is not None:
+        def edit(self, model, tokenizer, requests, **options):
+            if options["previous"] is not None:
                 raise NonFiniteError("the gradient at down_proj is not finite for request 0; check the weights")
-            return super().edit(model, tokenizer, requests, **given)
+            return super().edit(model, tokenizer, requests, **options)
 
     with pytest.raises(
         NonFiniteError, match=r"record 'r\d+' of made, generality case \d, supporting hop \d: the gradient at"
@@ -179,20 +179,20 @@ def test_model_is_left_alone_by_an_editor_that_fails_on_the_way(setting):
 
 def test_unedited_model_keeps_its_predictions(setting):
     model, tokenizer, _ = setting()
-    found = evaluate_records(None, model, tokenizer, make_records(6, 2), sequential=3, progress=False)
-    assert found.summary["locality"] == 100
-    assert found.summary["js_similarity"] == pytest.approx(100, abs=1e-3)
-    assert found.edit_seconds is None
-    assert all(row["before"] == row["after"] and row["edited_hops"] == 0 for row in found.rows)
+    evaluated = evaluate_records(None, model, tokenizer, make_records(6, 2), sequential=3, progress=False)
+    assert evaluated.summary["locality"] == 100
+    assert evaluated.summary["js_similarity"] == pytest.approx(100, abs=1e-3)
+    assert evaluated.edit_seconds is None
+    assert all(row["before"] == row["after"] and row["edited_hops"] == 0 for row in evaluated.rows)
 
 
 def test_supporting_hops_and_generation_can_be_off(setting):
     model, tokenizer, editor = setting()
-    found = evaluate_records(
+    evaluated = evaluate_records(
         editor, model, tokenizer, make_records(6, 1), supporting_hops=False, generate=False, progress=False
     )
-    assert all(row["edited_hops"] == 0 and row["exact_match"] is None for row in found.rows)
-    assert found.summary["exact_match"] is None
+    assert all(row["edited_hops"] == 0 and row["exact_match"] is None for row in evaluated.rows)
+    assert evaluated.summary["exact_match"] is None
 
 
 def test_yes_no_cases_count_the_top_prediction_only(setting):
@@ -212,14 +212,14 @@ def test_yes_no_cases_count_the_top_prediction_only(setting):
 
 def test_equal_strings_of_other_ids_count_only_as_uniedit_compares_them(setting):
     model, tokenizer, editor = setting()
-    records, found = make_records(8, 1), {}
+    records, locality = make_records(8, 1), {}
     for match in ("ids", "string"):
         rows = evaluate_records(
             editor, model, tokenizer, records, locality_match=match, generate=False, progress=False
         ).rows
-        found[match] = [row["score"] for row in rows if row["role"] == "locality"]
-    assert all(a <= b for a, b in zip(found["ids"], found["string"], strict=True))
-    assert found["ids"] != found["string"]  # byte fragments all decode to the replacement character
+        locality[match] = [row["score"] for row in rows if row["role"] == "locality"]
+    assert all(a <= b for a, b in zip(locality["ids"], locality["string"], strict=True))
+    assert locality["ids"] != locality["string"]  # byte fragments all decode to the replacement character
 
 
 def test_answers_do_not_depend_on_the_batch_or_on_a_pad_token(setting):
@@ -241,12 +241,12 @@ def test_answers_do_not_depend_on_the_batch_or_on_a_pad_token(setting):
 def test_rows_are_json_and_stream_in_order(setting):
     model, tokenizer, editor = setting()
     rows, skipped, records = [], [], make_records(9, 2)
-    found = evaluate_records(
+    evaluated = evaluate_records(
         editor, model, tokenizer, records, batch_size=4, progress=False, on_row=rows.append, on_skip=skipped.append
     )
-    assert json.loads(json.dumps(rows, allow_nan=False)) == list(found.rows)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == list(evaluated.rows)
     assert list(dict.fromkeys(row["record"] for row in rows)) == [record.id for record in records]
-    assert Counter(skip["reason"] for skip in skipped) == found.skipped != {}
+    assert Counter(skip["reason"] for skip in skipped) == evaluated.skipped != {}
     judged = {(row["record"], row["case"]) for row in rows if row["role"] == "locality"}
     assert judged.isdisjoint((skip["record"], skip["case"]) for skip in skipped)
     assert set(rows[0]) == {
@@ -301,9 +301,9 @@ def test_a_killed_run_goes_on_with_no_row_lost_or_doubled(setting):
 def test_incomplete_group_is_scored_and_said_so(setting, caplog):
     model, tokenizer, editor = setting()
     records = make_records(5, 1)
-    found = evaluate_records(editor, model, tokenizer, records, sequential=3, progress=False)
-    assert found.incomplete_group == 2
-    assert len({row["record"] for row in found.rows}) == 5
+    evaluated = evaluate_records(editor, model, tokenizer, records, sequential=3, progress=False)
+    assert evaluated.incomplete_group == 2
+    assert len({row["record"] for row in evaluated.rows}) == 5
     assert "2 of 3 requests" in caplog.text
     assert evaluate_records(None, model, tokenizer, records, sequential=5, progress=False).incomplete_group == 0
 
@@ -344,7 +344,7 @@ def test_what_is_unusable_is_left_out_named_and_counted(setting):
     case = EditCase("Rome lies in" * 40, "Oslo", name="loc")
     unasked = replace(good[1], generality=(case, *good[1].generality), locality=(*good[1].locality, case))
     dropped = []
-    found = evaluate_records(
+    evaluated = evaluate_records(
         editor, model, tokenizer, [long, unasked, good[2]], progress=False, on_skip=dropped.append, batch_size=1
     )
     unusable = [(one["record"], one["role"], one["case"]) for one in dropped if "detail" in one]
@@ -354,13 +354,13 @@ def test_what_is_unusable_is_left_out_named_and_counted(setting):
         ("r1", "locality", len(good[1].locality)),
     ]
     assert "record 'r0' of made, request 0: " in dropped[0]["detail"] and "context of 128" in dropped[0]["detail"]
-    assert found.skipped["record with an unusable request"] == 1
-    assert found.skipped["unusable case"] == 2
+    assert evaluated.skipped["record with an unusable request"] == 1
+    assert evaluated.skipped["unusable case"] == 2
     alone = evaluate_records(editor, model, tokenizer, [good[1], good[2]], progress=False, batch_size=1)
     shifted = [
         {**row, "case": row["case"] + (row["record"] == "r1" and row["role"] == "generality")} for row in alone.rows
     ]
-    assert list(found.rows) == shifted  # the places of the other cases stay
+    assert list(evaluated.rows) == shifted  # the places of the other cases stay
     with pytest.raises(RequestError, match="no record can be used; the first: record 'r0' of made, request 0: "):
         evaluate_records(editor, model, tokenizer, [long], progress=False)
 
@@ -376,9 +376,9 @@ def test_requests_that_the_editor_cannot_edit_are_left_out(setting):
 
     records = make_records(12, 1)
     records[4] = replace(records[4], requests=(EditRequest("Rome lies in", "Oslo"),))
-    found = evaluate_records(Choosy(editor), model, tokenizer, records, progress=False, generate=False)
-    assert found.skipped["record with an unusable request"] >= 1
-    assert "r4" not in {row["record"] for row in found.rows}
+    evaluated = evaluate_records(Choosy(editor), model, tokenizer, records, progress=False, generate=False)
+    assert evaluated.skipped["record with an unusable request"] >= 1
+    assert "r4" not in {row["record"] for row in evaluated.rows}
     with pytest.raises(RequestError, match="not about Rome"):
         evaluate_records(Choosy(editor), model, tokenizer, records, progress=False, strict=True)
 
@@ -495,35 +495,35 @@ def test_summary_by_hand():
         a_row("locality", 0.5, 0.25, name="loc", js_similarity=0.9),
         a_row("locality", 1.0, 0.75, name="loc", js_similarity=0.7),
     ]
-    found = scores.summarise(rows)
-    assert found["reliability"] == 50
-    assert found["generality"] == pytest.approx((50 + 25) / 2)  # three cases of list a, one of list b
-    assert found["locality"] == 75
-    assert found["f1"] == 50
-    assert found["avg"] == pytest.approx((50 + 37.5 + 75) / 3)
-    assert found["generality_top1"] == found["first_token"] == 25
-    assert found["locality_top1"] == 50
-    assert found["exact_match"] == pytest.approx((100 / 3 + 100) / 2)
-    assert found["js_similarity"] == pytest.approx(80)
-    assert (found["records"], found["cases"]) == (2, {"reliability": 3, "generality": 4, "locality": 2})
-    assert found["by_criterion"] == {
+    summary = scores.summarise(rows)
+    assert summary["reliability"] == 50
+    assert summary["generality"] == pytest.approx((50 + 25) / 2)  # three cases of list a, one of list b
+    assert summary["locality"] == 75
+    assert summary["f1"] == 50
+    assert summary["avg"] == pytest.approx((50 + 37.5 + 75) / 3)
+    assert summary["generality_top1"] == summary["first_token"] == 25
+    assert summary["locality_top1"] == 50
+    assert summary["exact_match"] == pytest.approx((100 / 3 + 100) / 2)
+    assert summary["js_similarity"] == pytest.approx(80)
+    assert (summary["records"], summary["cases"]) == (2, {"reliability": 3, "generality": 4, "locality": 2})
+    assert summary["by_criterion"] == {
         "generality": {
             "Multi-Hop": {"score": 25, "top1": 25, "exact_match": 0, "cases": 2},
             "Rephrase": {"score": 75, "top1": 75, "exact_match": 50, "cases": 2},
         },
         "locality": {},
     }
-    assert {hops: cell["cases"] for hops, cell in found["by_hops"]["generality"].items()} == {"1": 2, "2": 1, "3": 1}
-    assert found["by_hops"]["generality"]["3"]["score"] == 50
-    assert found["by_domain"]["food"]["generality"] == 25
-    assert found["by_domain"]["food"]["reliability"] is None
-    assert found["by_domain"]["art"]["generality"] == 50
+    assert {hops: cell["cases"] for hops, cell in summary["by_hops"]["generality"].items()} == {"1": 2, "2": 1, "3": 1}
+    assert summary["by_hops"]["generality"]["3"]["score"] == 50
+    assert summary["by_domain"]["food"]["generality"] == 25
+    assert summary["by_domain"]["food"]["reliability"] is None
+    assert summary["by_domain"]["art"]["generality"] == 50
 
 
 def test_summary_of_nothing_is_none_and_json():
-    found = scores.summarise([])
-    assert found["reliability"] is found["generality"] is found["f1"] is found["avg"] is None
-    assert found["records"] == 0
+    summary = scores.summarise([])
+    assert summary["reliability"] is summary["generality"] is summary["f1"] is summary["avg"] is None
+    assert summary["records"] == 0
     only = scores.summarise([a_row("reliability", 1.0), a_row("generality", 0.5)])
     assert (only["locality"], only["f1"], only["avg"]) == (None, None, 75)
-    json.dumps([found, only], allow_nan=False)
+    json.dumps([summary, only], allow_nan=False)

@@ -120,11 +120,11 @@ def test_the_example_is_scored():
 
 
 def test_criteria_as_text_as_list_and_none():
-    made = [
-        {"role": "reliability", "reference": 1, "prediction": 1, "criterion": found}
-        for found in (None, "", "A, B", ["A", "B"], [])
+    pasted = [
+        {"role": "reliability", "reference": 1, "prediction": 1, "criterion": criterion}
+        for criterion in (None, "", "A, B", ["A", "B"], [])
     ]
-    assert [case["criterion"] for _, case in read_cases(json.dumps(made))] == ["", "", "A, B", "A, B", ""]
+    assert [case["criterion"] for _, case in read_cases(json.dumps(pasted))] == ["", "", "A, B", "A, B", ""]
 
 
 # --- bad text -------------------------------------------------------------------------------------------------------
@@ -175,14 +175,14 @@ def line(**fields) -> str:
     ],
 )
 def test_a_bad_line_is_named(bad, message):
-    (found,) = problems(f"{FINE}\n{bad}\n{FINE}")
-    assert message in found
-    assert found.startswith("line 2")
-    assert len(found) < 300
+    (problem,) = problems(f"{FINE}\n{bad}\n{FINE}")
+    assert message in problem
+    assert problem.startswith("line 2")
+    assert len(problem) < 300
 
 
 def test_every_line_that_cannot_be_read_is_named():
-    assert [found.partition(":")[0] for found in problems(f"a\n{FINE}\n\nb\n{FINE}\n{{}}")] == [
+    assert [problem.partition(":")[0] for problem in problems(f"a\n{FINE}\n\nb\n{FINE}\n{{}}")] == [
         "line 1",
         "line 4",
         "line 6",

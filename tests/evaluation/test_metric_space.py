@@ -32,8 +32,8 @@ def scored(where: str, home: Path, **environment: str) -> dict[str, object]:
         [sys.executable, "-c", SCORE, where, json.dumps(GOOD)], env=env, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    found: dict[str, object] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    printed: dict[str, object] = json.loads(run.stdout.splitlines()[-1])
+    return printed
 
 
 def test_the_formulas_are_the_packages(tmp_path: Path) -> None:

@@ -36,8 +36,10 @@ def setting(tiny_model, tiny_tokenizer):
 def test_agrees_with_one_case_at_a_time(setting, native_data, name, sequential):
     model, tokenizer, editor = setting("qwen3")
     records = list(read_records(native_data(name), limit=SAMPLES[name], seed=11))
-    found = evaluate_records(editor, model, tokenizer, records, sequential=sequential, batch_size=7, progress=False)
-    assert_same(found.rows, Naive(editor, model, tokenizer).evaluate(records, sequential))
-    roles = Counter(row["role"] for row in found.rows)
+    evaluation = evaluate_records(
+        editor, model, tokenizer, records, sequential=sequential, batch_size=7, progress=False
+    )
+    assert_same(evaluation.rows, Naive(editor, model, tokenizer).evaluate(records, sequential))
+    roles = Counter(row["role"] for row in evaluation.rows)
     assert roles["reliability"] == sum(len(record.requests) for record in records)
     assert roles["generality"] == sum(len(record.generality) for record in records) > 0

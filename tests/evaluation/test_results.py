@@ -61,10 +61,10 @@ def test_a_second_process_in_the_folder_is_refused_before_it_writes(setting, tmp
 
 def test_everything_is_in_the_folder(setting, tmp_path):
     records = make_records(9, 2)
-    made = evaluate_to_folder(
+    written = evaluate_to_folder(
         tmp_path / "deep" / "out", *setting, records, settings=SETTINGS, unread={"no target": 3}, **OPTIONS
     )
-    found = evaluate_records(*setting, records, **OPTIONS)
+    evaluation = evaluate_records(*setting, records, **OPTIONS)
     folder = tmp_path / "deep" / "out"
     assert sorted(file.name for file in folder.iterdir()) == [
         ".lock",
@@ -74,10 +74,10 @@ def test_everything_is_in_the_folder(setting, tmp_path):
         "settings.json",
         "skipped.jsonl",
     ]
-    assert lines(folder / "rows.jsonl") == list(found.rows)
-    assert json.loads((folder / "results.json").read_text()) == made
-    assert {name: found.summary[name] for name in made["overall"]} == made["overall"]
-    assert set(made["overall"]) >= {
+    assert lines(folder / "rows.jsonl") == list(evaluation.rows)
+    assert json.loads((folder / "results.json").read_text()) == written
+    assert {name: evaluation.summary[name] for name in written["overall"]} == written["overall"]
+    assert set(written["overall"]) >= {
         "reliability",
         "generality",
         "locality",
@@ -88,14 +88,15 @@ def test_everything_is_in_the_folder(setting, tmp_path):
         "exact_match",
     }
     assert all(
-        made[name] == found.summary[name] for name in ("by_criterion", "by_hops", "by_domain", "records", "cases")
+        written[name] == evaluation.summary[name]
+        for name in ("by_criterion", "by_hops", "by_domain", "records", "cases")
     )
-    collisions = found.skipped["locality case that collides with an edit"]
-    assert made["skipped"] == {"no target": 3, "locality case that collides with an edit": collisions}
+    collisions = evaluation.skipped["locality case that collides with an edit"]
+    assert written["skipped"] == {"no target": 3, "locality case that collides with an edit": collisions}
     assert len(lines(folder / "skipped.jsonl")) == collisions > 0
-    assert made["incomplete_group"] == found.incomplete_group
+    assert written["incomplete_group"] == evaluation.incomplete_group
     settings = json.loads((folder / "settings.json").read_text())
-    assert settings == made["settings"]
+    assert settings == written["settings"]
     assert settings.items() >= {**SETTINGS, "sequential": 2, "ibke_hf": __version__}.items()
     assert not {"batch_size", "progress"} & set(settings)
 
@@ -177,11 +178,11 @@ def test_a_smaller_batch_may_go_on_with_a_run(setting, tmp_path):
         add = ResultsFolder.add
         patch.setattr(ResultsFolder, "add", lambda folder, row: (add(folder, row), stop(row)))
         evaluate_to_folder(tmp_path, *setting, records, settings=SETTINGS, **OPTIONS)
-    made = evaluate_to_folder(tmp_path, *setting, records, settings=SETTINGS, **{**OPTIONS, "batch_size": 1})
+    written = evaluate_to_folder(tmp_path, *setting, records, settings=SETTINGS, **{**OPTIONS, "batch_size": 1})
     assert [results.row_key(row) for row in lines(tmp_path / "rows.jsonl")] == [
         results.row_key(row) for row in whole.rows
     ]
-    assert made["overall"]["generality"] == pytest.approx(whole.summary["generality"])
+    assert written["overall"]["generality"] == pytest.approx(whole.summary["generality"])
 
 
 @pytest.mark.parametrize(
@@ -195,14 +196,14 @@ def test_a_smaller_batch_may_go_on_with_a_run(setting, tmp_path):
     ],
 )
 def test_other_settings_are_refused_and_named(setting, tmp_path, change, what):
-    given = {"settings": SETTINGS, **OPTIONS}
-    evaluate_to_folder(tmp_path, *setting, make_records(3, 1), **given)
+    options = {"settings": SETTINGS, **OPTIONS}
+    evaluate_to_folder(tmp_path, *setting, make_records(3, 1), **options)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     if what is None:  # the order in which settings are named does not matter
-        evaluate_to_folder(tmp_path, *setting, make_records(3, 1), **{**given, **change})
+        evaluate_to_folder(tmp_path, *setting, make_records(3, 1), **{**options, **change})
         return
     with pytest.raises(ResultsError, match="holds an evaluation of other settings") as caught:
-        evaluate_to_folder(tmp_path, *setting, make_records(3, 1), **{**given, **change})
+        evaluate_to_folder(tmp_path, *setting, make_records(3, 1), **{**options, **change})
     assert f"({what}); repeat those settings" in str(caught.value)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

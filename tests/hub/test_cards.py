@@ -70,15 +70,15 @@ def test_there_is_a_card_for_atlas_and_each_preset(committed: Path) -> None:
 @pytest.mark.parametrize("name", CARDS)
 def test_a_committed_card_is_what_the_command_renders(name: str, committed: Path) -> None:
     rendered, folder = render_card(name), committed / name
-    found = {
+    files = {
         path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
         for path in folder.rglob("*")
         if path.is_file()
     }
-    assert {file: found.get(file) for file in rendered} == rendered, f"run `ibke card {name}`"
-    made_by_table = {"table.json", "sequential.json", "trade_off.svg", "TABLE.md"}  # shown beside the card of Atlas
-    of_table = made_by_table if name == "atlas" else set()
-    assert {file for file in found if file not in rendered and not file.startswith("training/")} == of_table
+    assert {file: files.get(file) for file in rendered} == rendered, f"run `ibke card {name}`"
+    table_files = {"table.json", "sequential.json", "trade_off.svg", "TABLE.md"}  # shown beside the card of Atlas
+    of_table = table_files if name == "atlas" else set()
+    assert {file for file in files if file not in rendered and not file.startswith("training/")} == of_table
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -164,8 +164,8 @@ def test_every_figure_of_the_atlas_card_is_in_a_committed_file(results: Json) ->
     )  # 16 domains, weight 1, from 0
     known |= {f"{100 * value:g}" for value in TRAINING_OPTIONS.values() if isinstance(value, float)}
     text = re.sub(r"F1|f1|top1|top 1|1-N|_top1", "", text)
-    found = set(re.findall(r"\d[\d,]*(?:\.\d+)?(?<!,)", text))
-    assert found - known == set()
+    figures = set(re.findall(r"\d[\d,]*(?:\.\d+)?(?<!,)", text))
+    assert figures - known == set()
     assert markdown_table(results) in render_card("atlas")["README.md"]
 
 
@@ -352,9 +352,9 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(backbone: str) 
         saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-    found = sum(storage.nbytes() for storage in kept.values())
+    kept_bytes = sum(storage.nbytes() for storage in kept.values())
     estimate = needs.memory()["activations"][1] * rows / (needs.batch * CASES)
-    assert 0.75 < found / estimate < 1.25
+    assert 0.75 < kept_bytes / estimate < 1.25
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -112,8 +112,8 @@ def test_the_card_states_backbone_results_and_how_to_load(hub: LoopbackHub, worl
     card = ModelCard.load(ID)
     assert card.data.base_model == "openai-community/gpt2"
     assert card.data.license == "apache-2.0"
-    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found == {
+    scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert scores == {
         "reliability": 99.12,
         "generality": 80.0,
         "locality": 95.5,

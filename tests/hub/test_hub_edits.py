@@ -84,8 +84,8 @@ def test_layers_share_one_rank_at_most_max_rank(hub: LoopbackHub, tmp_path: Path
         assert errors == dict(edit.truncate(rank).relative_error if rank < 5 else {})
         for name, error in errors.items():
             update = edit.weight_update(name)
-            found = (update - LowRankEdit.from_pretrained(tmp_path).weight_update(name)).norm() / update.norm()
-            assert error == pytest.approx(float(found), abs=1e-5)
+            distance = (update - LowRankEdit.from_pretrained(tmp_path).weight_update(name)).norm() / update.norm()
+            assert error == pytest.approx(float(distance), abs=1e-5)
     with pytest.raises(ValueError, match="max_rank=2 and rank=3 say different things"):
         edit.save_pretrained(tmp_path, max_rank=2, rank=3)
     with pytest.raises(ValueError, match="rank must be at least 1, found 0"):

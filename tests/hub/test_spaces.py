@@ -107,12 +107,12 @@ def test_the_metric_brings_its_formulas_and_its_page(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_page_of_this_package_runs_on_the_copy_beside_it(mine: Path, tmp_path: Path) -> None:
     target = assemble(mine, tmp_path / "space")
-    own = {"app.py", "README.md", "requirements.txt", "logo.svg"}
-    assert {name for name in files(target) if not name.startswith("ibke_hf/")} == own
+    page_files = {"app.py", "README.md", "requirements.txt", "logo.svg"}
+    assert {name for name in files(target) if not name.startswith("ibke_hf/")} == page_files
     package = Path(str(ibke_hf.__file__)).parent
     absent = ("__pycache__", "atlas/assets/mend/")  # no page compares with MEND
     copied = {f"ibke_hf/{name}" for name in files(package) if not any(part in name for part in absent)}
-    assert copied == files(target) - own
+    assert copied == files(target) - page_files
     assert sum(file.stat().st_size for file in target.rglob("*")) < 24_000_000
     done = subprocess.run([sys.executable, "app.py"], cwd=target, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{target / 'ibke_hf' / '__init__.py'}\n"), done.stderr
@@ -159,15 +159,15 @@ def test_code_of_an_earlier_push_goes_and_other_files_stay(hub: LoopbackHub, min
     hub["spaces/org/mine"].files()["ibke_hf/removed.py"] = hub["spaces/org/mine"].files()["picture.png"] = b"x"
     (mine / "helper.py").unlink()
     push_space(mine, "org/mine")
-    found = hub["spaces/org/mine"].files()
-    assert not {"helper.py", "ibke_hf/removed.py", ".env", "__pycache__/app.pyc"} & set(found)
+    pushed = hub["spaces/org/mine"].files()
+    assert not {"helper.py", "ibke_hf/removed.py", ".env", "__pycache__/app.pyc"} & set(pushed)
     assert {
         "picture.png",
         "app.py",
         "logo.svg",
         "ibke_hf/__init__.py",
         "ibke_hf/atlas/assets/backbone/model.safetensors",
-    } <= set(found)
+    } <= set(pushed)
     assert CODE == ("*.py", "ibke_hf/*")
 
 

@@ -42,12 +42,12 @@ RUN = "import runpy, sys; {before}\nrunpy.run_path('app.py', run_name='__main__'
 
 def find_chromium() -> str:
     """Return the path of Chromium; without it, Playwright or Gradio skip the test, or fail in CI."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
+    program = next(filter(None, map(shutil.which, NAMES)), None)
     absent = [name for name in ("gradio", "playwright") if find_spec(name) is None] + (
-        [] if found else [f"a browser ({', '.join(NAMES)})"]
+        [] if program else [f"a browser ({', '.join(NAMES)})"]
     )
-    if found and not absent:
-        return found
+    if program and not absent:
+        return program
     reason = f"not installed: {', '.join(absent)}"
     return pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
@@ -132,8 +132,8 @@ def session(browser: Any, url: str, size: tuple[int, int] = DESKTOP, **options: 
 
 def overflow(page: Any) -> int:
     """Return how many pixels of the page lie beyond its right edge, 0 if none do."""
-    found: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    return max(found, 0)
+    pixels: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    return max(pixels, 0)
 
 
 def keep(page: Any, name: str) -> None:

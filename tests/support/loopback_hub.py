@@ -137,8 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/lfs/"):
             return self._store(path.removeprefix("/lfs/"))
         for pattern, answer in ((API, self._api), (BATCH, self._batch), (RESOLVE, self._resolve)):
-            if found := pattern.fullmatch(path):
-                return answer({key: unquote(value) for key, value in found.groupdict().items() if value is not None})
+            if match := pattern.fullmatch(path):
+                return answer({key: unquote(value) for key, value in match.groupdict().items() if value is not None})
         raise _Refusal(404, "", f"no such page: {path}")
 
     # --- what is asked and answered -----------------------------------------------------------------------------
@@ -183,11 +183,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, where: dict[str, str], *, write: bool = False) -> Repository:
         if write:
             self._require_writer()
-        found = self.hub.repositories.get((where.get("kind", "models"), where["id"]))
-        if found is None or (found.private and self._token() not in (TOKEN, READ_TOKEN)):
+        stored = self.hub.repositories.get((where.get("kind", "models"), where["id"]))
+        if stored is None or (stored.private and self._token() not in (TOKEN, READ_TOKEN)):
             self._body()
             raise _Refusal(404 if self._token() else 401, "RepoNotFound", "Repository not found")
-        return found
+        return stored
 
     def _files(self, where: dict[str, str]) -> tuple[str, dict[str, bytes]]:
         """Return id and files of a commit."""
@@ -210,15 +210,15 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "spaces" and body.get("sdk") not in ("gradio", "docker", "static"):
             raise _Refusal(400, "", "a Space needs an sdk")
         private = body.get("visibility") == "private" or bool(body.get("private"))
-        made = self.hub.repositories[kind, name] = Repository(private, body.get("sdk"))
-        made.commit("main", {".gitattributes": b""}, "initial commit")
+        created = self.hub.repositories[kind, name] = Repository(private, body.get("sdk"))
+        created.commit("main", {".gitattributes": b""}, "initial commit")
         return self._json({"url": url, "name": name})
 
     def _validate(self) -> None:
         text = json.loads(self._body())["content"].split("---\n")[1]
         try:
-            found = yaml.safe_load(text)  # Python objects, as NumPy numbers would be, are no YAML of the Hub's
-            errors = [] if isinstance(found, dict) else [{"message": "metadata must be a mapping"}]
+            metadata = yaml.safe_load(text)  # Python objects, as NumPy numbers would be, are no YAML of the Hub's
+            errors = [] if isinstance(metadata, dict) else [{"message": "metadata must be a mapping"}]
         except yaml.YAMLError as error:
             errors = [{"message": str(error)}]
         self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
@@ -286,11 +286,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _batch(self, where: dict[str, str]) -> None:
         self._repository(where, write=True)
-        wanted = json.loads(self._body())["objects"]
-        for part in wanted:
+        objects = json.loads(self._body())["objects"]
+        for part in objects:
             if part["oid"] not in self.hub.large:
                 part["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{part['oid']}"}}
-        self._json({"transfer": "basic", "objects": wanted})
+        self._json({"transfer": "basic", "objects": objects})
 
     def _store(self, oid: str) -> None:
         content = self._body("lfs")

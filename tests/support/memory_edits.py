@@ -39,17 +39,17 @@ def edited(model: Any, tokenizer: Any, make: Callable[[], Edit], asked: Any = RE
     return SimpleNamespace(model=model, batch=batch, logits=logits, weights=weights, edit=make())
 
 
-def require_answers_and_no_trace(made: SimpleNamespace, tokenizer: Any) -> None:
+def require_answers_and_no_trace(setting: SimpleNamespace, tokenizer: Any) -> None:
     """The edit answers all of `REQUESTS`; the model is bit for bit what it was."""
-    assert isinstance(made.edit, Edit)
-    assert len(made.edit) == 1
-    assert hits(made.model, tokenizer, made.edit) == [True] * len(REQUESTS)
-    assert made.edit.info.requests == REQUESTS
-    assert all(torch.equal(made.weights[name], tensor) for name, tensor in made.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in made.model.parameters())
-    assert not any(module._forward_hooks for module in made.model.modules())
+    assert isinstance(setting.edit, Edit)
+    assert len(setting.edit) == 1
+    assert hits(setting.model, tokenizer, setting.edit) == [True] * len(REQUESTS)
+    assert setting.edit.info.requests == REQUESTS
+    assert all(torch.equal(setting.weights[name], tensor) for name, tensor in setting.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in setting.model.parameters())
+    assert not any(module._forward_hooks for module in setting.model.modules())
     with torch.no_grad():
-        assert torch.equal(target_logits(made.model, made.batch)[0], made.logits)
+        assert torch.equal(target_logits(setting.model, setting.batch)[0], setting.logits)
 
 
 def require_generation(model: Any, tokenizer: Any, edit: Any) -> Any:
@@ -60,23 +60,23 @@ def require_generation(model: Any, tokenizer: Any, edit: Any) -> Any:
     prompts.pop("token_type_ids", None)
     targets = [tokenizer(f" {request.target}")["input_ids"] for request in REQUESTS]
     with edit.attached(model):
-        made = model.generate(**prompts, max_new_tokens=max(map(len, targets)), do_sample=False, pad_token_id=1)
+        tokens = model.generate(**prompts, max_new_tokens=max(map(len, targets)), do_sample=False, pad_token_id=1)
     for row, target in enumerate(targets):
-        assert made[row, prompts["input_ids"].shape[1] :].tolist()[: len(target)] == target
+        assert tokens[row, prompts["input_ids"].shape[1] :].tolist()[: len(target)] == target
     with edit.attached(model, rows=torch.arange(len(REQUESTS)).repeat_interleave(2)):
-        made = model.generate(**prompts, max_new_tokens=1, do_sample=False, num_beams=2, pad_token_id=1)
-    assert [row[-1] for row in made.tolist()] == [target[0] for target in targets]
+        tokens = model.generate(**prompts, max_new_tokens=1, do_sample=False, num_beams=2, pad_token_id=1)
+    assert [row[-1] for row in tokens.tolist()] == [target[0] for target in targets]
     return prompts
 
 
 def require_a_row_for_each(model: Any, tokenizer: Any, edit: Any) -> None:
     """Independent edits, or one that `rows` chose of them, refuse a batch of another size; one alone serves any."""
     batch = encode_requests(tokenizer, REQUESTS[:2])
-    for rows, found in ((None, "3 independent edits were"), (torch.tensor([1]), "1 independent edit was")):
+    for rows, rows_text in ((None, "3 independent edits were"), (torch.tensor([1]), "1 independent edit was")):
         with (
             torch.no_grad(),
             edit.attached(model, rows=rows),
-            pytest.raises(ValueError, match=f"{found} attached to a batch of 2 rows"),
+            pytest.raises(ValueError, match=f"{rows_text} attached to a batch of 2 rows"),
         ):
             target_logits(model, batch)
     with torch.no_grad(), edit.attached(model, rows=torch.tensor([1, 1])):

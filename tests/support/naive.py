@@ -93,9 +93,13 @@ def make_records(number: int, most_requests: int, seed: int = 0) -> list[EditRec
                 )
             )
         for _ in range(rng.randint(0, 3)):
-            own = rng.choice(edits)
+            same_edit = rng.choice(edits)
             same = rng.choice(
-                [own, replace(own, property="P9"), replace(own, head=own.tail, tail=own.head)]
+                [
+                    same_edit,
+                    replace(same_edit, property="P9"),
+                    replace(same_edit, head=same_edit.tail, tail=same_edit.head),
+                ]
             )  # collides for items
             facts = tuple(make_hop(rng, names) if rng.random() < 0.8 else same for _ in range(rng.randint(1, 2)))
             locality.append(
@@ -126,17 +130,17 @@ def make_records(number: int, most_requests: int, seed: int = 0) -> list[EditRec
 
 def settings_of(tiny_model, tiny_tokenizer, **config):
     """Return family -> model, tokenizer and calibrated editor, each made once; edits are large: predictions move."""
-    made = {}
+    setups = {}
 
     def build(family="qwen3"):
-        if family not in made:
+        if family not in setups:
             model = tiny_model(family, **config)
             torch.manual_seed(0)
             editor = IBKEEditor.for_backbone(model, latent_dim=16, latent_length=3, initial_edit_ratio=0.5)
             requests = [request for record in make_records(40, 1, seed=7) for request in record.requests]
             editor.calibrate(model, [encode_requests(tiny_tokenizer, requests)])
-            made[family] = (model, editor)
-        model, editor = made[family]
+            setups[family] = (model, editor)
+        model, editor = setups[family]
         return model, tiny_tokenizer, editor
 
     return build
@@ -178,13 +182,13 @@ class Naive:
 
     def answers(self, model, prompt, names, new_tokens):
         ids = self.tokenizer(prompt)["input_ids"]
-        made = []
+        answer = []
         for _ in range(new_tokens):
             with torch.no_grad():
-                made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
-            if made[-1] == model.generation_config.eos_token_id:
+                answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+            if answer[-1] == model.generation_config.eos_token_id:
                 break
-        text = self.tokenizer.decode(made, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
         return any(text == name or (text.startswith(name) and not text[len(name)].isalnum()) for name in names)
 
     def evaluate(self, records, n, joint=False, scope="set"):
@@ -255,12 +259,12 @@ class Naive:
         halves = [(a * (a / ((p + q) / 2)).log2()).sum(-1) / 2 for a in (p, q)]
         return row | {"js_similarity": float((1 - halves[0] - halves[1]).mean())}
 
-    def row(self, record, role, case, hits, logits, wanted):
+    def row(self, record, role, case, hits, logits, expected):
         top = [row[0] for row in self.best(logits, 1)]
-        first = [a == b for a, b in zip(top, wanted, strict=True)]
+        first = [a == b for a, b in zip(top, expected, strict=True)]
         if self.match == "string" and role == "locality":
             first = [
-                self.tokenizer.decode([a]) == self.tokenizer.decode([b]) for a, b in zip(top, wanted, strict=True)
+                self.tokenizer.decode([a]) == self.tokenizer.decode([b]) for a, b in zip(top, expected, strict=True)
             ]
         return {
             "record": record.id,

@@ -84,15 +84,15 @@ def naive_loss(
 
     for group in groups:
         requests = [r for item in group for r in item.requests]
-        updates, found = naive_update(editor, backbone, tokenizer, requests)
-        latents, number = latents + found, number + len(requests)
+        updates, new_latents = naive_update(editor, backbone, tokenizer, requests)
+        latents, number = latents + new_latents, number + len(requests)
         model = naive_edited(backbone, updates)
         for item in group:
             for case in (*item.requests, *item.generality):
                 edited = model
                 if hops and getattr(case, "supporting", ()):
-                    more, found = naive_update(editor, backbone, tokenizer, case.supporting)
-                    latents += found
+                    more, new_latents = naive_update(editor, backbone, tokenizer, case.supporting)
+                    latents += new_latents
                     edited = naive_edited(model, more)
                 logits, targets = naive_logits(edited, tokenizer, case)
                 judged = isinstance(case, EditCase)

@@ -107,13 +107,13 @@ def test_terms_equal_a_naive_reference(serac_trainer: Any, tiny_tokenizer: Any) 
     answered = []
     for row in range(len(cases)):
         for request in range(requests):
-            own, inside = bool(inputs["owners"][row] == request), row < requests + generality
+            same_record, inside = bool(inputs["owners"][row] == request), row < requests + generality
             scores = editor.scopes(
                 editor.embed_requests(entries[request : request + 1]),
                 entries[request : request + 1],
                 cases[row : row + 1],
             )[:, 0]
-            kind = "foreign" if not own else "positive" if inside else "own"
+            kind = "foreign" if not same_record else "positive" if inside else "own"
             losses[kind] += list(functional.softplus(-scores if kind == "positive" else scores))
             if kind == "positive":
                 ids = [
@@ -131,8 +131,8 @@ def test_terms_equal_a_naive_reference(serac_trainer: Any, tiny_tokenizer: Any) 
 
 def test_losses_of_few_cases() -> None:
     scopes = torch.tensor([[2.0], [-1.0]])
-    own = torch.zeros(2, dtype=torch.long)
-    loss = scope_loss(scopes, own, own[:1], torch.tensor([True, False]))
+    owners = torch.zeros(2, dtype=torch.long)
+    loss = scope_loss(scopes, owners, owners[:1], torch.tensor([True, False]))
     torch.testing.assert_close(
         loss, (functional.softplus(torch.tensor(-2.0)) + functional.softplus(torch.tensor(-1.0))) / 2
     )

@@ -206,8 +206,8 @@ def test_weight_decay_leaves_the_step_size_alone(trainer_for: Any) -> None:
 def test_the_papers_steps_apply_where_neither_steps_nor_epochs_are_given(
     options: dict[str, Any], steps: int, epochs: float, tmp_path: Path
 ) -> None:
-    made = IBKETrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
-    assert (made.max_steps, made.num_train_epochs) == (steps, epochs)
+    settings = IBKETrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
+    assert (settings.max_steps, settings.num_train_epochs) == (steps, epochs)
 
 
 def test_epochs_end_training(trainer_for: Any) -> None:
@@ -265,8 +265,8 @@ def test_a_non_finite_prediction_names_the_case(trainer_for: Any, tiny_tokenizer
     trainer = trainer_for([record(0), odd])
     trainer.calibrate(trainer.model)
     seen = {i for r in (record(0), odd) for c in (*r.requests, *r.generality) for i in naive_ids(tiny_tokenizer, c)[0]}
-    own = next(i for i in naive_ids(tiny_tokenizer, odd.locality[0])[0] if i not in seen)
-    trainer.backbone.get_input_embeddings().weight.data[own] = float("nan")
+    token = next(i for i in naive_ids(tiny_tokenizer, odd.locality[0])[0] if i not in seen)
+    trainer.backbone.get_input_embeddings().weight.data[token] = float("nan")
     with pytest.raises(
         NonFiniteError, match=r"loss_il is not finite.*locality case 0 of record r3 \(edited layers model\.layers\.1"
     ):

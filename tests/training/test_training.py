@@ -160,9 +160,9 @@ def test_a_settings_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
     fields = {"statistics_epsilon": 0, "log_variance_range": [-5, 5]}
-    given = training_settings(None, GIVEN, fields, {"beta": 1, "save_steps": 5})
-    assert given["training"] == {"beta": 1.0, "save_steps": 5.0}
-    assert given["editor"] == {"statistics_epsilon": 0.0, "log_variance_range": [-5, 5]}
+    checked = training_settings(None, GIVEN, fields, {"beta": 1, "save_steps": 5})
+    assert checked["training"] == {"beta": 1.0, "save_steps": 5.0}
+    assert checked["editor"] == {"statistics_epsilon": 0.0, "log_variance_range": [-5, 5]}
 
 
 def test_a_missing_setting_is_named() -> None:
@@ -484,12 +484,12 @@ def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("change", "message"),
     [
         ({"augment_records": 0}, "augment_records must be a whole number of at least 1, found 0"),
         ({"augment_records": "many"}, "augment_records must be of type int, found 'many'"),
     ],
 )
-def test_a_bad_augmentation_is_named(given: Json, message: str) -> None:
+def test_a_bad_augmentation_is_named(change: Json, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        training_settings(None, {**GIVEN, **given}, {}, {})
+        training_settings(None, {**GIVEN, **change}, {}, {})

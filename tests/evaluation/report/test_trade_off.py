@@ -65,10 +65,10 @@ def test_labels_do_not_cover_each_other():
     places = [(200.0, 150.0), (203.0, 152.0), (206.0, 149.0), (260.0, 150.0), (395.0, 290.0), (3.0, 3.0)]
     labels = ["T-Patcher", "AlphaEdit", "LEMoE", "GRACE", "SERAC", "IBKE"]
     bounds = (0.0, 0.0, 400.0, 300.0)
-    found = label_offsets(labels, places, bounds)
+    offsets = label_offsets(labels, places, bounds)
     boxes = [
         trade_off._box(label, x + dx, y + dy, trade_off.TEXT, side)
-        for label, (x, y), (dx, dy, side) in zip(labels, places, found, strict=True)
+        for label, (x, y), (dx, dy, side) in zip(labels, places, offsets, strict=True)
     ]
     for i, box in enumerate(boxes):
         assert trade_off._outside(box, bounds) < 25
