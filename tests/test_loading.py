@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from ibke_hf import EditRequest, load_editor, load_model
 from ibke_hf.core.layers import BackboneError
-from ibke_hf.editors.catalogue import KINDS, TRAINED
-from ibke_hf.loading import ATLAS, LoadingError, load_all
+from ibke_hf.editors.catalogue import ATLAS, KINDS, TRAINED
+from ibke_hf.loading import LoadingError, load_all
 
 REQUEST = EditRequest("The capital of France is", "Rome", "France")
 

@@ -292,8 +292,9 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
             fit.
         OSError: If one cannot be loaded.
     """
+    from ..editors.catalogue import ATLAS
     from ..editors.ft import FineTuningEditor
-    from ..loading import ATLAS, backbone_name, load_editor, load_model, placed
+    from ..loading import backbone_name, load_editor, load_model, placed
 
     if editor is None and backbone is not None:
         raise ValueError(f"a backbone ({backbone}) needs an editor that was trained for it; give both")

@@ -7,16 +7,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..editors.catalogue import ATLAS, OF_ATLAS
+
 FACTS = Path(__file__).parent / "facts"
 ASSETS = Path(__file__).parent / "assets"
-EDITORS = ("ibke", "mend")
 RIVALS = ("ft", "rome", "alphaedit", "t_patcher", "lemoe", "grace")
 HYPER_PARAMETERS = "hyper_parameters.json"
 
 
 def load_backbone(folder: str | Path | None = None) -> tuple[Any, Any]:
     """Return the Atlas backbone, in eval mode and fp32, and its tokenizer."""
-    from ..loading import ATLAS, load_model
+    from ..loading import load_model
 
     model, tokenizer = load_model(folder, dtype="float32")
     model.config.name_or_path = ATLAS
@@ -27,10 +28,10 @@ def load_editor(name: str = "ibke") -> Any:
     """Return a trained Atlas editor in eval mode and fp32: ``ibke`` or ``mend``."""
     from .. import loading
 
-    if name not in EDITORS:
-        raise ValueError(f"Atlas has trained editors named {', '.join(EDITORS)}, found {name!r}")
+    if name not in OF_ATLAS:
+        raise ValueError(f"Atlas has trained editors named {', '.join(OF_ATLAS)}, found {name!r}")
     editor = loading.load_editor(ASSETS / name)
-    editor.config.name_or_path = f"{loading.ATLAS}/{name}"
+    editor.config.name_or_path = f"{ATLAS}/{name}"
     return editor
 
 

@@ -31,6 +31,18 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
+TRAINING: dict[str, Any] = {
+    "learning_rate": 2.5e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 300,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.98,
+    "bf16": True,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "report_to": [],
+    "max_grad_norm": 1.0,
+}
 BATCH_TOKENS = 2048
 WHOLE_SENTENCES = 0.25
 EXAMINED_CHAINS = 2000
@@ -119,37 +131,15 @@ def build_backbone(
     names = [("", name) for name in world.entities] * 4
     tokenizer = train_tokenizer([*epoch_sentences(taught, seed), *names])
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        **SHAPE,
-    )
-    model: Any = Qwen3ForCausalLM(config)
+    model = _untrained(tokenizer)
     batches = PackedBatches(taught, tokenizer, epochs, seed)
-    defaults = {
-        "learning_rate": 2.5e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 300,
-        "weight_decay": 0.01,
-        "adam_beta2": 0.98,
-        "bf16": True,
-        "logging_steps": 50,
-        "save_strategy": "no",
-        "report_to": [],
-        "max_grad_norm": 1.0,
-        "seed": seed,
-    }
     arguments = TrainingArguments(
         str(out),
         per_device_train_batch_size=1,
         num_train_epochs=1,
         use_cpu=not torch.accelerator.is_available(),
         remove_unused_columns=False,
-        **{**defaults, **training},
+        **{**TRAINING, "seed": seed, **training},
     )
     trainer = Trainer(model, arguments, train_dataset=batches, data_collator=lambda items: items[0])
     trainer.train()
@@ -166,6 +156,19 @@ def build_backbone(
     (out / "examination.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "log.json").write_text(json.dumps(trainer.state.log_history) + "\n", encoding="utf-8")
     return report
+
+
+def _untrained(tokenizer: PreTrainedTokenizerBase) -> Any:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        **SHAPE,
+    )
+    return Qwen3ForCausalLM(config)
 
 
 def examine(model: Any, tokenizer: PreTrainedTokenizerBase, taught: World, seed: int = 1) -> dict[str, float]:

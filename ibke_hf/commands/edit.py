@@ -57,7 +57,8 @@ def _edit(command: argparse.ArgumentParser) -> None:
 def _run_edit(options: argparse.Namespace) -> None:
     from ..core.edits import LowRankEdit
     from ..core.records import EditRequest, PromptFormat
-    from ..loading import ATLAS, load_all
+    from ..editors.catalogue import ATLAS
+    from ..loading import load_all
 
     if options.rank and options.out is None:
         raise ValueError("--rank says how to save the edit; give --out DIR as well")

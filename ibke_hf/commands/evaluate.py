@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..editors.catalogue import KINDS
+from ..editors.catalogue import KINDS, WITHOUT_WEIGHTS, require_editor
 from ..io import locked
 from .options import (
     add_command,
@@ -37,7 +37,6 @@ SELECTION = (
     "leading_space",
 )
 ATLAS = "atlas"
-WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if not kind.trained)
 
 
 def add(commands: Any) -> None:
@@ -54,60 +53,64 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--editor",
         metavar="NAME|PATH|ID",
-        help=f"{', '.join(WITHOUT_WEIGHTS)} (none: the unedited model); Atlas's ibke or mend; else a trained "
-        "editor (default: ibke)",
+        help=f"{', '.join(('none', *WITHOUT_WEIGHTS))} (none: the unedited model); Atlas's ibke or mend; else a "
+        "trained editor (default: ibke)",
     )
     what.add_argument(
         "--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on"
     )
     edited_modules_option(what)
-    chosen = command.add_argument_group("which records")
-    chosen.add_argument("--split", help="split of the dataset (atlas: test, held_out or validation; default test)")
-    chosen.add_argument("--domains", nargs="+", metavar="NAME", help="records of these domains only")
-    chosen.add_argument(
-        "--criteria", nargs="+", metavar="NAME", help='cases of these criteria only, such as "Multi-Hop"'
-    )
-    chosen.add_argument("--hops", nargs="+", type=positive, metavar="N", help="cases of these numbers of hops only")
-    chosen.add_argument("--limit", type=positive, metavar="N", help="so many records only")
-    chosen.add_argument("--seed", type=seed, help="draw the N records with this seed (default: the first N)")
-    how = command.add_argument_group("how they are asked")
-    how.add_argument(
-        "--sequential", type=positive, default=1, metavar="N", help="edits that the model carries at once (default 1)"
-    )
-    how.add_argument(
-        "--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit"
-    )
-    prompt_options(how)
-    how.add_argument(
-        "--strict", action="store_true", help="stop at the first record that cannot be used (default: leave it out)"
-    )
-    how.add_argument(
-        "--collision-scope",
-        choices=("set", "group"),
-        default="set",
-        help="drop locality cases that collide with an edit of the whole selection (default) or of their group",
-    )
-    how.add_argument(
-        "--locality-match",
-        choices=("ids", "string"),
-        default="ids",
-        help="compare token ids, or strings as UniEdit does",
-    )
-    how.add_argument(
-        "--span", choices=("prompt", "offsets"), default="prompt", help="how the target's tokens are found"
-    )
-    how.add_argument("--no-generate", action="store_true", help="teacher-forced scores only, which is quicker")
-    how.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default 64)"
-    )
+    _selection_options(command.add_argument_group("which records"))
+    _asking_options(command.add_argument_group("how they are asked"))
     command.add_argument(
         "--out", type=place, required=True, metavar="DIR", help="folder of results.json, rows.jsonl and rows.html"
     )
 
 
-def _run(options: argparse.Namespace) -> None:
-    from ..loading import require_editor
+def _selection_options(group: Any) -> None:
+    group.add_argument("--split", help="split of the dataset (atlas: test, held_out or validation; default test)")
+    group.add_argument("--domains", nargs="+", metavar="NAME", help="records of these domains only")
+    group.add_argument(
+        "--criteria", nargs="+", metavar="NAME", help='cases of these criteria only, such as "Multi-Hop"'
+    )
+    group.add_argument("--hops", nargs="+", type=positive, metavar="N", help="cases of these numbers of hops only")
+    group.add_argument("--limit", type=positive, metavar="N", help="so many records only")
+    group.add_argument("--seed", type=seed, help="draw the N records with this seed (default: the first N)")
 
+
+def _asking_options(group: Any) -> None:
+    group.add_argument(
+        "--sequential", type=positive, default=1, metavar="N", help="edits that the model carries at once (default 1)"
+    )
+    group.add_argument(
+        "--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit"
+    )
+    prompt_options(group)
+    group.add_argument(
+        "--strict", action="store_true", help="stop at the first record that cannot be used (default: leave it out)"
+    )
+    group.add_argument(
+        "--collision-scope",
+        choices=("set", "group"),
+        default="set",
+        help="drop locality cases that collide with an edit of the whole selection (default) or of their group",
+    )
+    group.add_argument(
+        "--locality-match",
+        choices=("ids", "string"),
+        default="ids",
+        help="compare token ids, or strings as UniEdit does",
+    )
+    group.add_argument(
+        "--span", choices=("prompt", "offsets"), default="prompt", help="how the target's tokens are found"
+    )
+    group.add_argument("--no-generate", action="store_true", help="teacher-forced scores only, which is quicker")
+    group.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default 64)"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
     require_editor(options.editor or "ibke", options.model)
     _require_corpus_used(options)
     with locked(options.out):  # before anything is loaded

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..editors.catalogue import KINDS, edits_projections, kind_of
+from ..editors.catalogue import KINDS, WITH_WEIGHTS, edits_projections, kind_of
 from ..io import locked
 from .options import (
     add_command,
@@ -24,7 +24,6 @@ from .options import (
 from .prompt_options import prompt_changes, prompt_options
 
 ATLAS = "atlas"
-WITH_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.trained)
 SETTINGS = ("layers", "corpus", "editors", "training")  # of the YAML file
 
 
@@ -33,67 +32,9 @@ def add(commands: Any) -> None:
     command = add_command(
         commands, "table", "compare editors as the paper's table does; a killed run goes on where it stopped", _run
     )
-    what = command.add_argument_group("what is compared")
-    model_options(what, "--backbone", default=ATLAS)  # type: ignore[arg-type]  # a group has the parser's method
-    what.add_argument(
-        "--datasets",
-        nargs="+",
-        metavar="NAME[:SPLIT]",
-        help="files, folders or Hub ids (atlas: test, held_out, validation)",
-    )
-    what.add_argument(
-        "--editors",
-        nargs="+",
-        metavar="ID[=PATH]",
-        help=f"some of {', '.join(KINDS)} (default: all, ibke_paper on atlas only: elsewhere ibke is that network "
-        "unless --config says more); a trained one may be given, as in ibke=my-editor",
-    )
-    what.add_argument(
-        "--edits", nargs="+", metavar="KIND", help="counterfactual, unknown or all (default: all; atlas: both kinds)"
-    )
-    what.add_argument(
-        "--sequential",
-        nargs="+",
-        type=positive,
-        default=[1],
-        metavar="N",
-        help="edits that the model carries (default: 1)",
-    )
-    what.add_argument(
-        "--seeds",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="seeds 0 to N-1: each draws the records and names a training run (default: 3)",
-    )
-    what.add_argument("--limit", type=positive, default=100, metavar="N", help="records of a cell (default: 100)")
+    _compared_options(command.add_argument_group("what is compared"))
     prompt_options(command.add_argument_group("how records are asked"))
-    making = command.add_argument_group("how editors are made")
-    making.add_argument(
-        "--records", nargs="+", metavar="FILE", help="training records of the editors with weights (atlas: its own)"
-    )
-    making.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records of their training")
-    making.add_argument(
-        "--steps", type=positive, metavar="N", help="their training steps, the same for all (atlas: 700)"
-    )
-    making.add_argument(
-        "--corpus",
-        metavar="FILE|ID",
-        help="texts that ROME and AlphaEdit measure the model's keys on (atlas: its own)",
-    )
-    edited_modules_option(making)
-    making.add_argument(
-        "--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training"
-    )
-    making.add_argument(
-        "--trained",
-        type=place,
-        metavar="DIR",
-        help="folder of the trained editors (default: editors in the output folder)",
-    )
-    making.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default: 64)"
-    )
+    _editor_options(command.add_argument_group("how editors are made"))
     command.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="i/n", help="make the cells of one of n shares only"
     )
@@ -104,6 +45,70 @@ def add(commands: Any) -> None:
         required=True,
         metavar="DIR",
         help="folder of table.json, .md, .csv, .html, the plot and the cells",
+    )
+
+
+def _compared_options(group: Any) -> None:
+    model_options(group, "--backbone", default=ATLAS)
+    group.add_argument(
+        "--datasets",
+        nargs="+",
+        metavar="NAME[:SPLIT]",
+        help="files, folders or Hub ids (atlas: test, held_out, validation)",
+    )
+    group.add_argument(
+        "--editors",
+        nargs="+",
+        metavar="ID[=PATH]",
+        help=f"some of {', '.join(KINDS)} (default: all, ibke_paper on atlas only: elsewhere ibke is that network "
+        "unless --config says more); a trained one may be given, as in ibke=my-editor",
+    )
+    group.add_argument(
+        "--edits", nargs="+", metavar="KIND", help="counterfactual, unknown or all (default: all; atlas: both kinds)"
+    )
+    group.add_argument(
+        "--sequential",
+        nargs="+",
+        type=positive,
+        default=[1],
+        metavar="N",
+        help="edits that the model carries (default: 1)",
+    )
+    group.add_argument(
+        "--seeds",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="seeds 0 to N-1: each draws the records and names a training run (default: 3)",
+    )
+    group.add_argument("--limit", type=positive, default=100, metavar="N", help="records of a cell (default: 100)")
+
+
+def _editor_options(group: Any) -> None:
+    group.add_argument(
+        "--records", nargs="+", metavar="FILE", help="training records of the editors with weights (atlas: its own)"
+    )
+    group.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records of their training")
+    group.add_argument(
+        "--steps", type=positive, metavar="N", help="their training steps, the same for all (atlas: 700)"
+    )
+    group.add_argument(
+        "--corpus",
+        metavar="FILE|ID",
+        help="texts that ROME and AlphaEdit measure the model's keys on (atlas: its own)",
+    )
+    edited_modules_option(group)
+    group.add_argument(
+        "--config", metavar="YAML", help=f"{', '.join(SETTINGS)}: fields of the editors by id, and of the training"
+    )
+    group.add_argument(
+        "--trained",
+        type=place,
+        metavar="DIR",
+        help="folder of the trained editors (default: editors in the output folder)",
+    )
+    group.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="prompts of a forward pass (default: 64)"
     )
 
 
@@ -187,75 +192,86 @@ def _atlas_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
 
 def _model_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..benchmark import ModelBench
-    from ..editors.locate.corpus import key_statistics
     from ..loading import load_editor, load_model
-    from ..training.recipe import PAPER_DTYPES, read_settings, train_editor, training_settings
+    from ..training.recipe import PAPER_DTYPES, read_settings
 
     config = read_settings(options.config, SETTINGS) if options.config else {}
     fields = _with_projections(_checked_config(config, str(options.config)), options.edited_modules)
-    corpus, layers, steps = (
-        options.corpus or config.get("corpus"),
-        config.get("layers"),
-        {"max_steps": options.steps} if options.steps else {},
-    )
     if options.dtype == "auto":
         options.dtype = PAPER_DTYPES.get(options.model, "auto")  # editors are trained and scored in the same precision
+    recipes = _Recipes(options, config, fields)
+    return ModelBench(
+        lambda: load_model(options.model, **load_options(options)),
+        lambda name: (record.formatted(**recipes.prompt_changes) for record in _read(name)),
+        saved={name: path for name, path in editors.items() if path},
+        load_saved=load_editor,
+        training=recipes.training if options.records else None,
+        train=_train,
+        statistics=recipes.statistics if recipes.corpus else None,
+        layers=recipes.layers,
+        hyper_parameters=fields,
+        settings=recipes.settings(),
+    )
 
-    changes = prompt_changes(options)
 
-    def training(name: str, seed: int, folder: Path) -> Mapping[str, Any]:
-        kind, config_fields = kind_of(name), dict(fields.get(name, {}))
+class _Recipes:
+    """How the editors of any backbone are made, by the options and a YAML file's settings."""
+
+    def __init__(
+        self, options: argparse.Namespace, config: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self._options, self._config, self._fields = options, config, fields
+        self.corpus = options.corpus or config.get("corpus")
+        self.layers = config.get("layers")
+        self.prompt_changes = prompt_changes(options)
+
+    def training(self, name: str, seed: int, folder: Path) -> Mapping[str, Any]:
+        """Return the settings of the training of an editor with weights, as `ibke train` has them."""
+        from ..training.recipe import training_settings
+
+        options, kind, fields = self._options, kind_of(name), dict(self._fields.get(name, {}))
         flags = {
             "kind": kind.variant_of or name,
             "backbone": options.model,
             "records": options.records,
             "validation": options.validation,
             "out": str(folder),
-            "layers": config_fields.pop("layers", layers if kind.several_layers else None),
+            "layers": fields.pop("layers", self.layers if kind.several_layers else None),
             "dtype": None if options.dtype == "auto" else options.dtype,
-            **changes,
+            **self.prompt_changes,
         }
-        return training_settings(
-            None, flags, {**config_fields, **kind.settings}, {**(config.get("training") or {}), **steps, "seed": seed}
-        )
+        steps = {"max_steps": options.steps} if options.steps else {}
+        training = {**(self._config.get("training") or {}), **steps, "seed": seed}
+        return training_settings(None, flags, {**fields, **kind.settings}, training)
 
-    def train(settings: Mapping[str, Any]) -> Any:
-        return train_editor(
-            settings, resume=any(Path(settings["out"]).glob("checkpoints/checkpoint-*/trainer_state.json"))
-        )
+    def statistics(self, model: Any, tokenizer: Any) -> Any:
+        """Return the statistics of the model's keys over the corpus, for all layers that an editor needs them of."""
+        from ..editors.locate.corpus import key_statistics
 
-    def statistics(model: Any, tokenizer: Any) -> Any:
-        return key_statistics(
-            model,
-            tokenizer,
-            str(corpus),
-            [fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")],
-            edited_modules=options.edited_modules,
-        )
+        layers = [self._fields.get(name, {}).get("layers") for name in ("rome", "alphaedit")]
+        return key_statistics(model, tokenizer, str(self.corpus), layers, edited_modules=self._options.edited_modules)
 
-    settings = {
-        "backbone": options.model,
-        "dtype": options.dtype,
-        "trained_on": options.records,
-        "validation": options.validation,
-        "steps": options.steps,
-        "config": config,
-        "corpus": corpus,
-        **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
-        **changes,
-    }
-    return ModelBench(
-        lambda: load_model(options.model, **load_options(options)),
-        lambda name: (record.formatted(**changes) for record in _read(name)),
-        saved={name: path for name, path in editors.items() if path},
-        load_saved=load_editor,
-        training=training if options.records else None,
-        train=train,
-        statistics=statistics if corpus else None,
-        layers=layers,
-        hyper_parameters=fields,
-        settings=settings,
-    )
+    def settings(self) -> dict[str, Any]:
+        """Return what tells the table's cells from those of another one, as JSON values."""
+        options = self._options
+        return {
+            "backbone": options.model,
+            "dtype": options.dtype,
+            "trained_on": options.records,
+            "validation": options.validation,
+            "steps": options.steps,
+            "config": self._config,
+            "corpus": self.corpus,
+            **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
+            **self.prompt_changes,
+        }
+
+
+def _train(settings: Mapping[str, Any]) -> Any:
+    from ..training.recipe import train_editor
+
+    checkpoints = Path(settings["out"]).glob("checkpoints/checkpoint-*/trainer_state.json")
+    return train_editor(settings, resume=any(checkpoints))
 
 
 def _checked_config(config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:

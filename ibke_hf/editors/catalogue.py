@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Any, get_type_hints
 
 
@@ -57,7 +58,11 @@ KINDS = {
     ),
     "ibke": Kind("IBKE (ours)", "..core.modeling_ibke", "IBKEEditor", trained=True, several_layers=True),
 }
+WITH_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.trained)
+WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.module and not kind.trained)
 TRAINED = tuple(name for name, kind in KINDS.items() if kind.trained and not kind.variant_of)  # also their model types
+ATLAS = "ibke-atlas"  # the embedded model's name
+OF_ATLAS = ("ibke", "mend")  # the trained editors that are shipped with it
 
 
 def kind_of(name: str) -> Kind:
@@ -138,3 +143,37 @@ def build_editor(
         raise ValueError(
             f"{kind.title}: {error}; the fields are those of its config, see {editor_class(name).__module__}"
         ) from error
+
+
+# --- which editor a model can have ---------------------------------------------------------------------------------
+
+
+def require_editor(name: str, model: str | Path | None) -> None:
+    """Refuse a trained editor that is named by its kind where none is shipped.
+
+    Args:
+        name: Id of a kind; anything else passes.
+        model: Folder or id of the model; None for the embedded one.
+
+    Raises:
+        ValueError: Says which editors the model can have, and how to train one.
+    """
+    atlas = model is None or str(model) == ATLAS
+    if name not in KINDS or not kind_of(name).trained or (atlas and name in OF_ATLAS):
+        return
+    shipped = "edits the embedded Atlas model only" if name in OF_ATLAS else "is not shipped with this package"
+    if atlas:
+        raise ValueError(
+            f"--editor {name} {shipped}; train it (`ibke table --editors {name}` does), and give its folder"
+        )
+    raise ValueError(f"--editor {name} {shipped}; {next_steps(model)} (a folder of that name: ./{name})")
+
+
+def next_steps(model: Any) -> str:
+    """Say what to do for a model that the editor at hand does not fit."""
+    plain = ", ".join(name for name in WITHOUT_WEIGHTS if not KINDS[name].needs_statistics)
+    measured = " or ".join(name for name in WITHOUT_WEIGHTS if KINDS[name].needs_statistics)
+    return (
+        f"for {model} give --editor {plain}, or {measured} with a --corpus, or the folder or Hub id of an editor "
+        f"trained for it: ibke train --backbone {model} --records FILE --out DIR"
+    )

@@ -26,6 +26,12 @@ from .questions import Group, Reader, RecordQuestion, fact_keys, fill_groups, fi
 from .scores import summarise
 
 CollisionScope = Literal["set", "group"]
+CHOICES: dict[str, Any] = {
+    "mode": GroupMode,
+    "collision_scope": CollisionScope,
+    "locality_match": LocalityMatch,
+    "span": Span,
+}
 RowKey = tuple[str, str, str, int]
 NAMED = 5  # unusable requests and cases that the log names; all of them are counted
 logger = logging.get_logger(__name__)
@@ -36,7 +42,12 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        rows: One dict for each request and case, in the order of the records.
+        rows: One dict for each request and case, in the order of the records. It is JSON-able: record, domain,
+            dataset, kind, role (reliability, generality, locality), list, case (its index in the record), criteria,
+            hops, prompt, target; score, top1 and first_token as fractions; exact_match (requests and generality, None
+            if not generated); js_similarity (locality); before and after, the teacher-forced top-1 text at the target
+            positions; generated, the answer that exact_match judges; and edited_hops, the number of supporting hops
+            that were edited in.
         summary: The scores in percent, see :func:`~ibke_hf.evaluation.scores.summarise`.
         skipped: Number of cases that were not scored, by reason.
         edit_seconds: Mean editing time of a request in seconds; None where nothing was edited.
@@ -50,41 +61,11 @@ class Evaluation:
     incomplete_group: int = 0
 
 
-def evaluate_records(
-    editor: Any,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Iterable[EditRecord],
-    *,
-    sequential: int = 1,
-    mode: GroupMode = "sequential",
-    batch_size: int = 64,
-    supporting_hops: bool = True,
-    collision_scope: CollisionScope = "set",
-    locality_match: LocalityMatch = "ids",
-    span: Span = "prompt",
-    generate: bool = True,
-    strict: bool = False,
-    progress: bool = True,
-    on_row: Callable[[Row], None] | None = None,
-    on_skip: Callable[[dict[str, Any]], None] | None = None,
-    finished: Iterable[Row] = (),
-) -> Evaluation:
-    """Score an editor on records; the model is bit-identical afterwards.
+@dataclass(frozen=True, kw_only=True)
+class Procedure:
+    """What PROTOCOL's procedure leaves open.
 
-    A row is JSON-able: record, domain, dataset, kind, role (reliability, generality, locality), list, case (its index
-    in the record), criteria, hops, prompt, target; score, top1 and first_token as fractions; exact_match (requests and
-    generality, None if not generated); js_similarity (locality); before and after, the teacher-forced top-1 text at
-    the target positions; generated, the answer that exact_match judges; and edited_hops, the number of supporting hops
-    that were edited in.
-
-    Args:
-        editor: Has ``edit(model, tokenizer, requests, *, mode, previous) -> Edit``. Unless it says
-            ``supports_independent = False``, up to `batch_size` edits are made and asked at once, for which its edits
-            need ``select(rows)`` (every :class:`~ibke_hf.core.edits.WeightEdit` has it). None: the unedited model.
-        model: The backbone.
-        tokenizer: Its tokenizer.
-        records: The selection; for locality collisions it counts as a whole.
+    Attributes:
         sequential: n, the number of requests that a group is filled up to with whole records.
         mode: ``"sequential"``, or ``"joint"`` for one edit of all requests of a group.
         batch_size: Rows of a forward pass.
@@ -95,16 +76,58 @@ def evaluate_records(
         generate: Generate answers greedily, for exact match.
         strict: Raise for a request or case that cannot be edited or asked, before anything is run. By default it is
             left out, named and counted: a record by one unusable request, else the case alone.
+    """
+
+    sequential: int = 1
+    mode: GroupMode = "sequential"
+    batch_size: int = 64
+    supporting_hops: bool = True
+    collision_scope: CollisionScope = "set"
+    locality_match: LocalityMatch = "ids"
+    span: Span = "prompt"
+    generate: bool = True
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an option that is out of range; the ValueError names it and what is allowed."""
+        for name in ("sequential", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(allowed))}, found {getattr(self, name)!r}"
+                )
+
+
+def evaluate_records(
+    editor: Any,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Iterable[EditRecord],
+    *,
+    progress: bool = True,
+    on_row: Callable[[Row], None] | None = None,
+    on_skip: Callable[[dict[str, Any]], None] | None = None,
+    finished: Iterable[Row] = (),
+    **procedure: Any,
+) -> Evaluation:
+    """Score an editor on records; the model is bit-identical afterwards.
+
+    Args:
+        editor: Has ``edit(model, tokenizer, requests, *, mode, previous) -> Edit``. Unless it says
+            ``supports_independent = False``, up to `batch_size` edits are made and asked at once, for which its edits
+            need ``select(rows)`` (every :class:`~ibke_hf.core.edits.WeightEdit` has it). None: the unedited model.
+        model: The backbone.
+        tokenizer: Its tokenizer.
+        records: The selection; for locality collisions it counts as a whole.
         progress: Show a progress bar.
         on_row: Called with each row as it is made, in the order of the records within each lot of groups.
         on_skip: Called with a dict (record, dataset, domain, role, list, case, prompt, reason) for each case that is
             dropped, before anything is run, and again when a run is resumed; with a ``detail`` where it is unusable.
         finished: Rows of a run that was killed. Lots of groups of which every row is among them are not run again, and
             `on_row` is called for missing rows only; the result holds all of them.
-
-    At any time one lot of groups (at most `batch_size` requests, or one group) is held as questions, the unedited
-    logits of its locality cases up to :data:`~ibke_hf.evaluation.judging.LOGIT_BYTES`, and edits that are made at once
-    up to :data:`~ibke_hf.evaluation.judging.EDIT_BYTES`; what is more is asked again, or edited in parts.
+        procedure: Fields of :class:`Procedure`, such as ``sequential=10``.
 
     Raises:
         RequestError: If a text is empty, too long or has no target token, or the editor cannot edit it, and `strict`,
@@ -112,34 +135,22 @@ def evaluate_records(
         NonFiniteError: If an edit is not finite; names record and request.
         ValueError: For an option out of range.
     """
-    _check(
-        sequential,
-        batch_size,
-        mode=(mode, GroupMode),
-        collision_scope=(collision_scope, CollisionScope),
-        locality_match=(locality_match, LocalityMatch),
-        span=(span, Span),
-    )
+    how = Procedure(**procedure)
     check = getattr(editor, "check_request", None)
-    reader = Reader(tokenizer, span, context_length(model), supporting_hops, strict, check)
-    selection = _Selection(list(records), sequential, collision_scope, reader)
+    reader = Reader(tokenizer, how.span, context_length(model), how.supporting_hops, how.strict, check)
+    selection = _Selection(list(records), how.sequential, how.collision_scope, reader)
     skipped = selection.leave_out(on_skip)
     earlier = {row_key(row): row for row in finished}
-    editing = Editing(editor, model, tokenizer, mode, batch_size)
-    judge = Judge(model, tokenizer, batch_size, locality_match, generate)
+    editing = Editing(editor, model, tokenizer, how.mode, how.batch_size)
+    judge = Judge(model, tokenizer, how.batch_size, how.locality_match, how.generate)
     rows: list[Row] = []
     with evaluating(model), tqdm(total=len(selection.records), unit="record", disable=not progress) as bar:
         # The same lots after a kill: what shares a batch moves the last bits of a score.
-        for lot in selection.lots(batch_size):
+        for lot in selection.lots(how.batch_size):
             rows += _rows_of_lot(lot, editing, judge, earlier, on_row)
             bar.update(sum(len(group.records) for group in lot))
-    return Evaluation(
-        rows=tuple(rows),
-        summary=summarise(rows),
-        skipped=skipped,
-        edit_seconds=editing.seconds / editing.requests if editing.requests else None,
-        incomplete_group=selection.incomplete,
-    )
+    seconds = editing.seconds / editing.requests if editing.requests else None
+    return Evaluation(tuple(rows), summarise(rows), skipped, seconds, selection.incomplete)
 
 
 def _rows_of_lot(
@@ -240,12 +251,3 @@ class _Selection:
 
     def _read(self, records: list[EditRecord]) -> Group:
         return self._reader.group(records, fact_keys(records) if self._edited is None else self._edited)
-
-
-def _check(sequential: int, batch_size: int, **choices: tuple[str, Any]) -> None:
-    for name, number in (("sequential", sequential), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, found {number}")
-    for name, (value, allowed) in choices.items():
-        if value not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, found {value!r}")

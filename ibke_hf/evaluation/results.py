@@ -161,14 +161,8 @@ def evaluate_to_folder(
     records = list(records)
     if not records:
         raise ResultsError("no record is selected; widen the selection, or look at the dataset")
-    deciding = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
-    prints = {
-        "records": fingerprint_of_records(records),
-        "model_weights": fingerprint_of(model),
-        "editor_weights": fingerprint_of(editor),
-    }
-    decided = {"ibke_hf": __version__, **settings, **deciding, **prints}
-    with locked(folder), ResultsFolder(folder, decided) as results:
+    deciding = _deciding_settings(settings, options, records, model, editor)
+    with locked(folder), ResultsFolder(folder, deciding) as results:
         evaluation = evaluate_records(
             editor,
             model,
@@ -184,6 +178,20 @@ def evaluate_to_folder(
             requests = [record.requests[0] for record in records[:EDITS_ALONE]]
             alone["edit_seconds_alone"], alone["edit_bytes"] = edit_alone(editor, model, tokenizer, requests)
         return results.finish(evaluation, unread or {}, alone)
+
+
+def _deciding_settings(
+    settings: Mapping[str, Any], options: Mapping[str, Any], records: Sequence[EditRecord], model: Any, editor: Any
+) -> dict[str, Any]:
+    """Return all that decides the rows: a run goes on only where each of these is the same."""
+    return {
+        "ibke_hf": __version__,
+        **settings,
+        **{name: value for name, value in options.items() if name not in NOT_SETTINGS},
+        "records": fingerprint_of_records(records),
+        "model_weights": fingerprint_of(model),
+        "editor_weights": fingerprint_of(editor),
+    }
 
 
 def results_of(
