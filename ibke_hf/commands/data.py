@@ -33,21 +33,21 @@ def add(commands: Any) -> None:
     command.add_argument("--force", action="store_true", help="replace the records that --out holds")
 
 
-def _run_build(given: argparse.Namespace) -> None:
+def _run_build(options: argparse.Namespace) -> None:
     from ..data.folders import build_folder
 
-    out = Path(given.out)
+    out = Path(options.out)
     if any((out / split).exists() for split in ("train", "validation")):  # beside other files it harms nothing
-        require_free(out, "records", force=given.force)
+        require_free(out, "records", force=options.force)
     with locked(out):
         counts = build_folder(
-            given.facts,
+            options.facts,
             out,
-            records=given.records,
-            validation=given.validation,
-            generality=given.generality,
-            locality=given.locality,
-            seed=given.seed,
-            replace=given.force,
+            records=options.records,
+            validation=options.validation,
+            generality=options.generality,
+            locality=options.locality,
+            seed=options.seed,
+            replace=options.force,
         )
-    print("\n".join(f"{Path(given.out) / name}: {number} records" for name, number in counts.items()))
+    print("\n".join(f"{Path(options.out) / name}: {number} records" for name, number in counts.items()))

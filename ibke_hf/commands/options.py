@@ -72,15 +72,15 @@ def upload_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--token", help="token with write access (default: HF_TOKEN, or the one of `hf auth login`)")
 
 
-def upload_settings(given: argparse.Namespace) -> dict[str, Any]:
+def upload_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options as keyword arguments of :func:`~ibke_hf.hub.upload.upload`."""
     settings = {
-        "private": given.private or None,
-        "revision": given.revision,
-        "create_pr": given.create_pr,
-        "token": given.token,
+        "private": options.private or None,
+        "revision": options.revision,
+        "create_pr": options.create_pr,
+        "token": options.token,
     }
-    return settings | ({} if given.message is None else {"commit_message": given.message})
+    return settings | ({} if options.message is None else {"commit_message": options.message})
 
 
 def read_dataset(name: str, **filters: Any) -> Iterator[Any]:

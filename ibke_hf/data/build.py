@@ -61,7 +61,9 @@ class RecordBuilder:
         self.alias_rate, self.novel_rate, self.near_rate = alias_rate, novel_rate, near_rate
         self.shares = shares or {}
         kinds = {"generality": GENERALITY, "locality": LOCALITY}
-        for group, kind, share in ((group, *item) for group, given in self.shares.items() for item in given.items()):
+        for group, kind, share in (
+            (group, *item) for group, group_shares in self.shares.items() for item in group_shares.items()
+        ):
             if kind not in kinds.get(group, ()) or not share > 0:
                 raise ValueError(
                     f"shares: {group} {kind!r} is {share}; kinds are {kinds.get(group, tuple(kinds))}, shares above 0"
@@ -119,8 +121,8 @@ class RecordBuilder:
             "kind": "unknown" if original is None else "counterfactual",
             **({} if original is None else {"original": original}),
             "edit": {**request, **self.triple_json(edit)},
-            "generality": {str(i): made for i, made in enumerate(generality)},
-            "locality": {str(i): made for i, made in enumerate(locality)},
+            "generality": {str(i): case for i, case in enumerate(generality)},
+            "locality": {str(i): case for i, case in enumerate(locality)},
         }
 
     def _known_apart_from(self, edit: Triple, original: str | None) -> World:
@@ -144,15 +146,15 @@ class RecordBuilder:
     def _draw(self, group: str, makers: dict[str, Callable[[], Json | None]]) -> list[Json]:
         """Make cases of the least used kinds first, so that the kinds get their shares, which are equal by default."""
         used = self.used[group]
-        made: list[Json] = []
+        cases: list[Json] = []
         for kind in sorted(makers, key=lambda name: (used[name], self.rng.random())):
-            if len(made) == self.sizes[group]:
+            if len(cases) == self.sizes[group]:
                 break
             case = next((c for c in (makers[kind]() for _ in range(TRIES)) if c is not None), None)
             if case is not None:
-                made.append(case)
+                cases.append(case)
                 used[kind] += 1 / self.shares.get(group, {}).get(kind, 1)
-        return made
+        return cases
 
     # --- JSON of the parts -------------------------------------------------------------------------------------
 

@@ -225,10 +225,10 @@ class _Reader:
     def _relation(self, name: str) -> Relation | None:
         domain, row, where = self.rows[name]
         forms, inverse = self.forms[name], row[5] == "yes"
-        wanted = {"noun": 1, "inverse": int(inverse), "inverse_noun": int(inverse)}
+        expected = {"noun": 1, "inverse": int(inverse), "inverse_noun": int(inverse)}
         bad = [
             f"{number} {form} wording, found {len(forms[form])}"
-            for form, number in wanted.items()
+            for form, number in expected.items()
             if len(forms[form]) != number
         ]
         if len(forms["prompt"]) < MINIMUM_PROMPTS:

@@ -55,8 +55,8 @@ class Field:
 
     def text(self, key: str) -> str:
         """Return a text that may be missing, null or blank, which are all ``""``."""
-        found = self.of(dict).get(key)
-        text = "" if found is None else Field(found, self._join(key), self.record).of(str)
+        value = self.of(dict).get(key)
+        text = "" if value is None else Field(value, self._join(key), self.record).of(str)
         return text if text.strip() else ""
 
     def items(self) -> list[Field]:

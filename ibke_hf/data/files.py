@@ -77,13 +77,13 @@ def json_items(file: str | Path, top: Top | None = None, name: str = "record") -
         with opener(path, "rt", encoding="utf-8-sig") as handle:  # a byte order mark is no part of the first key
             lines = path.name.removesuffix(".gz").endswith(".jsonl")
             window = _Window(path, handle)
-            found: Top = "list" if lines or window.next() == "[" else "object"
-            if found != (top or found):
+            kind: Top = "list" if lines or window.next() == "[" else "object"
+            if kind != (top or kind):
                 raise RecordError(
                     f"{path}: a {name} file is one JSON {top} of records, found "
                     f"{'list' if top == 'object' else 'dict'}"
                 )
-            yield from _lines(window) if lines else _list(window) if found == "list" else _object(window)
+            yield from _lines(window) if lines else _list(window) if kind == "list" else _object(window)
     except UnicodeDecodeError as error:
         raise RecordError(
             f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
@@ -120,11 +120,11 @@ class _Window:
 
     def take(self, characters: str) -> str:
         """Go past the next character, which must be one of these, and return it."""
-        found = self.next()
-        if not found or found not in characters:
+        character = self.next()
+        if not character or character not in characters:
             raise self.error(f"expecting {' or '.join(characters)}", self.at)
         self.at += 1
-        return found
+        return character
 
     def value(self) -> Any:
         """Go past the next JSON value and return it."""

@@ -48,12 +48,7 @@ def build_folder(
         ValueError: If a number is out of range, the tables give no record at all, or `out` holds record files of other
             domains.
     """
-    if min(records, generality, locality) < 1:
-        raise ValueError(
-            f"records, generality and locality must be at least 1, found {records}, {generality} and {locality}"
-        )
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation must be in [0, 1), found {validation}")
+    _require_sizes(records, validation, generality, locality)
     world = load_world(facts)
     if records > RECORDS_A_TRIPLE * len(world.triples):
         raise ValueError(
@@ -81,19 +76,28 @@ def build_folder(
     return {name: len(built) for name, built in splits.items()}
 
 
+def _require_sizes(records: int, validation: float, generality: int, locality: int) -> None:
+    if min(records, generality, locality) < 1:
+        raise ValueError(
+            f"records, generality and locality must be at least 1, found {records}, {generality} and {locality}"
+        )
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation must be in [0, 1), found {validation}")
+
+
 def _records(
-    builder: RecordBuilder, world: World, triples: list[Triple], wanted: int, rng: random.Random
+    builder: RecordBuilder, world: World, triples: list[Triple], count: int, rng: random.Random
 ) -> list[tuple[str, Json]]:
     rng.shuffle(triples)
     makers, number = (builder.counterfactual, builder.unknown), max(len(triples), 1)
-    turns = enumerate(islice(cycle(triples), 4 * wanted))  # each triple gets the other kind of edit at its next turn
+    turns = enumerate(islice(cycle(triples), 4 * count))  # each triple gets the other kind of edit at its next turn
     tries = ((makers[(i // number + i % number) % 2](triple), triple) for i, triple in turns)
-    made = (
+    built_records = (
         (world.relations[triple.relation].domain, with_spacing(record))
         for record, triple in tries
         if record is not None
     )
-    return list(islice(made, wanted))
+    return list(islice(built_records, count))
 
 
 def with_spacing(record: Json) -> Json:

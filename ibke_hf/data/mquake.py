@@ -62,11 +62,12 @@ def _edits(triples: Field, rewrites: Sequence[Field], requests: Sequence[EditReq
     edited = [triple.texts() for triple in triples.parts()]
     edits = []
     for i, (rewrite, request) in enumerate(zip(rewrites, requests, strict=True)):
-        wanted = [rewrite["relation_id"].of(str), rewrite["target_new"]["id"].of(str)]
-        found = next((triple for triple in [*edited[i : i + 1], *edited] if triple[1:] == wanted), None)
-        if found is None:
-            raise triples.error(f"has no triple of the new object of {rewrite.path} ({' '.join(wanted)})")
-        edits.append(Hop(request.prompt, request.target, found[0], wanted[0], wanted[1], subject=request.subject))
+        relation, new_object = rewrite["relation_id"].of(str), rewrite["target_new"]["id"].of(str)
+        candidates = [*edited[i : i + 1], *edited]
+        head = next((triple[0] for triple in candidates if triple[1:] == [relation, new_object]), None)
+        if head is None:
+            raise triples.error(f"has no triple of the new object of {rewrite.path} ({relation} {new_object})")
+        edits.append(Hop(request.prompt, request.target, head, relation, new_object, subject=request.subject))
     return tuple(edits)
 
 
@@ -87,10 +88,10 @@ def _questions(record: Field, edits: Sequence[Hop], skipped: Counter[str]) -> tu
         "supporting": supporting,
         "facts": facts,
     }
-    made = [
+    case_lists = [
         cases("questions", question.rstrip(), target, skipped, **details) for question in questions
     ]  # the seam has one space
-    return tuple(case for found in made for case in found)
+    return tuple(case for question_cases in case_lists for case in question_cases)
 
 
 def _new_hops(record: Field) -> tuple[Hop, ...]:
@@ -100,10 +101,10 @@ def _new_hops(record: Field) -> tuple[Hop, ...]:
     for triple in triples.parts():
         if len(triple.texts()) != 3:
             raise triple.error("is not a triple")
-    made = []
+    new_hops = []
     for hop, (head, relation, tail), subject in zip(hops, triples.value, _heads(record, len(hops)), strict=True):
         prompt = hop.text("cloze").rstrip()
-        made.append(
+        new_hops.append(
             Hop(
                 prompt,
                 hop.text("answer"),
@@ -113,7 +114,7 @@ def _new_hops(record: Field) -> tuple[Hop, ...]:
                 subject=subject if subject and subject in prompt else None,
             )
         )
-    return tuple(made)
+    return tuple(new_hops)
 
 
 def _heads(record: Field, number: int) -> list[str | None]:

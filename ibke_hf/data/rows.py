@@ -92,11 +92,11 @@ def _with_options(value: Any, convert: Callable[[Any], Any]) -> Any:
 def record_from_row(row: Mapping[str, Any]) -> EditRecord:
     """Return the record that a row was made of."""
     parts: dict[str, Any] = {"requests": EditRequest, "generality": _case, "locality": _case, "edits": Hop}
-    made: Row = {
+    parts_of_record: Row = {
         name: tuple(make(**_with_options(part, json.loads)) for part in row[name]) for name, make in parts.items()
     }
     texts: Row = {name: row[name] for name in ("id", "dataset", "domain", "kind", "relation")}
-    return EditRecord(**texts, **made, metadata={pair["key"]: pair["value"] for pair in row["metadata"]})
+    return EditRecord(**texts, **parts_of_record, metadata={pair["key"]: pair["value"] for pair in row["metadata"]})
 
 
 def records_dataset(

@@ -125,10 +125,10 @@ def select(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
     names = _several(criteria, str)
-    wanted = _Wanted(
+    filters = _Filters(
         _several(domains, str), None if names is None else frozenset(map(str.casefold, names)), _several(hops, int)
     )
-    passing = wanted.of(records, Counter() if skipped is None else skipped)
+    passing = filters.of(records, Counter() if skipped is None else skipped)
     return islice(passing, limit) if limit is None or seed is None else _sample(passing, limit, seed)
 
 
@@ -158,8 +158,8 @@ def find_source(
     path = Path(source)
     chosen = _several(domains, str)
     if path.is_dir():
-        found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        names, folder = _select(found, split, chosen, str(source)), path
+        files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        names, folder = _select(files, split, chosen, str(source)), path
     elif path.exists():
         names, folder = [path.name], path.parent  # whatever it is called
     else:
@@ -231,11 +231,11 @@ def _hub_source(
     return Source(tuple(names), fetch, f"{repository}@{info.sha}: {names}")
 
 
-def _select(found: Iterable[str], split: str | None, domains: frozenset[str] | None, label: str) -> list[str]:
+def _select(files: Iterable[str], split: str | None, domains: frozenset[str] | None, label: str) -> list[str]:
     """Choose files by their names: those of the split, then those of the domains if any is named after one."""
     names = sorted(
         n
-        for n in found
+        for n in files
         if n.endswith(SUFFIXES) and not n.startswith(".") and "/." not in n and not n.endswith(DESCRIPTIONS)
     )
     if not names:
@@ -316,7 +316,7 @@ def recognise(file: str | Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Filters:
     """The filters, with criteria in lower case; None lets everything pass."""
 
     domains: frozenset[str] | None

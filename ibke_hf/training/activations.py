@@ -75,10 +75,10 @@ class ActivationCache:
             return None
         about = _about(backbone, names, editor.config.capture_loss_scale)
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        own = Path(folder) / digest
-        store = ActivationStore(own, int(gigabytes * GIGABYTE))
-        if not (own / ABOUT).exists():
-            write_json(own / ABOUT, about)
+        place = Path(folder) / digest
+        store = ActivationStore(place, int(gigabytes * GIGABYTE))
+        if not (place / ABOUT).exists():
+            write_json(place / ABOUT, about)
         return cls(parts, names, store)
 
     def new_batch(self) -> None:
