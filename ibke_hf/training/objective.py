@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..core.capture import evaluating, mean_per_row, target_logits
 from ..core.edits import LowRankEdit
 from ..core.hypernetworks import AdaptedFactors
+from ..core.layers import input_device
 from ..core.modeling_ibke import GradientEditor
 from ..core.tokens import IGNORED, TokenBatch
 from ..evaluation.scores import token_ranks
 from .activations import ActivationCache
-from .batches import WIDTH_MULTIPLE
+from .batches import rows_by_length
 
 
 def sufficiency_for_generality(logits: Tensor, labels: Tensor) -> Tensor:
@@ -175,7 +176,10 @@ def _edit(
     Whatever has parameters runs in the `forward` of `model`, as DDP needs it.
     """
     number, groups, names = inputs["counts"][0], inputs["groups"], list(inputs["names"])
-    requests, kept = inputs["cases"][:number].trimmed(WIDTH_MULTIPLE), _hops_to_edit(backbone, inputs, hops, cache)
+    requests, kept = (
+        inputs["cases"][:number].trimmed(_width_multiple(backbone)),
+        _hops_to_edit(backbone, inputs, hops, cache),
+    )
     hop_cases = inputs["hop_cases"][kept]
     if len(hop_cases):
         requests = TokenBatch.cat([requests, inputs["hops"][kept]])
@@ -233,28 +237,40 @@ def bucketed_logits(
     cases: TokenBatch,
     edit: LowRankEdit | None = None,
     rows: Tensor | None = None,
-    buckets: int = 2,
     cache: ActivationCache | None = None,
 ) -> Tensor:
     """Logits (p, vocabulary) at the judged positions of left-padded cases, case after case, each under its edit.
 
-    The short and the long cases go in a forward each: one long question would otherwise pad every short one, which on
-    Atlas doubles the tokens of a step. With a cache only the upper blocks are run, and the vocabulary projection once.
+    Cases of like lengths go in a forward together: one long question would otherwise pad every short one, which
+    doubles the tokens of a step. With a cache only the upper blocks are run, and the vocabulary projection once.
     """
     if not len(cases):  # an empty sum, which still reaches every factor: all ranks have to reduce the same gradients
         factors = [] if edit is None else [factor.sum() for factor in edit.outputs.values()]
         return torch.stack(factors or [torch.zeros(())]).sum().expand(0, 1)
-    order = cases.attention_mask.sum(-1).argsort(stable=True)
-    parts = []
+    chunks, parts, multiple = _forwards(backbone, cases), [], _width_multiple(backbone)
     with evaluating(backbone):
-        for chunk in order.chunk(buckets):
-            batch, carried = cases[chunk].trimmed(WIDTH_MULTIPLE), None if rows is None else rows[chunk]
+        for chunk in chunks:
+            batch, carried = cases[chunk].trimmed(multiple), None if rows is None else rows[chunk]
             parts.append(
                 _judged(backbone, batch, edit, carried) if cache is None else cache.states(batch, edit, carried)
             )
+        order = torch.cat(chunks)
         owners = order.repeat_interleave((cases.labels[order] != IGNORED).sum(-1))
         joined = torch.cat(parts)[owners.argsort(stable=True).to(parts[0].device)]
         return joined if cache is None else cache.logits(joined)
+
+
+def _forwards(backbone: Any, cases: TokenBatch) -> list[Tensor]:
+    """Return the rows of each forward: on a CPU as few tokens as can be, else few forwards of few widths."""
+    lengths = cases.attention_mask.sum(-1)
+    if _width_multiple(backbone) > 1:
+        return list(lengths.argsort(stable=True).chunk(2))
+    return [torch.tensor(rows, device=lengths.device) for rows in rows_by_length(lengths.tolist())]
+
+
+def _width_multiple(backbone: Any) -> int:
+    """Return what widths are multiples of: an accelerator may compile anew for each; a CPU pays for every token."""
+    return 1 if input_device(backbone).type == "cpu" else 8
 
 
 def _judged(backbone: Any, cases: TokenBatch, edit: LowRankEdit | None, rows: Tensor | None) -> Tensor:

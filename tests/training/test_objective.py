@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ibke_hf.core.capture import GradientFactors
 from ibke_hf.core.records import EditCase, EditRecord
 from ibke_hf.core.tokens import IGNORED, RequestError
 from ibke_hf.editors.mend import MENDEditor
+from ibke_hf.training.batches import PASS_TOKENS, rows_by_length
 from ibke_hf.training.objective import edits_with_hops, hit_rates, run_batch
 from ibke_hf.training.trainer import EditCollator
 
@@ -276,3 +278,19 @@ def test_a_case_with_hops_has_its_own_edit() -> None:
         for edit in range(4)
     }
     assert held == {0: [0, 1], 1: [2], 2: [0, 1, 4], 3: [2, 3, 5]}
+
+
+def test_rows_of_like_lengths_share_a_forward_where_that_saves_tokens() -> None:
+    def cost(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+        return sum(len(rows) * max(lengths[row] for row in rows) + PASS_TOKENS for rows in groups)
+
+    assert rows_by_length([5, 6, 5]) == [[0, 2, 1]]
+    assert rows_by_length([9, 60, 10, 61]) == [[0, 2], [1, 3]]
+    lengths = torch.randint(4, 90, (7,), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = rows_by_length(lengths)
+    assert sorted(row for rows in groups for row in rows) == list(range(7))
+    order = sorted(range(7), key=lengths.__getitem__)
+    splits = [
+        [order[i:j] for i, j in pairwise([0, *cuts, 7])] for n in range(7) for cuts in combinations(range(1, 7), n)
+    ]
+    assert cost(groups, lengths) == min(cost(split, lengths) for split in splits)
