@@ -141,18 +141,9 @@ class PartialForward:
     def _try(self) -> None:
         """Compare the parts with the whole on two texts of unlike lengths."""
         batch = _texts(int(self.model.get_input_embeddings().weight.shape[0]))
-        handles = [
-            block.register_forward_hook(lambda _, __, output, place=place: self._note(place, output))
-            for place, block in enumerate(self.blocks)
-        ]
         try:
             with evaluating(self.model):
-                whole = target_logits(self.model, batch)[0].float()
-        finally:
-            for handle in handles:
-                handle.remove()
-        try:
-            with evaluating(self.model):
+                whole = self._whole(batch).float().flatten(0, 1)
                 states = self.lower(batch) if self.start else None
                 if states is not None and states.shape[:2] != batch.input_ids.shape:
                     raise PartialForwardError("its blocks do not hand on one state for each token")
@@ -161,15 +152,24 @@ class PartialForward:
             raise
         except Exception as error:  # whatever a foreign model raises is the reason
             reason = " ".join(str(error).split())[:200]
-            raise PartialForwardError(
-                f"its upper blocks do not run alone ({type(error).__name__}: {reason})"
-            ) from error
-        whole = whole.flatten(0, 1)
+            raise PartialForwardError(f"its blocks do not run in parts ({type(error).__name__}: {reason})") from error
         difference = (parts - whole).norm() / (whole - whole.mean()).norm()
         if not difference <= torch.finfo(self.model.dtype).eps ** 0.5:
             raise PartialForwardError(
                 f"run in parts it answers otherwise than as a whole (by {float(difference):.2g} of its logits)"
             )
+
+    def _whole(self, batch: TokenBatch) -> Tensor:
+        """Return the logits of the whole model, and note what its blocks return."""
+        handles = [
+            block.register_forward_hook(lambda _, __, output, place=place: self._note(place, output))
+            for place, block in enumerate(self.blocks)
+        ]
+        try:
+            return target_logits(self.model, batch)[0]
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _note(self, place: int, output: Any) -> None:
         if isinstance(output, tuple):

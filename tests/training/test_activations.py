@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_templates import TEMPLATE
 from torch import Tensor
 from training_runs import record
 
@@ -87,6 +92,51 @@ def test_a_step_with_the_cache_equals_the_step_without(
     assert_close(plain, filling, HALF)
     assert_close(filling, filled, SAME)
     assert_close(filled, reopened, SAME)
+
+
+def test_chat_turns_are_cached_as_well(
+    trainer_for: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", TEMPLATE)
+    plain, chat = records()[:2], [item.formatted(chat=True) for item in records()[:2]]
+    trainer = trainer_for(chat)
+    trainer.calibrate(trainer.model)
+    cache = opened(trainer, tmp_path)
+    for item in (chat, plain):
+        inputs = trainer.data_collator(item)
+        stored = len(cache.store)
+        assert_close(step(trainer, inputs, None), step(trainer, inputs, cache), HALF)
+        assert len(cache.store) > stored
+
+
+def test_a_backbone_that_cannot_be_run_in_parts_is_trained_without(
+    trainer_for: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_for(records(), activation_cache=str(tmp_path / "cache"))
+    blocks = trainer.backbone.model.layers
+    blocks[3].register_forward_pre_hook(
+        lambda _, args: (args[0] + blocks[0].state,)
+    )  # a block that reads what a lower one has left
+    blocks[0].register_forward_hook(lambda module, _, output: setattr(module, "state", output))
+    with caplog.at_level("WARNING"):
+        assert trainer.activations is None
+    assert "Qwen3ForCausalLM: trained without activation cache, since" in caplog.text
+    trainer.train()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_pass_in_parts_leaves_the_model_as_it_was(trainer_for: Any, tmp_path: Path) -> None:
+    trainer = trainer_for(records())
+    methods = {name: vars(module).get("forward") for name, module in trainer.backbone.named_modules()}
+    cases = trainer.data_collator(records())["cases"]
+    plain = trainer.backbone(cases.input_ids).logits
+    cache = opened(trainer, tmp_path)
+    cache.logits(cache.states(cases))
+    with pytest.raises(RuntimeError):
+        cache.parts.upper(cases, torch.zeros(1, 1, 1))  # fails within a block
+    assert methods == {name: vars(module).get("forward") for name, module in trainer.backbone.named_modules()}
+    assert not any(module._forward_hooks for module in trainer.backbone.modules())
+    torch.testing.assert_close(trainer.backbone(cases.input_ids).logits, plain, rtol=0, atol=0)
 
 
 def test_mend_reads_what_ibke_has_stored(trainer_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +239,65 @@ def test_half_written_and_damaged_entries_are_not_read(tmp_path: Path) -> None:
     assert store.get("key 1") is None
     store.put(arrays(1))
     assert ActivationStore(tmp_path, 10_000).get("key 1") is not None
+
+
+WRITER = """
+import sys
+import torch
+from pathlib import Path
+from ibke_hf.training.activation_store import ActivationStore
+store = ActivationStore(Path(sys.argv[1]), 10**8)
+print("open", flush=True)
+sys.stdin.readline()
+for n in range(int(sys.argv[2]), int(sys.argv[3])):
+    store.put({f"key {n}": (torch.full((100, 100), float(n % 100), dtype=torch.float16), (float(n),))})
+    print(n, flush=True)
+"""
+
+
+@contextmanager
+def writer(folder: Path, first: int, end: int) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", WRITER, str(folder), str(first), str(end)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        yield process
+
+
+def start(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def assert_whole(store: ActivationStore, number: int) -> None:
+    """Check that each entry is what its writer meant, and stored once."""
+    store.refresh()
+    assert len(store) == number
+    for n in range(number):
+        array, numbers = store.get(f"key {n}")  # type: ignore[misc]
+        assert numbers == (float(n),)
+        assert (array == n % 100).all()
+    assert (store.folder / DATA).stat().st_size == number * 20_000
+
+
+def test_two_processes_fill_one_store_and_one_that_is_killed_leaves_it_usable(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with writer(folder, 0, 60) as one, writer(folder, 30, 4000) as killed:
+        start(one)
+        start(killed)
+        assert killed.stdout is not None
+        while killed.stdout.readline() != "50\n":
+            pass
+        killed.kill()
+        assert one.wait(60) == 0
+    store = ActivationStore(folder, 10**8)
+    number = len(store)
+    assert 60 <= number < 4000
+    for n in range(number, number + 5):
+        store.put({f"key {n}": (torch.full((100, 100), float(n % 100), dtype=torch.float16), (float(n),))})
+    assert_whole(ActivationStore(folder, 10**8), number + 5)
 
 
 def test_sixteen_bit_keep_the_digits_of_gradients_of_any_size() -> None:
