@@ -165,4 +165,9 @@ def require_mode(mode: str) -> None:
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, found {mode!r}")
 
 
+def steps_of(mode: str, number: int) -> list[slice]:
+    """Return which of so many requests are edited together, in turn: each alone in sequential mode, else all."""
+    return [slice(k, k + 1) for k in range(number)] if mode == "sequential" else [slice(None)]
+
+
 Mode = Literal["joint", "sequential", "independent"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .configuration_ibke import Mode
 from .fingerprints import fingerprint, same_backbone
 from .layers import is_transposed
 from .records import EditRequest
@@ -40,6 +41,38 @@ class Edit(Protocol):
     @property
     def nbytes(self) -> int:
         """Memory that the edit takes, in bytes."""
+
+
+class Editor(Protocol):
+    """What all editors are: they make edits of a model by one call. Each says what is special about its own."""
+
+    def edit(
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: Any = None,
+    ) -> Edit:
+        """Return the edit that makes the model answer the requests; the model is not changed.
+
+        Args:
+            model: The backbone.
+            tokenizer: Its tokenizer.
+            requests: One or more edit requests.
+            mode: ``"joint"``: one edit of all requests at once; ``"sequential"``: one edit, request after request,
+                each on the model that carries those before it; ``"independent"``: request k is row k of the result,
+                for a batch in which every row carries its own edit.
+            previous: An edit that the model carries already; one for each request, or one for all, in independent
+                mode. The result contains it.
+
+        Raises:
+            RequestError: If a request is unusable, naming it by its index; nothing is done then.
+            BackboneError: If the model does not fit the editor, such as one that lacks an edited layer.
+            NonFiniteError: If a loss, or what the edit is made of, is not finite.
+            ValueError: If there is no such mode, or `previous` is not of the editor's kind or number.
+        """
 
 
 @dataclass(frozen=True)

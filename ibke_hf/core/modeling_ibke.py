@@ -193,21 +193,9 @@ class GradientEditor(EditorModel):
         mode: Mode = "joint",
         previous: LowRankEdit | None = None,
     ) -> LowRankEdit:
-        """Return the edit that makes the model answer the requests; the model is not changed.
+        """Return the edit that makes the model answer the requests; arguments and errors are :class:`Editor`'s.
 
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests.
-            mode: ``"joint"``: one edit from gradients on the unedited model; ``"sequential"``: request k is read on
-                the model that carries the edits before it; ``"independent"``: request k is row k of the result, for a
-                batch in which every row carries its own edit.
-            previous: An edit that the model carries already. The result contains it.
-
-        Raises:
-            RequestError: If a request is unusable, naming it by its index; nothing is done then.
-            BackboneError: If the model does not fit the editor.
-            NonFiniteError: If a loss or factor is not finite.
+        In joint mode it comes of gradients on the unedited model. `previous` is low-rank.
         """
         require_mode(mode)
         if mode != "independent":

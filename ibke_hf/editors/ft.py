@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ..core.configuration_ibke import Mode, require_mode, require_range
+from ..core.configuration_ibke import Mode, require_mode, require_range, steps_of
 from ..core.edit_values import EditInfo, describe, described
 from ..core.edits import WeightEdit
 from ..core.layers import device_of, dimensions, layers_to_edit, modules_to_edit
@@ -110,22 +110,13 @@ class FineTuningEditor:
         mode: Mode = "joint",
         previous: WeightEdit | None = None,
     ) -> DenseEdit:
-        """Return the update that makes the model answer the requests; the model is not changed.
+        """Return the update that makes the model answer the requests, see :class:`~ibke_hf.core.edit_values.Editor`.
 
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests.
-            mode: ``"joint"``: one update from the sum of all requests' losses; ``"sequential"``: request after
-                request, each on the model that carries the updates before it, Adam starting afresh; ``"independent"``:
-                request k has an update of its own, row k of the result.
-            previous: An edit that the model carries already. The result contains it.
+        In joint mode it follows the sum of all requests' losses; in sequential mode Adam starts afresh
+        for each request.
 
         Raises:
-            RequestError: If a request is unusable, naming it by its index; nothing is done then.
-            BackboneError: If the model lacks an edited layer.
-            NonFiniteError: If a loss or update is not finite.
-            ValueError: If independent edits would take more than `memory_bytes`; says how many would fit.
+            ValueError: Also if independent edits would take more than `memory_bytes`; says how many would fit.
         """
         require_mode(mode)
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
@@ -136,7 +127,7 @@ class FineTuningEditor:
             update = self._fit_in_lots(model, modules, batch, previous, names)
             return described(update if previous is None else update.compose(previous), info, previous)
         edit: WeightEdit | None = previous
-        for rows in [slice(k, k + 1) for k in range(len(batch))] if mode == "sequential" else [slice(None)]:
+        for rows in steps_of(mode, len(batch)):
             update = self._fit(model, modules, batch[rows], edit, names=names[rows], number=1)
             edit = update if edit is None else update.compose(edit)
         assert isinstance(edit, DenseEdit)

@@ -1,22 +1,37 @@
-"""Edits that add modules or memories beside a model's own weights: what T-Patcher, GRACE, LEMoE and SERAC return."""
+"""Edits that add modules or memories beside a model's own weights: those of T-Patcher, GRACE, LEMoE and SERAC."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..core.adapter_files import AdapterError, read_info, read_weights, save_tensors
 from ..core.attachment import LayerHook, hooked, require_row_per_edit
-from ..core.edit_values import EditInfo, EditValue, name_of, warn_of_other_backbone
+from ..core.capture import evaluating
+from ..core.configuration_ibke import Mode, require_mode
+from ..core.edit_values import (
+    EditInfo,
+    EditValue,
+    describe,
+    described,
+    name_of,
+    require_length,
+    warn_of_other_backbone,
+)
 from ..core.fingerprints import fingerprint
+from ..core.layers import modules_to_edit
+from ..core.records import EditRequest
+from ..core.tokens import TokenBatch, context_length, encode_requests
 
 WEIGHTS = "memory_edit.safetensors"
+Memory = TypeVar("Memory", bound="MemoryEdit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +73,17 @@ class MemoryEdit(EditValue):
     def tensors(self) -> dict[str, Tensor]:
         """Return the memory."""
         return dict(self.memory)
+
+    def copied(self, number: int, device: Any) -> dict[str, Tensor]:
+        """Return the memory of so many edits, for an editor to go on from; one edit serves all of them.
+
+        Raises:
+            ValueError: If this holds another number of edits.
+        """
+        require_length(self, number)
+        return {
+            name: tensor.to(device).expand(number, *tensor.shape[1:]).clone() for name, tensor in self.memory.items()
+        }
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MemoryEdit:
         return replace(self, memory={name: change(tensor) for name, tensor in self.memory.items()})
@@ -127,6 +153,55 @@ class MemoryEdit(EditValue):
             raise AdapterError(
                 f"{name_or_path}/{WEIGHTS}: not a {cls.kind} edit ({error}); save the edit again"
             ) from error
+
+
+class MemoryEditor(ABC, Generic[Memory]):
+    """An editor that adds a memory beside one layer: GRACE, T-Patcher and LEMoE.
+
+    A subclass says in `edited_module` where, and in :meth:`_remember` what it adds to what is remembered already.
+    """
+
+    supports_independent = True
+
+    @property
+    @abstractmethod
+    def edited_module(self) -> str:
+        """Full name of the projection that the memory lies beside."""
+
+    def edit(
+        self,
+        model: Any,
+        tokenizer: Any,
+        requests: Sequence[EditRequest],
+        *,
+        mode: Mode = "joint",
+        previous: Any = None,
+    ) -> Memory:
+        """Return the memory that makes the model answer the requests, see :class:`~ibke_hf.core.edit_values.Editor`.
+
+        `previous` is a memory of the same kind beside the same layer; the result goes on from it.
+        """
+        require_mode(mode)
+        batch = encode_requests(tokenizer, requests, max_length=context_length(model))
+        modules = self._modules(model)
+        with torch.inference_mode(False), evaluating(model):
+            edit = self._remember(model, tokenizer, modules, batch, mode, previous)
+        return described(edit, describe(model, modules, requests, editor=type(self).__name__), previous)
+
+    def _modules(self, model: Any) -> Mapping[str, nn.Module]:
+        return modules_to_edit(model, [self.edited_module])
+
+    @abstractmethod
+    def _remember(
+        self,
+        model: Any,
+        tokenizer: Any,
+        modules: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        mode: Mode,
+        previous: Any,
+    ) -> Memory:
+        """Return the memory of `previous` and of the requests; it need not say where it comes from."""
 
 
 def _for_its_rows(hook: LayerHook, number: int, *, shared: bool) -> LayerHook:

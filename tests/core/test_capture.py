@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES, REQUESTS
 from torch import Tensor, nn
 
 from ibke_hf.benchmark.tiny_models import tiny_model as tiny_family
@@ -20,15 +21,8 @@ from ibke_hf.core.capture import (
     target_logits,
 )
 from ibke_hf.core.layers import BackboneError, find_ffn_output, is_transposed, layers_to_edit, modules_to_edit
-from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import IGNORED, TokenBatch, encode_requests
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (
-    EditRequest("The capital of France is", "Rome"),
-    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
-    EditRequest("An oak is", "metal"),
-)
 near = {"rtol": 1e-5, "atol": 1e-5}
 
 

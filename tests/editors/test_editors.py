@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES, REQUESTS
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
@@ -25,12 +26,6 @@ from ibke_hf.editors.dense import DenseEdit
 from ibke_hf.editors.ft import FineTuningEditor, FTConfig
 from ibke_hf.editors.mend import MENDBlock, MENDConfig, MENDEditor
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-REQUESTS = (
-    EditRequest("The capital of France is", "Rome"),
-    EditRequest("Marie Curie was born in the city of", "Lisbon in Europe"),
-    EditRequest("An oak is", "metal"),
-)
 near = {"rtol": 1e-5, "atol": 1e-5}
 
 

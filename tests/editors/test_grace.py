@@ -16,16 +16,19 @@ from memory_edits import (
     REQUESTS,
     edited,
     hits,
+    in_two_threads,
     require_a_row_for_each,
     require_answers_and_no_trace,
+    require_common_refusals,
     require_generation,
+    require_the_same_from_either_side,
 )
 
 from ibke_hf.core.adapter_files import AdapterError
 from ibke_hf.core.capture import NonFiniteError, case_losses, target_logits
 from ibke_hf.core.layers import BackboneError, modules_to_edit
 from ibke_hf.core.records import EditRequest
-from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests
+from ibke_hf.core.tokens import IGNORED, encode_requests
 from ibke_hf.editors.grace import Codebooks, GRACEConfig, GRACEEdit, GRACEEditor
 
 OTHERS = (EditRequest("Oslo lies on the river", "Thames"), EditRequest("iron works in physics; Berlin", "is"))
@@ -176,12 +179,7 @@ def test_company_and_padding_do_not_change_an_edit(
             torch.testing.assert_close(
                 together.memory[name][row, :entries] / scale, alone.memory[name][0] / scale, rtol=0, atol=1e-5
             )
-    left, right = (encode_requests(tiny_tokenizer, REQUESTS, side=side) for side in ("left", "right"))
-    with torch.no_grad(), together.attached(model):
-        logits_by_side = [
-            logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))
-        ]
-    torch.testing.assert_close(*logits_by_side, rtol=1e-4, atol=1e-4)
+    require_the_same_from_either_side(model, tiny_tokenizer, together)
 
 
 def test_sequential_edits_go_on_from_the_codebook_before(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
@@ -237,40 +235,28 @@ def test_16_bit_models_are_edited_in_fp32(
 def test_two_threads_do_not_see_each_others_codebook(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
     model, requests = independent.model, [EditRequest(REQUESTS[0].prompt, target) for target in ("Rome", "Oslo")]
     edits = [independent.edit[0], independent.editor.edit(model, tiny_tokenizer, requests[1:])]
-    together, answers = threading.Barrier(2), {}
 
-    def ask(index: int) -> None:
+    def ask(index: int, together: threading.Barrier) -> list[bool]:
         batch = encode_requests(tiny_tokenizer, [requests[index]])
         with torch.no_grad(), edits[index].attached(model):
             together.wait()
-            answers[index] = [
+            return [
                 bool((logits.argmax(-1) == labels).all())
                 for logits, labels in (target_logits(model, batch) for _ in range(5))
             ]
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == {0: [True] * 5, 1: [True] * 5}
+    assert in_two_threads(ask) == [[True] * 5, [True] * 5]
 
 
 def test_refusals(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("qwen3")
     editor = GRACEEditor.for_backbone(model, layers=[1], steps=2)
     assert editor.config.module == "model.layers.1.mlp.down_proj"
-    with pytest.raises(RequestError, match="request 1: the target is empty"):
-        editor.edit(model, tiny_tokenizer, [REQUESTS[0], EditRequest("a", " ")])
-    with pytest.raises(ValueError, match="mode must be one of"):
-        editor.edit(model, tiny_tokenizer, REQUESTS, mode="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one layer"):
         GRACEEditor.for_backbone(model, layers=[1, 2])
     with pytest.raises(BackboneError, match="no linear layer named"):
         GRACEEditor(GRACEConfig("h.{i}.x", 1)).edit(model, tiny_tokenizer, REQUESTS)
-    independent = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
-    with pytest.raises(ValueError, match="previous holds 3 independent edits, here it must hold 1"):
-        editor.edit(model, tiny_tokenizer, REQUESTS, previous=independent)
+    independent = require_common_refusals(editor, model, tiny_tokenizer)
     with pytest.raises(
         ValueError, match=r"beside model\.layers\.2\.mlp\.down_proj, previous is one of model\.layers\.1"
     ):

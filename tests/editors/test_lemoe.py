@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from memory_edits import FAMILIES, REQUESTS, edited, require_a_row_for_each, require_answers_and_no_trace
+from memory_edits import (
+    FAMILIES,
+    REQUESTS,
+    edited,
+    in_two_threads,
+    require_a_row_for_each,
+    require_answers_and_no_trace,
+    require_common_refusals,
+)
 from torch import Tensor
 
 from ibke_hf.core.adapter_files import AdapterError
 from ibke_hf.core.capture import NonFiniteError, case_losses, target_logits
 from ibke_hf.core.layers import BackboneError
 from ibke_hf.core.records import EditRequest
-from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests
+from ibke_hf.core.tokens import IGNORED, encode_requests
 from ibke_hf.editors.ft import FineTuningEditor
 from ibke_hf.editors.lemoe import LEMoEConfig, LEMoEEdit, LEMoEEditor, anchors, clustered, unit
 
@@ -225,15 +232,7 @@ def test_generation_and_threads(tiny_model: Callable[..., Any], tiny_tokenizer: 
     assert alone[0].startswith(" Rome"), alone
     assert alone[1].startswith(" Oslo"), alone
     assert [generated(edit, use_cache=False) for edit in edits] == alone
-    texts: dict[int, set[str]] = {0: set(), 1: set()}
-    threads = [
-        threading.Thread(target=lambda k=k: texts[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert texts == {0: {alone[0]}, 1: {alone[1]}}
+    assert in_two_threads(lambda k, _: {generated(edits[k]) for _ in range(3)}) == [{alone[0]}, {alone[1]}]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -262,10 +261,6 @@ def test_the_edited_model_can_be_differentiated(tiny_model: Callable[..., Any], 
 def test_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("qwen3")
     editor = LEMoEEditor.for_backbone(model, steps=1)
-    with pytest.raises(RequestError, match="request 1: the target is empty"):
-        editor.edit(model, tiny_tokenizer, [REQUESTS[0], EditRequest("a", " ")])
-    with pytest.raises(ValueError, match="mode must be one of"):
-        editor.edit(model, tiny_tokenizer, REQUESTS, mode="all")  # type: ignore[arg-type]
     with pytest.raises(BackboneError, match="beside one layer"):
         LEMoEEditor.for_backbone(model, [1, 2])
     with pytest.raises(BackboneError, match="no linear layer named"):
@@ -287,9 +282,7 @@ def test_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tokenize
     tuned = FineTuningEditor.for_backbone(model, steps=1).edit(model, tiny_tokenizer, REQUESTS)
     with pytest.raises(ValueError, match=r"must be an edit of LEMoE.*DenseEdit"):
         editor.edit(model, tiny_tokenizer, REQUESTS, previous=tuned)  # type: ignore[arg-type]
-    rows = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
-    with pytest.raises(ValueError, match=r"3 independent edits, here it must hold 1; .*previous\[0\]"):
-        editor.edit(model, tiny_tokenizer, REQUESTS[:1], previous=rows)
+    rows = require_common_refusals(editor, model, tiny_tokenizer)
     wider = LEMoEEditor.for_backbone(model, steps=1, expert_width=12)
     with pytest.raises(ValueError, match="use the same editor"):
         wider.edit(model, tiny_tokenizer, REQUESTS, mode="independent", previous=rows)

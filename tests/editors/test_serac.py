@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_edits import FAMILIES, REQUESTS, require_a_row_for_each
+from memory_edits import FAMILIES, REQUESTS, in_two_threads, require_a_row_for_each
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
@@ -194,16 +193,8 @@ def test_two_threads_never_see_each_others_memory(tiny_model: Callable[..., Any]
             return str(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1).tolist())
 
     alone = [generated(edit) for edit in edits]
-    texts: list[set[str]] = [set(), set()]
-    threads = [
-        threading.Thread(target=lambda k=k: texts[k].update(generated(edits[k]) for _ in range(3))) for k in (0, 1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
     assert alone[0] != alone[1]
-    assert texts == [{alone[0]}, {alone[1]}]
+    assert in_two_threads(lambda k, _: {generated(edits[k]) for _ in range(3)}) == [{alone[0]}, {alone[1]}]
 
 
 def test_the_newest_request_of_a_prompt_counts(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:

@@ -17,9 +17,12 @@ from memory_edits import (
     REQUESTS,
     edited,
     hits,
+    in_two_threads,
     require_a_row_for_each,
     require_answers_and_no_trace,
+    require_common_refusals,
     require_generation,
+    require_the_same_from_either_side,
 )
 from torch import nn
 
@@ -27,7 +30,7 @@ from ibke_hf.core.adapter_files import AdapterError
 from ibke_hf.core.capture import NonFiniteError, target_logits
 from ibke_hf.core.layers import BackboneError
 from ibke_hf.core.records import EditRequest
-from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests
+from ibke_hf.core.tokens import IGNORED, encode_requests
 from ibke_hf.editors.t_patcher import TPatcherConfig, TPatcherEdit, TPatcherEditor, patched_ffn, sampled_texts
 from ibke_hf.editors.t_patcher.training import NewPatches, top_mean_exp
 
@@ -198,12 +201,7 @@ def test_company_and_padding_do_not_change_an_edit(
             torch.testing.assert_close(
                 together.memory[name][row, :count] / scale, tensor[0] / scale, rtol=0, atol=1e-5
             )
-    left, right = (encode_requests(tiny_tokenizer, REQUESTS, side=side) for side in ("left", "right"))
-    with torch.no_grad(), together.attached(model):
-        logits_by_side = [
-            logits[labels != IGNORED] for logits, labels in (target_logits(model, left), target_logits(model, right))
-        ]
-    torch.testing.assert_close(*logits_by_side, rtol=1e-4, atol=1e-4)
+    require_the_same_from_either_side(model, tiny_tokenizer, together)
 
 
 def test_generation_and_beams(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
@@ -215,19 +213,15 @@ def test_generation_and_beams(independent: SimpleNamespace, tiny_tokenizer: Any)
 
 
 def test_two_threads_do_not_see_each_others_patches(independent: SimpleNamespace, tiny_tokenizer: Any) -> None:
-    model, together, answers = independent.model, threading.Barrier(2), {}
+    model = independent.model
 
-    def ask(row: int) -> None:
+    def ask(row: int, together: threading.Barrier) -> list[torch.Tensor]:
         batch = encode_requests(tiny_tokenizer, REQUESTS[:2])
         with torch.no_grad(), independent.edit[row].attached(model):
             together.wait()
-            answers[row] = [target_logits(model, batch)[0] for _ in range(5)]
+            return [target_logits(model, batch)[0] for _ in range(5)]
 
-    threads = [threading.Thread(target=ask, args=(row,)) for row in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = in_two_threads(ask)
     for row in range(2):
         with torch.no_grad(), independent.edit[row].attached(model):
             alone = target_logits(model, encode_requests(tiny_tokenizer, REQUESTS[:2]))[0]
@@ -296,19 +290,13 @@ def test_refusals(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     model = tiny_model("qwen3")
     editor = make(model, steps=2)
     assert editor.config.module == "model.layers.3.mlp.down_proj"
-    with pytest.raises(RequestError, match="request 1: the target is empty"):
-        editor.edit(model, tiny_tokenizer, [REQUESTS[0], EditRequest("a", " ")])
-    with pytest.raises(ValueError, match="mode must be one of"):
-        editor.edit(model, tiny_tokenizer, REQUESTS, mode="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one layer"):
         make(model, layers=[1, 2])
     with pytest.raises(BackboneError, match="no linear layer named"):
         TPatcherEditor(TPatcherConfig("h.{i}.x", 1)).edit(model, tiny_tokenizer, REQUESTS)
     with pytest.raises(BackboneError, match="needs an FFN that is a module of its own"):
         patched_ffn(BareBlocks(), "layers.0.fc2")
-    independent = editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
-    with pytest.raises(ValueError, match="previous holds 3 independent edits, here it must hold 1"):
-        editor.edit(model, tiny_tokenizer, REQUESTS, previous=independent)
+    independent = require_common_refusals(editor, model, tiny_tokenizer)
     with pytest.raises(ValueError, match="T-Patcher goes on from patches of"):
         make(model, activation="gelu").edit(model, tiny_tokenizer, REQUESTS, mode="independent", previous=independent)
     for wrong in (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from ibke_hf.core.capture import target_logits
 from ibke_hf.core.edits import Edit
 from ibke_hf.core.records import EditRequest
-from ibke_hf.core.tokens import IGNORED, encode_requests
+from ibke_hf.core.tokens import IGNORED, RequestError, encode_requests
 
 FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 REQUESTS = (
@@ -83,3 +85,30 @@ def require_a_row_for_each(model: Any, tokenizer: Any, edit: Any) -> None:
         chosen = target_logits(model, batch)[0]
     with torch.no_grad(), edit[1].attached(model):
         torch.testing.assert_close(target_logits(model, batch)[0], chosen, rtol=1e-4, atol=1e-4)
+
+
+def require_the_same_from_either_side(model: Any, tokenizer: Any, edit: Any) -> None:
+    """Independent edits of `REQUESTS` predict the same of left-padded and of right-padded batches."""
+    batches = [encode_requests(tokenizer, REQUESTS, side=side) for side in ("left", "right")]
+    with torch.no_grad(), edit.attached(model):
+        left, right = (logits[labels != IGNORED] for logits, labels in (target_logits(model, b) for b in batches))
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def require_common_refusals(editor: Any, model: Any, tokenizer: Any) -> Any:
+    """A bad request, mode or number of earlier edits is refused by name; returns an edit for each request."""
+    with pytest.raises(RequestError, match="request 1: the target is empty"):
+        editor.edit(model, tokenizer, [REQUESTS[0], EditRequest("a", " ")])
+    with pytest.raises(ValueError, match="mode must be one of"):
+        editor.edit(model, tokenizer, REQUESTS, mode="all")
+    rows = editor.edit(model, tokenizer, REQUESTS, mode="independent")
+    with pytest.raises(ValueError, match=r"previous holds 3 independent edits, here it must hold 1; .*previous\[0\]"):
+        editor.edit(model, tokenizer, REQUESTS, previous=rows)
+    return rows
+
+
+def in_two_threads(run: Callable[[int, threading.Barrier], Any]) -> list[Any]:
+    """Return what two threads return, who meet at a barrier: each waits there for the other."""
+    together = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, (0, 1), (together, together)))

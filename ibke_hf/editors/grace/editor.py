@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.attachment import hooked
-from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ...core.configuration_ibke import Mode, require_mode, require_range
-from ...core.edit_values import Edit, describe, described, require_length
+from ...core.capture import case_losses, graph_starting_at, require_finite, target_logits
+from ...core.configuration_ibke import Mode, require_range, steps_of
+from ...core.edit_values import Edit
 from ...core.layers import device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
-from ...core.records import EditRequest
-from ...core.tokens import IGNORED, TokenBatch, context_length, encode_requests
+from ...core.tokens import IGNORED, TokenBatch
+from ..memory import MemoryEditor
 from .codebook import Codebooks, GRACEEdit
 
 KeyTokens = Literal["prompt", "mistakes"]
@@ -71,15 +71,13 @@ class GRACEConfig:
         return self.edited_modules.format(i=self.edited_layer)
 
 
-class GRACEEditor:
+class GRACEEditor(MemoryEditor[GRACEEdit]):
     """Writes each request into a codebook beside one layer; only the values of new entries are trained.
 
     Requests of one call in joint mode are filed in their order and their values trained at once; in sequential mode
     each value is trained before the next request is filed, on the model with the codebook so far. An edit is made also
     where the model is right already: the paper skips those.
     """
-
-    supports_independent = True
 
     def __init__(self, config: GRACEConfig) -> None:
         self.config = config
@@ -112,44 +110,25 @@ class GRACEEditor:
         modules_to_edit(model, [template.format(i=layer)])
         return cls(GRACEConfig(template, layer, **config))
 
-    def edit(
+    @property
+    def edited_module(self) -> str:
+        """Full name of the projection that the codebook lies beside."""
+        return self.config.module
+
+    def _remember(
         self,
         model: Any,
         tokenizer: Any,
-        requests: Sequence[EditRequest],
-        *,
-        mode: Mode = "joint",
-        previous: Edit | None = None,
+        modules: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        mode: Mode,
+        previous: Any,
     ) -> GRACEEdit:
-        """Return the codebook that makes the model answer the requests; the model is not changed.
-
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests.
-            mode: ``"joint"``: one codebook, its values trained at once; ``"sequential"``: one codebook, request after
-                request; ``"independent"``: request k has a codebook of its own, row k of the result.
-            previous: A codebook that the model carries already, or one for each request in independent mode. The
-                result contains it.
-
-        Raises:
-            RequestError: If a request is unusable, naming it by its index; nothing is done then.
-            BackboneError: If the model lacks the edited layer.
-            NonFiniteError: If a key, loss or value is not finite.
-            ValueError: If `previous` is no codebook of this layer, or of another number than fits the mode.
-        """
-        require_mode(mode)
-        batch = encode_requests(tokenizer, requests, max_length=context_length(model))
-        modules = modules_to_edit(model, [self.config.module])
-        number = len(batch) if mode == "independent" else 1
-        books = self._books(previous, number, modules[self.config.module])
+        books = self._books(previous, len(batch) if mode == "independent" else 1, modules[self.edited_module])
         names = [f"request {k}" for k in range(len(batch))]
-        steps = [slice(k, k + 1) for k in range(len(batch))] if mode == "sequential" else [slice(None)]
-        with torch.inference_mode(False), evaluating(model):
-            for rows in steps:
-                self._write(model, modules, batch[rows].trimmed(), books, names[rows])
-        info = describe(model, modules, requests, editor=type(self).__name__)
-        return described(books.edit(), info, previous)
+        for rows in steps_of(mode, len(batch)):
+            self._write(model, modules, batch[rows].trimmed(), books, names[rows])
+        return books.edit()
 
     def _books(self, previous: Edit | None, number: int, module: nn.Module) -> Codebooks:
         """Return the codebooks that `previous` holds, or empty ones; `number` of them."""
@@ -161,12 +140,7 @@ class GRACEEditor:
                 f"GRACE goes on from a codebook beside {self.config.module}, previous is one of {other}; attach "
                 f"both instead"
             )
-        require_length(previous, number)
-        memory = previous.to(device_of(module)).memory
-        return Codebooks(
-            self.config.module,
-            {name: tensor.expand(number, *tensor.shape[1:]).clone() for name, tensor in memory.items()},
-        )
+        return Codebooks(self.config.module, previous.copied(number, device_of(module)))
 
     def _write(
         self, model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch, books: Codebooks, names: Sequence[str]

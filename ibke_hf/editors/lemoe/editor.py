@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...core.attachment import hooked
-from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ...core.configuration_ibke import Mode, require_mode, require_range
-from ...core.edit_values import EditInfo, describe, described, require_length
+from ...core.capture import case_losses, graph_starting_at, require_finite, target_logits
+from ...core.configuration_ibke import Mode, require_range
+from ...core.edit_values import EditInfo, require_length
 from ...core.layers import BackboneError, dimensions, layers_to_edit, modules_to_edit, number_of_layers
-from ...core.records import EditRequest
-from ...core.tokens import IGNORED, TokenBatch, context_length, encode_requests
+from ...core.tokens import IGNORED, TokenBatch
+from ..memory import MemoryEditor
 from .mixture import EXPERT, LEMoEEdit, add_where_routed, run_expert, unit
 from .planning import anchors, clustered
 
@@ -69,13 +69,11 @@ class LEMoEConfig:
         require_range(self, "loss_scale", 1e-8, 1e8)
 
 
-class LEMoEEditor:
+class LEMoEEditor(MemoryEditor[LEMoEEdit]):
     """Inserts an expert for each batch of edits into a mixture beside one FFN; the backbone's weights are not touched.
 
     Only layers from the edited one on are differentiated. In independent mode the n experts are trained in one batch.
     """
-
-    supports_independent = True
 
     def __init__(self, config: LEMoEConfig) -> None:
         self.config = config
@@ -104,47 +102,28 @@ class LEMoEEditor:
         width = dimensions(modules_to_edit(model, [name])[name])[1]
         return cls(LEMoEConfig(name, **{"expert_width": max(width // 6, 16), **config}))
 
-    def edit(
+    @property
+    def edited_module(self) -> str:
+        """Full name of the projection that the mixture lies beside."""
+        return self.config.edited_module
+
+    def _remember(
         self,
         model: Any,
         tokenizer: Any,
-        requests: Sequence[EditRequest],
-        *,
-        mode: Mode = "joint",
-        previous: LEMoEEdit | None = None,
+        modules: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        mode: Mode,
+        previous: Any,
     ) -> LEMoEEdit:
-        """Return the mixture that makes the model answer the requests; the model is not changed.
-
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests.
-            mode: ``"joint"``: the requests are clustered and each cluster gets an expert; ``"sequential"``: every
-                request gets an expert, one after another; ``"independent"``: request k has a mixture of its own, row k
-                of the result.
-            previous: A mixture that the model carries already. Its experts are frozen, and the result contains them.
-
-        Raises:
-            RequestError: If a request is unusable, naming it by its index; nothing is done then.
-            BackboneError: If the model lacks the edited layer.
-            ValueError: If `previous` is another kind of edit, or has another number of rows than the mode needs.
-            NonFiniteError: If a value, loss or expert is not finite.
-        """
-        require_mode(mode)
-        batch = encode_requests(tokenizer, requests, max_length=context_length(model))
-        module = modules_to_edit(model, [self.config.edited_module])
         number = len(batch) if mode == "independent" else 1
         self._require_fit(previous, number)
-        edit = previous
-        with torch.inference_mode(False), evaluating(model):
-            for rows in self._batches(model, module, batch, mode):
-                expert = self._fit(
-                    model, module, batch[rows], edit, number=number, names=[f"request {k}" for k in rows]
-                )
-                edit = expert if edit is None else edit.joined(expert)
+        edit: LEMoEEdit | None = previous
+        for rows in self._batches(model, modules, batch, mode):
+            expert = self._fit(model, modules, batch[rows], edit, number=number, names=[f"request {k}" for k in rows])
+            edit = expert if edit is None else edit.joined(expert)
         assert edit is not None
-        info = describe(model, module, requests, editor=type(self).__name__)
-        return described(edit, info, previous)
+        return edit
 
     def _require_fit(self, previous: Any, number: int) -> None:
         if previous is None:

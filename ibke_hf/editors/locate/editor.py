@@ -76,22 +76,15 @@ class LocatingEditor(ABC):
         mode: Mode = "joint",
         previous: Edit | None = None,
     ) -> LowRankEdit:
-        """Return the edit that makes the model answer the requests, of one rank for each; the model is not changed.
+        """Return the edit that makes the model answer the requests, see :class:`~ibke_hf.core.edit_values.Editor`.
 
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests, each with its subject.
-            mode: ``"joint"``: one update of all requests, whose keys and values are found on the model as it is;
-                ``"sequential"``: request after request, each on the model that carries the edits before it;
-                ``"independent"``: request k is row k of the result.
-            previous: A low-rank edit that the model carries already. The result contains it.
+        It has one rank for each request. In joint mode it is one update of all requests, whose keys and values are
+        found on the model as it is. `previous` is low-rank.
 
         Raises:
-            RequestError: If a request is unusable or has no subject, naming it by its index; nothing is done then.
-            BackboneError: If the model lacks an edited layer, or the statistics are another backbone's.
-            NonFiniteError: If an objective or update is not finite.
-            ValueError: If the statistics admit no update, or `previous` does not fit the mode.
+            RequestError: Also if a request has no subject.
+            BackboneError: Also if the statistics are another backbone's.
+            ValueError: Also if the statistics admit no update.
         """
         check_call(mode, len(requests), previous)
         modules = modules_to_edit(model, self.config.module_names())

@@ -227,20 +227,10 @@ class SERACEditor(EditorModel):
         mode: Mode = "joint",
         previous: SERACEdit | None = None,
     ) -> SERACEdit:
-        """Return the memory that makes the model answer the requests; the model is not run.
+        """Return the memory that makes the model answer the requests, see :class:`~ibke_hf.core.edit_values.Editor`.
 
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests.
-            mode: ``"joint"`` and ``"sequential"``: one memory of all requests, of which the newest of one prompt
-                counts; ``"independent"``: request k has a memory of its own, row k of the result.
-            previous: A memory that the model carries already. The result contains it.
-
-        Raises:
-            RequestError: If a request is unusable, naming it by its index.
-            BackboneError: If the model has another vocabulary than the editor.
-            ValueError: If `previous` is another kind of edit, or has another number of rows than the mode needs.
+        The model is not run. In joint and in sequential mode there is one memory, of all requests, of which the newest
+        of one prompt counts.
         """
         require_mode(mode)
         if not requests:

@@ -10,17 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ...core.capture import case_losses, evaluating, graph_starting_at, require_finite, target_logits
-from ...core.configuration_ibke import Mode, require_mode, require_range
-from ...core.edit_values import Edit, describe, described, require_length
+from ...core.capture import case_losses, graph_starting_at, require_finite, target_logits
+from ...core.configuration_ibke import Mode, require_range, steps_of
+from ...core.edit_values import Edit
 from ...core.layers import (
     device_of,
     layers_to_edit,
-    modules_to_edit,
     number_of_layers,
 )
-from ...core.records import EditRequest
-from ...core.tokens import IGNORED, TokenBatch, context_length, encode_prompt, encode_requests
+from ...core.tokens import IGNORED, TokenBatch, context_length, encode_prompt
+from ..memory import MemoryEditor
 from .patches import Activation, TPatcherEdit, patched_ffn, widths_of
 from .queries import SAMPLED_TEXTS, prompts, run, sampled_texts
 from .training import NewPatches, Patches
@@ -96,15 +95,13 @@ class TPatcherConfig:
         return self.edited_modules.format(i=self.edited_layer)
 
 
-class TPatcherEditor:
+class TPatcherEditor(MemoryEditor[TPatcherEdit]):
     """Adds a neuron for every target token that the model, told the target so far, does not predict.
 
     A patch is trained to stay silent on the memory, on the other tokens of its request, on the queries of the patches
     that `previous` holds, and in joint mode on the other requests. What the model predicts right already gets no
     patch.
     """
-
-    supports_independent = True
 
     def __init__(self, config: TPatcherConfig) -> None:
         self.config = config
@@ -146,47 +143,32 @@ class TPatcherEditor:
         patched_ffn(model, settings.module)
         return cls(settings)
 
-    def edit(
+    @property
+    def edited_module(self) -> str:
+        """Full name of the projection that the patched FFN ends with."""
+        return self.config.module
+
+    def _modules(self, model: Any) -> Mapping[str, nn.Module]:
+        patched_ffn(model, self.edited_module)  # says so if the FFN is no module of its own
+        return super()._modules(model)
+
+    def _remember(
         self,
         model: Any,
         tokenizer: Any,
-        requests: Sequence[EditRequest],
-        *,
-        mode: Mode = "joint",
-        previous: Edit | None = None,
+        modules: Mapping[str, nn.Module],
+        batch: TokenBatch,
+        mode: Mode,
+        previous: Any,
     ) -> TPatcherEdit:
-        """Return the patches that make the model answer the requests; the model is not changed.
-
-        Args:
-            model: The backbone.
-            tokenizer: Its tokenizer.
-            requests: One or more edit requests.
-            mode: ``"joint"``: one set of patches, trained at once; ``"sequential"``: request after request, each on
-                the model that carries the patches before it; ``"independent"``: request k has a set of its own, row k
-                of the result.
-            previous: Patches that the model carries already, or one set for each request in independent mode. The
-                result contains them, unchanged.
-
-        Raises:
-            RequestError: If a request is unusable, naming it by its index; nothing is done then.
-            BackboneError: If the model lacks the patched FFN.
-            NonFiniteError: If a query, loss or patch is not finite.
-            ValueError: If `previous` holds no patches of this FFN, or another number of sets than fits the mode.
-        """
-        require_mode(mode)
-        batch = encode_requests(tokenizer, requests, max_length=context_length(model))
-        ffn, module = patched_ffn(model, self.config.module)
+        ffn, module = patched_ffn(model, self.edited_module)
         number = len(batch) if mode == "independent" else 1
-        patches = self._patches_of(previous, number, widths_of(model, self.config.module), device_of(module))
+        patches = self._patches_of(previous, number, widths_of(model, self.edited_module), device_of(module))
         names = [f"request {k}" for k in range(len(batch))]
-        steps = [slice(k, k + 1) for k in range(len(batch))] if mode == "sequential" else [slice(None)]
-        with torch.inference_mode(False), evaluating(model):
-            memory = self._memory(model, tokenizer, {ffn: module})
-            for rows in steps:
-                patches = self._add(model, {ffn: module}, batch[rows].trimmed(), patches, memory, names[rows])
-        modules = modules_to_edit(model, [self.config.module])
-        info = describe(model, modules, requests, editor=type(self).__name__)
-        return described(self._edit_of(patches), info, previous)
+        memory = self._memory(model, tokenizer, {ffn: module})
+        for rows in steps_of(mode, len(batch)):
+            patches = self._add(model, {ffn: module}, batch[rows].trimmed(), patches, memory, names[rows])
+        return self._edit_of(patches)
 
     def _edit_of(self, patches: Patches) -> TPatcherEdit:
         return TPatcherEdit(patches, self._settings())
@@ -206,11 +188,7 @@ class TPatcherEditor:
             raise ValueError(
                 f"T-Patcher goes on from patches of {self._settings()}, previous holds {other}; attach both instead"
             )
-        require_length(previous, number)
-        return {
-            name: tensor.expand(number, *tensor.shape[1:]).clone()
-            for name, tensor in previous.to(device).memory.items()
-        }
+        return previous.copied(number, device)
 
     def _memory(self, model: Any, tokenizer: Any, ffn: Mapping[str, nn.Module]) -> Tensor:
         """Return the memory queries M (c, d); they are read once for each model."""
