@@ -4,6 +4,32 @@ from __future__ import annotations
 
 import pytest
 
+# Files of an editor that are its code, beside weights and card.
+CODE = {
+    "modeling_ibke.py",
+    "editor_model.py",
+    "hypernetworks.py",
+    "factor_statistics.py",
+    "configuration_ibke.py",
+    "records.py",
+    "prompts.py",
+    "tokens.py",
+    "layers.py",
+    "attachment.py",
+    "capture.py",
+    "edits.py",
+    "edit_values.py",
+    "adapter_files.py",
+    "adapter_schema.py",
+    "files.py",
+    "fingerprints.py",
+    "forward.py",
+    "hub_files.py",
+    "library_internals.py",
+    "offload.py",
+    "weights.py",
+}
+
 
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the client's repeated attempts follow at once."""

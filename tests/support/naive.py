@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -288,3 +289,16 @@ def assert_same(rows, expected):
         assert mine["js_similarity"] == (
             None if theirs["js_similarity"] is None else pytest.approx(theirs["js_similarity"], abs=5e-5)
         )
+
+
+class OneAtATime:
+    """The same editor, for which every edit is made alone."""
+
+    supports_independent = False
+
+    def __init__(self, editor):
+        self.editor, self.modes = editor, Counter()
+
+    def edit(self, *arguments, mode, previous):
+        self.modes[mode] += 1
+        return self.editor.edit(*arguments, mode=mode, previous=previous)

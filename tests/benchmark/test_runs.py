@@ -5,33 +5,26 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from record_files import CITIES, write_records
-from training_runs import record
+from benchmark_runs import PLAN, RECORDS, run, scores
 
-from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, finished_cells, merge_cells, run_cells
+from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, finished_cells, merge_cells
 from ibke_hf.benchmark.files import CELL, SETTINGS
 from ibke_hf.benchmark.files import PLAN as PLAN_FILE
 from ibke_hf.benchmark.runs import CELLS
 from ibke_hf.cli import main
-from ibke_hf.commands.table import _with_projections
 from ibke_hf.core.records import EditRecord
-from ibke_hf.data.texts import read_texts
-from ibke_hf.editors.catalogue import KINDS, TRAINED, build_editor, editor_class
+from ibke_hf.editors.catalogue import build_editor, editor_class
 from ibke_hf.editors.ft import FineTuningEditor
 from ibke_hf.evaluation.results import ResultsError
 from ibke_hf.evaluation.scores import REPORTED
 from ibke_hf.io import FileError, locked
-
-RECORDS = [replace(record(i), kind=("counterfactual", "unknown")[i % 2]) for i in range(8)]
-PLAN = Plan(("none", "ft"), ("places",), ("counterfactual", "unknown"), seeds=2, records=2)
 
 
 @pytest.fixture
@@ -49,49 +42,6 @@ def bench(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., 
         return ModelBench(lambda: (tiny_model(), tiny_tokenizer), lambda _: records, **{**defaults, **options})
 
     return build
-
-
-def run(bench: ModelBench, out: Path, plan: Plan = PLAN, **options: Any) -> list[dict[str, Any]]:
-    return run_cells(bench, plan, out, progress=False, **options)
-
-
-def scores(cells: Iterable[dict[str, Any]]) -> list[Any]:
-    return [[cell[name] for name in ("editor", "split", "edits", "sequential", "seed", *REPORTED)] for cell in cells]
-
-
-# --- plans -----------------------------------------------------------------------------------------------------------
-
-
-def test_shards_share_the_cells_out_and_no_editor_is_trained_twice() -> None:
-    plan = Plan(tuple(KINDS), ("a", "b"), ("counterfactual", "unknown"), (1, 10), seeds=3)
-    whole = plan.cells()
-    assert len(whole) == len(set(whole)) == len(KINDS) * 2 * 2 * 2 * 3
-    shards = [plan.cells((i, 4)) for i in (1, 2, 3, 4)]
-    assert Counter(cell for shard in shards for cell in shard) == Counter(whole)
-    units = [{(cell.editor, cell.seed) for cell in shard} for shard in shards]
-    assert sum(map(len, units)) == len(set.union(*units)) == 3 * len(KINDS)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"editors": ()}, "editors must name at least one"),
-        ({"editors": ("ft", "ft")}, "none of them twice, found ft, ft"),
-        ({"editors": ("rom",)}, "no editor 'rom'; editors are none, ft, rome"),
-        ({"edits": ("new",)}, "some of all, .*found new"),
-        ({"seeds": 0}, "at least 1"),
-        ({"sequential": (0,)}, "at least 1"),
-    ],
-)
-def test_a_bad_plan_is_named(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Plan(**{"editors": ("ft",), "splits": ("a",), **fields})
-
-
-@pytest.mark.parametrize("shard", [(0, 2), (3, 2)])
-def test_a_bad_shard_is_named(shard: tuple[int, int]) -> None:
-    with pytest.raises(BenchmarkError, match=f"found {shard[0]}/{shard[1]}"):
-        PLAN.cells(shard)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -302,185 +252,10 @@ def test_no_record_of_the_kind_is_said(bench: Any, tmp_path: Path) -> None:
         run(bench(RECORDS[:1]), tmp_path, replace(PLAN, editors=("none",)))
 
 
-# --- from the command line -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def files(tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> dict[str, str]:
-    """A backbone, records to train on and to ask, a corpus and settings, as files."""
-    tiny_model().save_pretrained(tmp_path / "backbone")
-    tiny_tokenizer.save_pretrained(tmp_path / "backbone")
-    (tmp_path / "corpus.txt").write_text("\n".join(f"{city} is a city in Europe." for city in CITIES) + "\n")
-    (tmp_path / "table.yaml").write_text("""
-layers: [1]
-editors:
-  ibke: {latent_dim: 8, latent_length: 2}
-  mend: {hidden_dim: 4}
-  serac: {embedding_dim: 8}
-  ft: {steps: 2, learning_rate: 1e-3}
-  rome: {steps: 2, prefixes: 0}
-  alphaedit: {steps: 2, prefixes: 0}
-  grace: {steps: 2}
-  t_patcher: {steps: 2, memory_size: 16}
-  lemoe: {steps: 2, expert_width: 4}
-training: {use_cpu: true, disable_tqdm: true, per_device_train_batch_size: 2}
-""")
-    return {
-        "backbone": str(tmp_path / "backbone"),
-        "train": write_records(tmp_path / "train.json", CITIES[:4]),
-        "asked": write_records(tmp_path / "asked.json", CITIES[4:]),
-        "corpus": str(tmp_path / "corpus.txt"),
-        "config": str(tmp_path / "table.yaml"),
-        "out": str(tmp_path / "table"),
-    }
-
-
-def test_all_editors_on_any_backbone(
-    files: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    command = [
-        "table",
-        "--backbone",
-        files["backbone"],
-        "--datasets",
-        files["asked"],
-        "--records",
-        files["train"],
-        "--steps",
-        "2",
-        "--seeds",
-        "1",
-        "--limit",
-        "2",
-        "--corpus",
-        files["corpus"],
-        "--config",
-        files["config"],
-        "--out",
-        files["out"],
-    ]
-    assert main(command) == 0
-    printed, out = capsys.readouterr().out, Path(files["out"])
-    cells = json.loads((out / "table.json").read_text())
-    assert [cell["editor"] for cell in cells] == [name for name, kind in KINDS.items() if not kind.variant_of]
-    assert all(kind.title in printed for kind in KINDS.values() if not kind.variant_of)
-    assert sorted(file.name for file in out.iterdir() if file.is_file()) == [
-        ".lock",
-        "plan.json",
-        "settings.json",
-        "table.csv",
-        "table.html",
-        "table.json",
-        "table.md",
-        "trade_off.svg",
-    ]
-    assert {folder.name for folder in (out / "editors").iterdir() if folder.is_dir()} == {
-        f"{name}-0" for name in TRAINED
-    }
-    stamps = {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.safetensors")}
-    assert main(command) == 0  # nothing is trained or made again
-    assert stamps == {file: file.stat().st_mtime_ns for file in out.glob("*/*/*.safetensors")}
-    capsys.readouterr()
-    command_of_trained = [
-        *command[:3],
-        "--datasets",
-        files["asked"],
-        "--editors",
-        f"serac={out / 'editors' / 'serac-0'}",
-        "none",
-        "--limit",
-        "2",
-    ]
-    assert main([*command_of_trained, "--out", str(tmp_path / "trained")]) == 0
-    again = json.loads((tmp_path / "trained" / "table.json").read_text())
-    assert scores(cell for cell in again if cell["seed"] == 0) == scores(
-        cell for cell in cells if cell["editor"] in ("none", "serac")
-    )
-
-
-def test_named_projections_reach_every_editor_that_edits_some() -> None:
-    config = {"ft": {"steps": 2}, "grace": {"edited_modules": "other.{i}"}, "serac": {"embedding_dim": 8}}
-    fields = _with_projections(config, "named.{i}")
-    templates = {name: of_one.get("edited_modules") for name, of_one in fields.items()}
-    assert templates.pop("grace") == "other.{i}"
-    assert templates.pop("none") is templates.pop("serac") is None
-    assert set(templates.values()) == {"named.{i}"}
-    assert (fields["ft"]["steps"], fields["serac"]) == (2, {"embedding_dim": 8})
-    assert _with_projections(config, None) == config
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--editors", "ft=x"], "--editors ft=x: only serac, mend, ibke_paper, ibke have weights"),
-        (["--editors", "rom"], "no editor 'rom'"),
-        (["--corpus", "x"], "--corpus: atlas has its own"),
-        (["--edited-modules", "x"], "--edited-modules: atlas has its own"),
-        (["--backbone", "b"], "--datasets: name at least one"),
-        (["--merge", "nowhere"], r"nowhere: holds no settings\.json"),
-        (["--datasets", "tset"], "the splits are test, held_out and validation"),
-    ],
-)
-def test_bad_input_is_named(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["table", *arguments, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("ibke table: ")
-    assert re.search(message, error), error
-
-
 # --- what it stands on -----------------------------------------------------------------------------------------------
-
-
-def test_every_id_has_its_class_and_the_unedited_model_has_none(tiny_model: Callable[..., Any]) -> None:
-    for name, kind in KINDS.items():
-        if name != "none":
-            assert editor_class(name).__name__ == kind.class_name
-            assert hasattr(editor_class(name), "edit")
-            assert issubclass(editor_class(name), torch.nn.Module) == kind.trained
-    assert build_editor("none", tiny_model()) is None
-    with pytest.raises(ValueError, match="ROME needs statistics"):
-        build_editor("rome", tiny_model())
-    with pytest.raises(ValueError, match=r"FT: .*stepz"):
-        build_editor("ft", tiny_model(), stepz=3)
-
-
-def test_the_papers_network_is_a_kind_of_its_own(tiny_model: Callable[..., Any]) -> None:
-    plain = build_editor("ibke_paper", tiny_model(), [1], latent_dim=8, latent_length=2)
-    assert (plain.config.second_stage_skip, plain.config.second_stage_mlp, plain.config.second_stage_heads) == (
-        False,
-        0,
-        1,
-    )
-    with pytest.raises(ValueError, match=r"IBKE \(paper\) has second_stage_skip = False; leave it out"):
-        build_editor("ibke_paper", tiny_model(), [1], second_stage_skip=True)
 
 
 def test_another_network_is_not_taken_for_the_papers(bench: Any, tiny_model: Callable[..., Any]) -> None:
     ours = build_editor("ibke", tiny_model(), [1], latent_dim=8, latent_length=2, second_stage_mlp=4)
     with pytest.raises(BenchmarkError, match=r"ibke_paper=there: has second_stage_mlp = 4, .*; give it as ibke"):
         bench(saved={"ibke_paper": "there"}, load_saved=lambda _, **__: ours).editor("ibke_paper", Path())
-
-
-def test_texts_of_files(tmp_path: Path) -> None:
-    plain, lines, wrong = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
-    plain.write_text("one\n\n two \nthree\n", encoding="utf-8")
-    lines.write_text('{"text": "one"}\n{"text": "zwei"}\n', encoding="utf-8")
-    wrong.write_text('{"txt": "one"}\n', encoding="utf-8")
-    assert read_texts(plain) == ["one", "two", "three"]
-    assert read_texts(plain, 2) == ["one", "two"]
-    assert read_texts(lines) == ["one", "zwei"]
-    with pytest.raises(ValueError, match="'text'"):
-        read_texts(wrong)
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="holds no text"):
-        read_texts(tmp_path / "empty.txt")
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        read_texts("nothing.txt")
-
-
-def test_texts_of_a_folder_that_datasets_reads(tmp_path: Path) -> None:
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
-    assert read_texts(tmp_path / "corpus") == ["one", "two"]
