@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from ..editors.catalogue import TRAINED
 from .options import PRECISIONS, add_command, count, edited_modules_option, place, positive, positive_float, seed
 from .prompt_options import prompt_changes, prompt_options
+
+if TYPE_CHECKING:
+    from ..training.settings import TrainingSettings
 
 TOP_LEVEL = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
 EDITOR_FIELDS = ("latent_dim", "edited_modules")
@@ -67,6 +71,12 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="folder that keeps what the backbone computes of each text, which makes later steps cheaper (ibke, mend)",
     )
+    command.add_argument(
+        "--measure",
+        type=positive,
+        metavar="STEPS",
+        help="train nothing: time so many steps without that folder, while it is filled, and when it is filled",
+    )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     command.add_argument(
         "--force", action="store_true", help="train into a folder that holds an earlier editor or something else"
@@ -77,21 +87,36 @@ def _run(options: argparse.Namespace) -> None:
     from ..training.checkpoints import TrainingStopped
     from ..training.recipe import train_editor
     from ..training.report import in_words
-    from ..training.settings import TrainingSettings, training_settings
 
     prompt_changes(options)
-    flags = {name: getattr(options, name) for name in TOP_LEVEL}
-    flags |= {name: getattr(options, name) or None for name in PROMPTS}
-    training = {name: getattr(options, flag) for flag, name in TRAINING.items()}
-    editor_fields = {name: getattr(options, name) for name in EDITOR_FIELDS}
-    settings = training_settings(options.config, flags, editor_fields, training)
-    checked = TrainingSettings.of(settings)
+    if options.measure:
+        with TemporaryDirectory() as folder:
+            _measure(options, folder)
+        return
+    checked = _settings(options)
     try:
         report = train_editor(checked, resume=options.resume, force=options.force)
     except TrainingStopped as stopped:
         print(f"{stopped}; go on with:\n  {resuming(options)}", file=sys.stderr)
         raise
     print(in_words(report, checked))
+
+
+def _settings(options: argparse.Namespace, **changes: Any) -> TrainingSettings:
+    from ..training.settings import TrainingSettings, training_settings
+
+    flags = {name: getattr(options, name) for name in TOP_LEVEL}
+    flags |= {name: getattr(options, name) or None for name in PROMPTS}
+    training = {name: getattr(options, flag) for flag, name in TRAINING.items()}
+    editor_fields = {name: getattr(options, name) for name in EDITOR_FIELDS}
+    settings = training_settings(options.config, flags | changes, editor_fields, training)
+    return TrainingSettings.of(settings)
+
+
+def _measure(options: argparse.Namespace, folder: str) -> None:
+    from ..training.speed import in_words, measure_speed
+
+    print(in_words(measure_speed(_settings(options, out=folder), options.measure), options.measure))
 
 
 def resuming(options: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -30,6 +30,7 @@ from .records import EditRequest
 from .tokens import TokenBatch, context_length, encode_requests
 
 logger = logging.get_logger(__name__)
+Capture = Callable[[Any, TokenBatch], Sequence[GradientFactors]]
 
 
 class GradientEditor(EditorModel):
@@ -236,7 +237,9 @@ class GradientEditor(EditorModel):
             )
 
     @torch.no_grad()
-    def calibrate(self, model: Any, batches: Sequence[TokenBatch]) -> Mapping[str, float]:
+    def calibrate(
+        self, model: Any, batches: Sequence[TokenBatch], capture: Capture | None = None
+    ) -> Mapping[str, float]:
         """Measure the standardisation statistics and set η's start (SPEC §2.4 and §3); once, before training.
 
         The batches are read twice, since η's start needs what the hypernetworks make of factors that are standardised
@@ -245,17 +248,19 @@ class GradientEditor(EditorModel):
         Args:
             model: The backbone.
             batches: Requests, at least 256 together for stable statistics.
+            capture: Reads the factors of a batch, such as from a cache; by default :meth:`capture`.
 
         Returns:
             η of each layer by module name.
         """
+        capture = capture or self.capture
         moments = [Moments(statistics.mean.numel()) for statistics in self._all_statistics()]
         for batch in batches:
-            for factors, layer in zip(self.capture(model, batch), moments, strict=True):
+            for factors, layer in zip(capture(model, batch), moments, strict=True):
                 layer.add(torch.cat((factors.layer_inputs, factors.output_gradients), -1)[factors.mask])
         for statistics, layer in zip(self._all_statistics(), moments, strict=True):
             statistics.measure(layer)
-        ratios = torch.cat([self._side_path_ratios(self.capture(model, batch)) for batch in batches], 1)
+        ratios = torch.cat([self._side_path_ratios(capture(model, batch)) for batch in batches], 1)
         medians = ratios.median(1).values.clamp(min=1e-12)
         self.log_step_sizes.copy_(math.log(self.config.initial_edit_ratio) - medians.log())
         return dict(zip(self.config.module_names(), self.step_sizes.tolist(), strict=True))

@@ -77,6 +77,11 @@ class ActivationStore:
     def __contains__(self, key: str) -> bool:
         return key in self._entries
 
+    @property
+    def size(self) -> int:
+        """Bytes of this store's data and index."""
+        return self._end + self._indexed
+
     def refresh(self) -> None:
         """Read what was appended to the index since the last time."""
         with (self.folder / INDEX).open("rb") as file:

@@ -65,7 +65,7 @@ class EditorTrainer(Trainer, ABC):
         model.modules_of(backbone)  # an editor that does not fit is refused before anything runs
         args = IBKETrainingArguments() if args is None else args
         if args.activation_cache is not None and not self.reads_activations:
-            raise ValueError("activation_cache holds what IBKE and MEND read; leave it out for another kind of editor")
+            raise ValueError("activation_cache holds what ibke and mend read; leave it out for another editor")
         self.backbone = backbone.requires_grad_(False)
         hops = self.reads_hops and args.train_supporting_hops != "none"
         collator = EditCollator(processing_class, args.edits_per_group, hops, context_length(backbone))

@@ -68,7 +68,7 @@ def train_editor(
     except ImportError as error:
         raise ImportError('training needs the extra "train": pip install "ibke-hf[train]"') from error
     settings = settings if isinstance(settings, TrainingSettings) else TrainingSettings.of(settings)
-    arguments = _arguments(settings)
+    arguments = training_arguments(settings)
     _require_no_source(settings)
     first = arguments.process_index == 0
     owned: AbstractContextManager[Any] = locked(settings.out) if first else nullcontext()
@@ -79,27 +79,7 @@ def train_editor(
 
 
 def _train(settings: TrainingSettings, arguments: IBKETrainingArguments, resume: bool) -> dict[str, Any]:
-    from transformers import EarlyStoppingCallback, set_seed
-
-    from .serac import SERACTrainer
-    from .trainer import GradientEditorTrainer
-
-    changes = settings.prompt_changes()
-    train = _records(settings.records, changes, _augmentation(settings, arguments.seed))
-    validation = _records(settings.validation, changes)
-    set_seed(arguments.seed)
-    editor, backbone, tokenizer = _editor(settings, arguments)
-    patience = _patience(arguments, 0 if train is None else len(train))
-    stopping = [EarlyStoppingCallback(patience)] if arguments.load_best_model_at_end else []
-    trainer = (SERACTrainer if settings.kind == "serac" else GradientEditorTrainer)(
-        editor,
-        backbone=backbone,
-        args=arguments,
-        processing_class=tokenizer,
-        train_dataset=train,
-        eval_dataset=validation,
-        callbacks=stopping,
-    )
+    trainer = new_trainer(settings, arguments)
     with on_stop_signals(trainer.request_stop):
         result = trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped:
@@ -112,13 +92,38 @@ def _train(settings: TrainingSettings, arguments: IBKETrainingArguments, resume:
         "train_loss": result.training_loss,
         "records_left_out": len(trainer.unusable),
     }
-    if validation is None:
+    if settings.validation is None:
         return report
     report |= trainer.evaluate()
     if trainer.is_world_process_zero():
         held_out: Any = trainer.eval_dataset
-        report |= before_and_after(trainer.editor.eval(), backbone, tokenizer, held_out)
+        report |= before_and_after(trainer.editor.eval(), trainer.backbone, trainer.tokenizer, held_out)
     return report
+
+
+def new_trainer(settings: TrainingSettings, arguments: IBKETrainingArguments) -> Any:
+    """Load the backbone and the records, and return the trainer of an untrained editor."""
+    from transformers import EarlyStoppingCallback, set_seed
+
+    from .serac import SERACTrainer
+    from .trainer import GradientEditorTrainer
+
+    changes = settings.prompt_changes()
+    train = _records(settings.records, changes, _augmentation(settings, arguments.seed))
+    validation = _records(settings.validation, changes)
+    set_seed(arguments.seed)
+    editor, backbone, tokenizer = _editor(settings, arguments)
+    patience = _patience(arguments, 0 if train is None else len(train))
+    stopping = [EarlyStoppingCallback(patience)] if arguments.load_best_model_at_end else []
+    return (SERACTrainer if settings.kind == "serac" else GradientEditorTrainer)(
+        editor,
+        backbone=backbone,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=validation,
+        callbacks=stopping,
+    )
 
 
 def _require_no_source(settings: TrainingSettings) -> None:
@@ -171,7 +176,8 @@ def _model_in(folder: Path) -> str | None:
     return next(weights, None)
 
 
-def _arguments(settings: TrainingSettings) -> IBKETrainingArguments:
+def training_arguments(settings: TrainingSettings) -> IBKETrainingArguments:
+    """Return the arguments of a training by its settings."""
     from .arguments import IBKETrainingArguments
 
     training = settings.training

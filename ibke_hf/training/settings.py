@@ -90,6 +90,8 @@ class TrainingSettings:
             raise ValueError(f"augment_records must be a whole number of at least 1, found {self.augment_records}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.training.get("activation_cache") is not None:
+            require_reader(self.kind)
         PromptFormat(**self.prompt_changes())
 
     @classmethod
@@ -122,6 +124,16 @@ class TrainingSettings:
             return cls(**values)
         except StrictDataclassError as error:
             raise ValueError(_reason(error)) from error
+
+
+def require_reader(kind: str) -> None:
+    """Check that a kind of editor reads what a cache of activations holds.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if kind not in ("ibke", "mend"):
+        raise ValueError(f"activation_cache holds what ibke and mend read; leave it out for {kind}")
 
 
 TOP_LEVEL = tuple(each.name for each in fields(TrainingSettings))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.capture import GradientFactors
 from ..core.modeling_ibke import GradientEditor
-from ..core.tokens import context_length, encode_requests
+from ..core.tokens import TokenBatch, context_length, encode_requests
 from .activations import ActivationCache
 from .arguments import IBKETrainingArguments
 from .batches import EditCollator, RecordDataset
@@ -92,8 +93,18 @@ class GradientEditorTrainer(EditorTrainer):
             islice((request for record in records for request in record.requests), self.args.calibration_requests)
         )
         size, limit = self.args.per_device_train_batch_size, context_length(self.backbone)
+        requests.sort(
+            key=lambda request: len(request.prompt) + len(request.target)
+        )  # like lengths pad each other less
         chunks = [requests[i : i + size] for i in range(0, len(requests), size)]
-        editor.calibrate(self.backbone, [encode_requests(self.tokenizer, chunk, max_length=limit) for chunk in chunks])
+        batches = [encode_requests(self.tokenizer, chunk, max_length=limit) for chunk in chunks]
+        editor.calibrate(self.backbone, batches, None if self.activations is None else self._stored_factors)
+
+    def _stored_factors(self, backbone: Any, requests: TokenBatch) -> list[GradientFactors]:
+        assert self.activations is not None
+        self.activations.new_batch()
+        names = [f"request {i} of the calibration" for i in range(len(requests))]
+        return self.activations.factors(self.editor, backbone, requests, names)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer that ``args.optim`` names, with a learning rate of its own for θ = log η."""

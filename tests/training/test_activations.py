@@ -14,7 +14,7 @@ import pytest
 import torch
 from chat_templates import TEMPLATE
 from torch import Tensor
-from training_runs import record
+from training_runs import assert_equal_weights, record, weights
 
 from ibke_hf import IBKEEditor
 from ibke_hf.core.records import EditRecord, EditRequest
@@ -23,8 +23,8 @@ from ibke_hf.training.activation_store import DATA, INDEX, ActivationStore, from
 from ibke_hf.training.activations import ActivationCache
 from ibke_hf.training.objective import run_batch
 
-HALF = {"rtol": 5e-3, "atol": 2e-5}  # what rounding to 16 bit leaves
-SAME = {"rtol": 1e-4, "atol": 1e-6}
+HALF = (5e-3, 2e-5)  # relative and absolute: what rounding to 16 bit leaves
+SAME = (1e-4, 1e-6)
 
 
 def records() -> list[EditRecord]:
@@ -40,17 +40,18 @@ def step(trainer: Any, inputs: Any, cache: ActivationCache | None, **options: An
     editor.zero_grad()
     torch.manual_seed(0)
     batch = run_batch(editor, editor, trainer.backbone, inputs, cache=cache, **options)
-    sum(batch.terms.values()).backward()
+    torch.stack(list(batch.terms.values())).sum().backward()
     return dict(batch.terms), {name: p.grad.clone() for name, p in editor.named_parameters()}
 
 
-def assert_close(left: Any, right: Any, tolerance: dict[str, float]) -> None:
+def assert_close(left: Any, right: Any, tolerance: tuple[float, float]) -> None:
+    relative, absolute = tolerance
     for name in left[0]:
-        torch.testing.assert_close(left[0][name], right[0][name], **tolerance)
+        torch.testing.assert_close(left[0][name], right[0][name], rtol=relative, atol=absolute)
     largest = max(float(gradient.norm()) for gradient in left[1].values())
     for name, gradient in left[1].items():  # a key's bias has none but of rounding
         difference = (gradient - right[1][name]).norm() / gradient.norm().clamp(min=1e-2 * largest)
-        assert difference < tolerance["rtol"], name
+        assert difference < relative, name
 
 
 def opened(trainer: Any, folder: Path, gigabytes: float = 1.0) -> ActivationCache:
@@ -181,6 +182,20 @@ def test_training_uses_a_cache_only_where_it_is_asked_for(trainer_for: Any, tmp_
     assert len(cached.activations.store) > 0
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, cached)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+def test_calibration_is_read_from_the_cache_the_next_time(
+    trainer_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = trainer_for(records())
+    plain.calibrate(plain.model)
+    cached = [trainer_for(records(), activation_cache=str(tmp_path / "cache")) for _ in range(2)]
+    for trainer in cached:
+        trainer.calibrate(trainer.model)
+        forbid(monkeypatch, trainer.activations)
+    for name, value in weights(plain.model).items():
+        torch.testing.assert_close(weights(cached[0].model)[name], value, rtol=1e-2, atol=1e-5)
+    assert_equal_weights(*(weights(trainer.model) for trainer in cached))
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "layers", "precision"])
