@@ -1,6 +1,7 @@
 """Configuration of IBKE editors and the presets of SPEC §6. No torch in here."""
 
 # Annotations are not postponed here: @strict checks the types of fields, and a type that is a text passes anything.
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -70,8 +71,8 @@ class GradientEditorConfig(EditorConfig):
         }
         if len(lengths) > 1:
             raise ValueError("edited_layers, input_dims and output_dims name different numbers of layers")
-        if self.edited_layers and "{i}" not in self.edited_modules:
-            raise ValueError(f"edited_modules must contain {{i}} for the layer index, found {self.edited_modules!r}")
+        if self.edited_layers:
+            require_template(self.edited_modules)
         if any(layer < 0 for layer in self.edited_layers or []):
             raise ValueError(f"edited_layers must be at least 0, found {self.edited_layers}")
 
@@ -159,10 +160,21 @@ def require_range(config: Any, name: str, low: float, high: float) -> None:
         raise ValueError(f"{name} must be between {low} and {high}, found {value}")
 
 
+def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise a ValueError that names the field and the choices unless the value is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
+
+
+def require_template(edited_modules: str) -> None:
+    """Raise a ValueError unless a name template has a place for the layer."""
+    if "{i}" not in edited_modules:
+        raise ValueError(f"edited_modules must contain {{i}} in place of the layer's index, found {edited_modules!r}")
+
+
 def require_mode(mode: str) -> None:
     """Raise a ValueError that names the modes unless `mode` is one of them."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, found {mode!r}")
+    require_choice("mode", mode, get_args(Mode))
 
 
 def steps_of(mode: str, number: int) -> list[slice]:

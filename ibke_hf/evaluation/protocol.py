@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..core.capture import evaluating
+from ..core.configuration_ibke import require_choice
 from ..core.records import EditRecord
 from ..core.tokens import Span, context_length
 from .editing import Editing, GroupMode
@@ -94,10 +95,7 @@ class Procedure:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(allowed))}, found {getattr(self, name)!r}"
-                )
+            require_choice(name, getattr(self, name), get_args(allowed))
 
 
 def evaluate_records(

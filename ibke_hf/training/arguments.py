@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from ..core.configuration_ibke import require_choice
+
 logger = logging.get_logger(__name__)
 MAX_STEPS = 1_000_000  # [paper]
 HOPS = ("none", "unknown", "all")
@@ -76,10 +78,7 @@ class IBKETrainingArguments(TrainingArguments):
             self.num_train_epochs = 3.0  # transformers' own default, which max_steps overrides
             self.max_steps = self.max_steps if self.max_steps > 0 else MAX_STEPS
         super().__post_init__()
-        if self.train_supporting_hops not in HOPS:
-            raise ValueError(
-                f"train_supporting_hops must be one of {', '.join(HOPS)}, found {self.train_supporting_hops!r}"
-            )
+        require_choice("train_supporting_hops", self.train_supporting_hops, HOPS)
         for name, low in LOWEST.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, found {getattr(self, name)}")

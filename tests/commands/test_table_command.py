@@ -47,10 +47,9 @@ training: {use_cpu: true, disable_tqdm: true, per_device_train_batch_size: 2}
     }
 
 
-def test_all_editors_on_any_backbone(
-    files: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    command = [
+def command_for(files: dict[str, str]) -> list[str]:
+    """A whole table of two records, with editors trained for two steps."""
+    return [
         "table",
         "--backbone",
         files["backbone"],
@@ -71,6 +70,12 @@ def test_all_editors_on_any_backbone(
         "--out",
         files["out"],
     ]
+
+
+def test_all_editors_on_any_backbone(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = command_for(files)
     assert main(command) == 0
     printed, out = capsys.readouterr().out, Path(files["out"])
     cells = json.loads((out / "table.json").read_text())

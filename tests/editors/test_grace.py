@@ -21,6 +21,7 @@ from memory_edits import (
     require_answers_and_no_trace,
     require_common_refusals,
     require_generation,
+    require_it_comes_back,
     require_the_same_from_either_side,
 )
 
@@ -204,12 +205,7 @@ def test_saved_codebooks_come_back_bit_for_bit(
     independent: SimpleNamespace, tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     model, edit = independent.model, independent.edit
-    edit.save_pretrained(tmp_path)
-    loaded = GRACEEdit.from_pretrained(tmp_path)
-    assert loaded == edit
-    assert (loaded.settings, loaded.info) == (edit.settings, edit.info)
-    assert hits(model, tiny_tokenizer, loaded) == [True] * 3
-    assert edit.select([2, 0])[1] == edit[0]
+    require_it_comes_back(edit, tmp_path, model, tiny_tokenizer)
     half = edit.to(torch.bfloat16)
     assert half.memory["targets"].dtype == torch.long
     assert half.nbytes < edit.nbytes

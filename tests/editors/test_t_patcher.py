@@ -22,6 +22,7 @@ from memory_edits import (
     require_answers_and_no_trace,
     require_common_refusals,
     require_generation,
+    require_it_comes_back,
     require_the_same_from_either_side,
 )
 from torch import nn
@@ -257,12 +258,7 @@ def test_saved_patches_come_back_bit_for_bit(
     independent: SimpleNamespace, tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     model, edit = independent.model, independent.edit
-    edit.save_pretrained(tmp_path)
-    loaded = TPatcherEdit.from_pretrained(tmp_path)
-    assert loaded == edit
-    assert (loaded.settings, loaded.info) == (edit.settings, edit.info)
-    assert hits(model, tiny_tokenizer, loaded) == [True] * 3
-    assert edit.select([2, 0])[1] == edit[0]
+    require_it_comes_back(edit, tmp_path, model, tiny_tokenizer)
     assert edit.to(torch.bfloat16).nbytes * 2 == edit.nbytes
     with (
         pytest.raises(BackboneError, match="made for another backbone"),

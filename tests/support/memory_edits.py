@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,6 +106,16 @@ def require_common_refusals(editor: Any, model: Any, tokenizer: Any) -> Any:
     with pytest.raises(ValueError, match=r"previous holds 3 independent edits, here it must hold 1; .*previous\[0\]"):
         editor.edit(model, tokenizer, REQUESTS, previous=rows)
     return rows
+
+
+def require_it_comes_back(edit: Any, folder: Path, model: Any, tokenizer: Any) -> None:
+    """Saved independent edits of `REQUESTS` are loaded bit for bit, and still answer."""
+    edit.save_pretrained(folder)
+    loaded = type(edit).from_pretrained(folder)
+    assert loaded == edit
+    assert (loaded.settings, loaded.info) == (edit.settings, edit.info)
+    assert hits(model, tokenizer, loaded) == [True] * len(REQUESTS)
+    assert edit.select([2, 0])[1] == edit[0]
 
 
 def in_two_threads(run: Callable[[int, threading.Barrier], Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.attachment import hooked
 from ...core.capture import case_losses, graph_starting_at, require_finite, target_logits
-from ...core.configuration_ibke import Mode, require_range, steps_of
+from ...core.configuration_ibke import Mode, require_choice, require_range, require_template, steps_of
 from ...core.edit_values import Edit
 from ...core.layers import device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
 from ...core.tokens import IGNORED, TokenBatch
@@ -52,12 +52,8 @@ class GRACEConfig:
 
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
-        if "{i}" not in self.edited_modules:
-            raise ValueError(
-                f"edited_modules must contain {{i}} in place of the layer's index, found {self.edited_modules!r}"
-            )
-        if self.key_tokens not in get_args(KeyTokens):
-            raise ValueError(f"key_tokens must be one of {', '.join(get_args(KeyTokens))}, found {self.key_tokens!r}")
+        require_template(self.edited_modules)
+        require_choice("key_tokens", self.key_tokens, get_args(KeyTokens))
         require_range(self, "edited_layer", 0, 100_000)
         require_range(self, "initial_radius", 1e-6, 1e6)
         require_range(self, "learning_rate", 0.0, 1e6)

@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from ...core.configuration_ibke import EditorConfig, require_range
+from ...core.configuration_ibke import EditorConfig, require_choice, require_range
 from ...core.tokens import (
     context_length,
 )
@@ -38,8 +38,7 @@ class SERACConfig(EditorConfig):
 
     def validate_fields(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
-        if self.scope_form not in FORMS:
-            raise ValueError(f"scope_form must be one of {', '.join(FORMS)}, found {self.scope_form!r}")
+        require_choice("scope_form", self.scope_form, FORMS)
         require_range(self, "embedding_dim", 1, 65536)
         require_range(self, "threshold", 0.0, 1.0)
         require_range(self, "separator", 0, 10_000_000)

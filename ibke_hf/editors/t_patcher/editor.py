@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.capture import case_losses, graph_starting_at, require_finite, target_logits
-from ...core.configuration_ibke import Mode, require_range, steps_of
+from ...core.configuration_ibke import Mode, require_choice, require_range, require_template, steps_of
 from ...core.edit_values import Edit
 from ...core.layers import (
     device_of,
@@ -66,12 +66,8 @@ class TPatcherConfig:
 
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
-        if "{i}" not in self.edited_modules:
-            raise ValueError(
-                f"edited_modules must contain {{i}} in place of the layer's index, found {self.edited_modules!r}"
-            )
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, found {self.activation!r}")
+        require_template(self.edited_modules)
+        require_choice("activation", self.activation, get_args(Activation))
         if isinstance(self.memory, str) or not all(isinstance(text, str) and text.strip() for text in self.memory):
             raise ValueError("memory must be a sequence of texts, each with at least one word")
         for name, low, high in (
