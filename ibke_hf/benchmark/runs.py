@@ -82,11 +82,8 @@ def run_cells(
                     editors = {unit: bench.editor(cell.editor, folder, cell.sequential)}  # one at a time
                 _make(bench, cell, editors[unit], target / CELLS / cell.name, plan.records, batch_size)
     if failed:
-        reasons = "; ".join(
-            dict.fromkeys(
-                f"{cell.editor} on {cell.split}, seed {cell.seed}: {error}" for cell, error in failed.items()
-            )
-        )
+        told = (f"{cell.editor} on {cell.split}, seed {cell.seed}: {error}" for cell, error in failed.items())
+        reasons = "; ".join(dict.fromkeys(told))
         raise BenchmarkError(f"{len(failed)} of {len(missing)} cells failed: {reasons}")
     return finished_cells(target)
 

@@ -72,6 +72,19 @@ def save_edit(
     """
     edit = with_uniform_rank(edit, max_rank, rank)
     _require_finite(edit.tensors())
+    _require_applied_by_peft(edit)
+    weights = {}
+    for name in edit.inputs:
+        weights[f"{PREFIX}{name}.lora_A.weight"] = edit.inputs[name][0].detach().cpu().contiguous()
+        weights[f"{PREFIX}{name}.lora_B.weight"] = edit.outputs[name][0].detach().cpu().T.contiguous()
+    config = _lora_config(edit, transposed)
+    with written_together(folder) as scratch:
+        save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (scratch / INFO).write_text(info_json(edit.info, relative_error=dict(edit.relative_error)), encoding="utf-8")
+
+
+def _require_applied_by_peft(edit: LowRankEdit) -> None:
     lost = [name for name in edit.layers if is_redirected_by_peft(edit.info.model_type, name)]
     if lost:
         raise AdapterError(
@@ -79,12 +92,11 @@ def save_edit(
             f"it has no effect: it is not saved as one. Merge the edit (edit.merge_into(model)), or edit other "
             f"layers, such as the attention's output projection (edited_modules=...)"
         )
+
+
+def _lora_config(edit: LowRankEdit, transposed: bool | None) -> dict[str, Any]:
     rank = max(edit.ranks.values())
-    weights = {}
-    for name in edit.inputs:
-        weights[f"{PREFIX}{name}.lora_A.weight"] = edit.inputs[name][0].detach().cpu().contiguous()
-        weights[f"{PREFIX}{name}.lora_B.weight"] = edit.outputs[name][0].detach().cpu().T.contiguous()
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
@@ -98,11 +110,6 @@ def save_edit(
         "fan_in_fan_out": edit.info.transposed if transposed is None else transposed,
         "base_model_name_or_path": edit.info.backbone or None,
     }
-
-    with written_together(folder) as scratch:
-        save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (scratch / INFO).write_text(info_json(edit.info, relative_error=dict(edit.relative_error)), encoding="utf-8")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: str | Path, file: str, info: EditInfo, **more: Any) -> None:

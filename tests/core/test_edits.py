@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,6 @@ from ibke_hf.core.layers import BackboneError, dimensions, find_ffn_output, modu
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.weights import add_to_weight
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 near = {"rtol": 1e-5, "atol": 1e-5}
 
 

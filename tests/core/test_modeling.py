@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_edits import FAMILIES
 from small_editors import REQUESTS, SMALL, make_editor
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
@@ -23,7 +24,6 @@ from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
 from ibke_hf.core.weights import add_to_weight
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
 near = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from located_edits import REQUESTS, hits
+from memory_edits import FAMILIES
 
 from ibke_hf.core.capture import target_logits
 from ibke_hf.core.edits import EditInfo, LowRankEdit
@@ -21,13 +23,6 @@ from ibke_hf.editors.locate.search import ValueSearch
 from ibke_hf.editors.locate.states import HIDDEN, last_block, read_states
 from ibke_hf.editors.locate.texts import ask
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-# short ways from the subject to the target, of one token each: random models pass little on from token to token
-REQUESTS = (
-    EditRequest("The capital of France", "is", "France"),
-    EditRequest("In physics, Marie Curie", "the", "Marie Curie"),
-    EditRequest("An oak", "and", "oak"),
-)
 TEXTS = ["Paris is in a", "A sparrow of", "the Thames"]  # fewer tokens than the layers have dimensions
 
 
@@ -46,13 +41,6 @@ def setting(
         "regularisation": 1e-4,
     }
     return model, AlphaEditEditor.for_backbone(model, statistics=statistics, **{**settings, **config})
-
-
-def hits(model: Any, tokenizer: Any, edit: Any) -> list[bool]:
-    """Whether the target is the top prediction, for each request."""
-    with torch.no_grad(), edit.attached(model):
-        logits, labels = target_logits(model, encode_requests(tokenizer, REQUESTS))
-    return ((logits.argmax(-1) == labels) | (labels == -100)).all(-1).tolist()
 
 
 def corpus_outputs(model: Any, tokenizer: Any, edit: Any, names: Any) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rome_setting import REQUESTS, TEXTS, setting
+from located_edits import REQUESTS, TEXTS, setting
 
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from rome_setting import FAMILIES, REQUESTS, TEXTS, hits, setting
+from located_edits import REQUESTS, TEXTS, hits, setting
+from memory_edits import FAMILIES
 
 from ibke_hf.core.capture import NonFiniteError, target_logits
 from ibke_hf.core.edits import LowRankEdit

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rome_setting import REQUESTS, setting
+from located_edits import REQUESTS, setting
 from torch.nn import functional
 
 from ibke_hf.core.layers import modules_to_edit

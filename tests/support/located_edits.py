@@ -1,4 +1,4 @@
-"""Requests, and a model that ROME edits with ease."""
+"""What the tests of ROME and AlphaEdit share: requests, a model that ROME edits with ease, and whether it answers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ from ibke_hf.core.tokens import encode_requests
 from ibke_hf.editors.locate.key_statistics import KeyStatistics
 from ibke_hf.editors.rome import ROMEEditor
 
-FAMILIES = ("gpt2", "gptj", "qwen3", "llama", "gemma")
-
-
 # short ways from the subject to the target, of one token each: random models pass little on from token to token
 REQUESTS = (
     EditRequest("The capital of France", "is", "France"),
     EditRequest("In physics, Marie Curie", "the", "Marie Curie"),
     EditRequest("An oak", "and", "oak"),
 )
-
-
 TEXTS = [
     f"{name} {what} {place}."
     for name in ("Paris", "Marie Curie", "A sparrow", "The author", "iron")
