@@ -18,7 +18,7 @@ from ibke_hf.cli import main
 
 GUIDE = ROOT / "model_cards" / "PUBLISH.md"
 SECTION = re.compile(r"<!-- walk through -->\n(.*?)<!-- end -->", re.S)
-MADE = {
+REPOSITORIES = {
     ("models", "me/geforce"),
     ("models", "me/food-editor"),
     ("datasets", "me/food-edits"),
@@ -51,7 +51,7 @@ def test_everything_that_is_pushed_is_pulled_again(
             continue
         for line in text.replace("\\\n", " ").splitlines():
             assert main(shlex.split(line, comments=True)[1:]) == 0, line
-    assert set(hub.repositories) == MADE
+    assert set(hub.repositories) == REPOSITORIES
     assert (place / "edited-model" / "model.safetensors").exists()
     first, again = (
         json.loads((place / name / "results.json").read_text())["overall"] for name in ("food-results", "again")

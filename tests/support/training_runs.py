@@ -16,6 +16,7 @@ from ibke_hf.training.trainer import GradientEditorTrainer, IBKETrainer, IBKETra
 
 SMALL = {"latent_dim": 8, "latent_length": 3}
 CITIES = ("Paris", "Rome", "Berlin", "Oslo", "Vienna", "Madrid", "Lisbon", "Warsaw")
+REQUIRED = {"backbone": "b", "records": ["r"], "out": "o"}  # settings without which there is no training
 
 
 def fact(head: str, tail: str, prompt: str = "{} is in") -> Hop:

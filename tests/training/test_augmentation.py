@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from record_files import CITIES, Json
+from training_runs import REQUIRED
 
 from ibke_hf.data.augmentation import draw_records
 from ibke_hf.training.recipe import train_editor, training_settings
-
-GIVEN = {"backbone": "b", "records": ["r"], "out": "o"}
 
 
 @pytest.fixture
@@ -78,4 +77,4 @@ def test_training_mixes_other_datasets_in(settings: Json, other: str, monkeypatc
 )
 def test_a_bad_augmentation_is_named(change: Json, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        training_settings(None, {**GIVEN, **change}, {}, {})
+        training_settings(None, {**REQUIRED, **change}, {}, {})

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_runs import REQUIRED
 
 from ibke_hf.training.recipe import PAPER_DTYPES, PRESETS, _patience, training_settings
 from ibke_hf.training.trainer import IBKETrainingArguments
-
-GIVEN = {"backbone": "b", "records": ["r"], "out": "o"}
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -45,9 +44,9 @@ def test_flags_alone_and_empty_groups_suffice(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("editor:\ntraining:\n")
     assert (
-        training_settings(None, GIVEN, {}, {})
-        == training_settings(file, GIVEN, {}, {})
-        == {**GIVEN, "editor": {}, "training": {}}
+        training_settings(None, REQUIRED, {}, {})
+        == training_settings(file, REQUIRED, {}, {})
+        == {**REQUIRED, "editor": {}, "training": {}}
     )
 
 
@@ -93,7 +92,7 @@ def test_a_bad_setting_is_named(text: str, message: str, tmp_path: Path) -> None
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        training_settings(file, GIVEN, {}, {})
+        training_settings(file, REQUIRED, {}, {})
     assert "\n" not in str(caught.value)
 
 
@@ -102,18 +101,18 @@ def test_a_bad_setting_is_named(text: str, message: str, tmp_path: Path) -> None
 )
 def test_a_required_setting_of_a_wrong_type_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be of type .*, found "):
-        training_settings(None, {**GIVEN, name: value}, {}, {})
+        training_settings(None, {**REQUIRED, name: value}, {}, {})
 
 
 def test_a_settings_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_bytes(b"\xff\xfe\x00beta")
     with pytest.raises(ValueError, match=r"s\.yaml: not a text in UTF-8"):
-        training_settings(tmp_path / "s.yaml", GIVEN, {}, {})
+        training_settings(tmp_path / "s.yaml", REQUIRED, {}, {})
 
 
 def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
     fields = {"statistics_epsilon": 0, "log_variance_range": [-5, 5]}
-    checked = training_settings(None, GIVEN, fields, {"beta": 1, "save_steps": 5})
+    checked = training_settings(None, REQUIRED, fields, {"beta": 1, "save_steps": 5})
     assert checked["training"] == {"beta": 1.0, "save_steps": 5.0}
     assert checked["editor"] == {"statistics_epsilon": 0.0, "log_variance_range": [-5, 5]}
 

@@ -25,9 +25,6 @@ from ibke_hf.training.checkpoints import last_complete_checkpoint
 from ibke_hf.training.recipe import train_editor
 from ibke_hf.training.report import verdict
 
-GIVEN = {"backbone": "b", "records": ["r"], "out": "o"}
-
-
 # --- training ----------------------------------------------------------------------------------------------------
 
 
