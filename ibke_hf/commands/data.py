@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..io import locked
-from .options import add_command, place, positive, seed
+from .options import add_command, place, positive, seed, share
 from .outputs import require_free
+
+RATES = {
+    "question_rate": "prompts asked as questions",
+    "cue_rate": 'records whose questions end in " The answer is: ", as ZSRE\'s do',
+    "novel_rate": "counterfactual edits to a name that nobody has",
+    "near_rate": "locality cases about the edit's own relation that are as near to it as can be",
+}
 
 
 def add(commands: Any) -> None:
@@ -29,12 +36,51 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--generality", type=positive, default=3, help="generality cases a record (default 3)")
     command.add_argument("--locality", type=positive, default=2, help="locality cases a record (default 2)")
+    rates = command.add_argument_group("shares of the records, from 0 to 1 (default 0)")
+    for name, meaning in RATES.items():
+        rates.add_argument(f"--{name.replace('_', '-')}", type=share, default=0.0, metavar="SHARE", help=meaning)
+    _without_option(command)
     command.add_argument("--seed", type=seed, default=0, help="seed of every draw (default 0)")
     command.add_argument("--force", action="store_true", help="replace the records that --out holds")
 
 
+    facts = add_command(actions, "facts", "turn ParaRel's and LRE's published triples into tables of facts", _run_facts)
+    facts.add_argument("--pararel", metavar="DIR", help="ParaRel's triples and patterns, a file each per property")
+    facts.add_argument("--lre", metavar="DIR", help="LRE's factual relations, a JSON file each")
+    facts.add_argument(
+        "--out", type=place, required=True, metavar="DIR", help="folder of the tables, with a folder per domain"
+    )
+    _without_option(facts)
+    facts.add_argument("--force", action="store_true", help="write the tables among what --out holds")
+
+
+def _without_option(command: Any) -> None:
+    command.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="records whose subjects are left out, such as those that are to measure an editor",
+    )
+
+
+def _run_facts(options: argparse.Namespace) -> None:
+    from ..data.public_facts import write_tables
+    from ..data.subjects import edited_subjects
+
+    out = Path(options.out)
+    require_free(out, "files", force=options.force)
+    with locked(out):
+        subjects = edited_subjects(options.without)
+        counts = write_tables(out, pararel=options.pararel, lre=options.lre, without=subjects)
+    written = {name: counts.pop(name) for name in ("triples", "relations")}
+    print(f"{out}: {written['triples']:,} triples of {written['relations']} relations")
+    print("\n".join(f"left out {number:,}: {reason}" for reason, number in counts.items()))
+
+
 def _run_build(options: argparse.Namespace) -> None:
     from ..data.folders import build_folder
+    from ..data.subjects import edited_subjects
 
     out = Path(options.out)
     if any((out / split).exists() for split in ("train", "validation")):  # beside other files it harms nothing
@@ -49,5 +95,7 @@ def _run_build(options: argparse.Namespace) -> None:
             locality=options.locality,
             seed=options.seed,
             replace=options.force,
+            without=edited_subjects(options.without),
+            **{name: getattr(options, name) for name in RATES},
         )
     print("\n".join(f"{Path(options.out) / name}: {number} records" for name, number in counts.items()))

@@ -165,6 +165,11 @@ class EditRecord:
         if not self.requests:
             raise ValueError(f"record {self.id!r} of {self.dataset!r} has no edit request; give it at least one")
 
+    @property
+    def subjects(self) -> frozenset[str]:
+        """The subjects that the record edits, of the requests that name one, each by its :func:`subject_key`."""
+        return frozenset(subject_key(request.subject) for request in self.requests if request.subject)
+
     def formatted(self, **changes: Any) -> EditRecord:
         """Return the record with all that a model is asked of it put in another format.
 
@@ -187,6 +192,11 @@ class EditRecord:
             locality=tuple(map(case, self.locality)),
             edits=tuple(map(asked, self.edits)),
         )
+
+
+def subject_key(name: str) -> str:
+    """Return a name as subjects are compared: case folded, blanks evened out."""
+    return " ".join(name.casefold().split())
 
 
 def collides(case: EditCase, edits: Iterable[Hop]) -> bool:

@@ -36,6 +36,8 @@ class RecordBuilder:
             another's.
         near_rate: Share of the ``"property"`` cases that are as near to the edit as can be: about a subject with the
             object that the edit takes away, where there is one, and in the very words of the edit. For training too.
+        question_rate: Share of the prompts, of requests and cases alike, that are asked as questions.
+        cue_rate: Share of the records whose questions all end in :data:`~ibke_hf.data.zsre.ANSWER`, as ZSRE's do.
 
     Raises:
         ValueError: If a share is of no kind that there is, or not above 0.
@@ -53,12 +55,15 @@ class RecordBuilder:
         shares: Mapping[str, Mapping[str, float]] | None = None,
         novel_rate: float = 0.0,
         near_rate: float = 0.0,
+        question_rate: float = 0.0,
+        cue_rate: float = 0.0,
     ) -> None:
         self.known, self.world = known, world
         self.ids = unique_ids("Q", world.entities)
         self.rng = random.Random(seed)
         self.sizes = {"generality": generality, "locality": locality}
         self.alias_rate, self.novel_rate, self.near_rate = alias_rate, novel_rate, near_rate
+        self.question_rate, self.cue_rate = question_rate, cue_rate
         self.shares = shares or {}
         kinds = {"generality": GENERALITY, "locality": LOCALITY}
         for group, kind, share in (
@@ -115,8 +120,7 @@ class RecordBuilder:
         locality = self._draw("locality", case.locality_makers())
         if not generality or not locality:
             return None
-        relation = self.world.relations[edit.relation]
-        request = {"prompt": relation.prompt(edit.subject), "target": edit.object, "subject": edit.subject}
+        request = {"prompt": case.request_prompt, "target": edit.object, "subject": edit.subject}
         return {
             "kind": "unknown" if original is None else "counterfactual",
             **({} if original is None else {"original": original}),

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from .chains import ANOTHER_NAME, SAME_ENTITY, Path, Step, extend, noun_phrase, path_prompt, steps_to, walkable
 from .facts import Triple, World
+from .zsre import ANSWER
 
 if TYPE_CHECKING:
     from .build import RecordBuilder
 
 LOCALITY_TYPE = {"head": "head of edit", "property": "property of edit", "tail": "tail of edit"}
 Json = dict[str, Any]
+QUESTION_FORMS = 12  # a multiple of the usual numbers of questions, so that each is drawn as often
 
 
 class CaseMaker:
@@ -23,6 +25,21 @@ class CaseMaker:
         self.rng, self.world = builder.rng, builder.world
         self.relation = self.world.relations[edit.relation]
         self.names = {edit.subject: "h_e", edit.object: "t_e"}
+        self.cued = self._chance(builder.cue_rate)
+        self.request_prompt = self._request_prompt()
+
+    def _request_prompt(self) -> str:
+        """Return the prompt of the edit itself: the first wording of its relation, or any of its questions."""
+        if not self._chance(self.builder.question_rate):
+            return self.relation.prompt(self.edit.subject)
+        return self._cued(self.relation.question(self.edit.subject, self.rng.randrange(QUESTION_FORMS)))
+
+    def _chance(self, rate: float) -> bool:
+        """Draw whether something happens; nothing is drawn for a rate of 0, so that older records stay as they are."""
+        return rate > 0 and self.rng.random() < rate
+
+    def _cued(self, question: str) -> str:
+        return question + ANSWER if self.cued else question
 
     # --- generality --------------------------------------------------------------------------------------------
 
@@ -43,9 +60,9 @@ class CaseMaker:
         triples = self.world.by_object.get(self.edit.object, ())
         return any(t.relation == self.relation.id and t.subject != self.edit.subject for t in triples)
 
-    def _rephrase(self) -> Json:
-        form = self.rng.randrange(1, len(self.relation.prompts))
-        return self._single((Step(self.edit),), form=form)
+    def _rephrase(self) -> Json | None:
+        case = self._single((Step(self.edit),), form=self.rng.randrange(1, len(self.relation.prompts)))
+        return None if case["prompt"] == self.request_prompt else case
 
     def _chain(self, more: int) -> Json | None:
         before = self.rng.randint(0, more) if self.relation.single_value else more
@@ -186,18 +203,24 @@ class CaseMaker:
         target: str | None = None,
     ) -> Json:
         """Return a case that walks one path (UniEdit's `path_type` "single")."""
-        question = prompt or path_prompt(self.world, path, alias, form)
+        asked = prompt or self._prompt(path, alias, form)
         hops = [
             self._hop(step, alias if i == 0 else None, target if i == len(path) - 1 else None)
             for i, step in enumerate(path)
         ]
         return {
             "path_type": "single",
-            "prompt": question,
+            "prompt": asked,
             "target": target or path[-1].end,
             "paths": [self._path_item(step) for step in path],
             "one_hops": hops,
         }
+
+    def _prompt(self, path: Sequence[Step], alias: str | None, form: int) -> str:
+        if path[-1].backwards or not self._chance(self.builder.question_rate):
+            return path_prompt(self.world, path, alias, form)
+        form = self.rng.randrange(QUESTION_FORMS)
+        return self._cued(path_prompt(self.world, path, alias, form, question=True))
 
     def _double(self, first: Sequence[Step], second: Sequence[Step], answer: str = "Yes") -> Json:
         """Return a yes/no case about the ends of two paths (UniEdit's `path_type` "double")."""

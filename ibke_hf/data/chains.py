@@ -48,11 +48,19 @@ def noun_phrase(world: World, path: Sequence[Step], start: str | None = None) ->
     return phrase
 
 
-def path_prompt(world: World, path: Sequence[Step], start: str | None = None, form: int = 0) -> str:
-    """Ask for the end of a path, the last hop by wording number `form`, the others as noun phrases."""
+def path_prompt(
+    world: World, path: Sequence[Step], start: str | None = None, form: int = 0, *, question: bool = False
+) -> str:
+    """Ask for the end of a path, the last hop by wording number `form`, the others as noun phrases.
+
+    With `question`, the last hop is asked by a question; one that is walked backwards by its inverse wording all the
+    same.
+    """
     inner = noun_phrase(world, path[:-1], start) if len(path) > 1 else (start or path[0].start)
     relation = world.relations[path[-1].triple.relation]
-    return relation.inverse_prompt(inner) if path[-1].backwards else relation.prompt(inner, form)
+    if path[-1].backwards:
+        return relation.inverse_prompt(inner)
+    return relation.question(inner, form) if question else relation.prompt(inner, form)
 
 
 def walkable(relation: Relation, *, backwards: bool) -> bool:

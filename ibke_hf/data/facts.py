@@ -7,18 +7,20 @@ holds them): ``relations.tsv``, ``templates.tsv``, ``triples.tsv`` and ``entitie
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections import ChainMap, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 RELATION_COLUMNS = ("relation", "label", "subject_kind", "object_kind", "single_value", "inverse_single")
 TEMPLATE_COLUMNS = ("relation", "form", "text")
 TRIPLE_COLUMNS = ("subject", "relation", "object")
 ENTITY_COLUMNS = ("entity", "aliases")
 TABLES = ("relations.tsv", "templates.tsv", "triples.tsv")
-FORMS = ("prompt", "noun", "inverse", "inverse_noun")
+FORMS = ("prompt", "question", "noun", "inverse", "inverse_noun")
 MINIMUM_PROMPTS = 2
 
 
@@ -31,7 +33,7 @@ class Relation:
     """A relation with its wordings; every wording has one ``{}``.
 
     `prompts` and `inverse` end right before the answer; `noun` and `inverse_noun` denote the object of a subject
-    and the subject of an object, and chain hops into one question.
+    and the subject of an object, and chain hops into one question. `questions` end in a question mark.
     """
 
     id: str
@@ -45,10 +47,16 @@ class Relation:
     noun: str
     inverse: str | None = None
     inverse_noun: str | None = None
+    questions: tuple[str, ...] = ()
 
     def prompt(self, subject: str, form: int = 0) -> str:
         """Return wording number `form` (modulo the number of wordings) filled with `subject`, capitalised."""
         return _sentence(self.prompts[form % len(self.prompts)].format(subject))
+
+    def question(self, subject: str, form: int = 0) -> str:
+        """Return question number `form` filled with `subject`; one made of the noun wording where there is none."""
+        questions = self.questions or (f"What is {self.noun}?",)
+        return _sentence(questions[form % len(questions)].format(subject))
 
     def inverse_prompt(self, obj: str) -> str:
         """Return the inverse wording filled with `obj`; only for relations with `inverse_single`."""
@@ -76,7 +84,7 @@ class World:
     """Relations, triples and aliases, with look-ups by subject, object and relation."""
 
     relations: dict[str, Relation]
-    triples: tuple[Triple, ...]
+    triples: Sequence[Triple]
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,9 +105,9 @@ class World:
         object.__setattr__(self, "by_relation", dict(by_relation))
         object.__setattr__(self, "by_kind", {kind: tuple(names) for kind, names in by_kind.items()})
 
-    by_subject: dict[str, list[Triple]] = field(init=False, repr=False, compare=False)
-    by_object: dict[str, list[Triple]] = field(init=False, repr=False, compare=False)
-    by_relation: dict[str, list[Triple]] = field(init=False, repr=False, compare=False)
+    by_subject: Mapping[str, list[Triple]] = field(init=False, repr=False, compare=False)
+    by_object: Mapping[str, list[Triple]] = field(init=False, repr=False, compare=False)
+    by_relation: Mapping[str, list[Triple]] = field(init=False, repr=False, compare=False)
     by_kind: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     @property
@@ -112,19 +120,48 @@ class World:
         return {t.object for t in self.by_subject.get(subject, []) if t.relation == relation}
 
     def without(self, dropped: Collection[Triple]) -> World:
-        """Return the same world without a few triples; only the look-ups that name them are made anew."""
+        """Return the same world without a few triples, in a time that does not grow with the world."""
         smaller, gone = copy(self), set(dropped)
+        vars(smaller).pop("places", None)
         for index, key in (("by_subject", "subject"), ("by_object", "object"), ("by_relation", "relation")):
-            lists = dict(getattr(self, index))
-            for name in {getattr(triple, key) for triple in gone}:
-                lists[name] = [triple for triple in lists[name] if triple not in gone]
-            object.__setattr__(smaller, index, lists)
-        object.__setattr__(smaller, "triples", tuple(triple for triple in self.triples if triple not in gone))
+            lists: Mapping[str, list[Triple]] = getattr(self, index)
+            changed = {
+                name: [triple for triple in lists[name] if triple not in gone]
+                for name in {getattr(triple, key) for triple in gone}
+            }
+            object.__setattr__(smaller, index, ChainMap(changed, lists))  # type: ignore[arg-type]  # nothing is written
+        places = sorted(self.places[triple] for triple in gone)
+        object.__setattr__(smaller, "triples", _Remaining(self.triples, places))
         return smaller
+
+    @cached_property
+    def places(self) -> dict[Triple, int]:
+        """Where each triple stands among them all."""
+        return {triple: place for place, triple in enumerate(self.triples)}
 
     def restricted_to(self, triples: Iterator[Triple] | tuple[Triple, ...] | list[Triple]) -> World:
         """Return the same world with these triples only."""
         return World(self.relations, tuple(triples), self.aliases)
+
+
+class _Remaining(Sequence[Triple]):
+    """The triples of a sequence but for those at a few places, which are sorted; nothing is copied."""
+
+    def __init__(self, triples: Sequence[Triple], dropped: list[int]) -> None:
+        self.triples, self.dropped = triples, dropped
+
+    def __len__(self) -> int:
+        return len(self.triples) - len(self.dropped)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(*index.indices(len(self))))
+        place = range(len(self))[index]  # of an index from the end, and an IndexError past it
+        for dropped in self.dropped:
+            if dropped > place:
+                break
+            place += 1
+        return self.triples[place]
 
 
 def stable_id(prefix: str, name: str) -> str:
@@ -249,6 +286,7 @@ class _Reader:
             noun=forms["noun"][0],
             inverse=forms["inverse"][0] if inverse else None,
             inverse_noun=forms["inverse_noun"][0] if inverse else None,
+            questions=tuple(forms["question"]),
         )
 
     def _add_triple(self, where: str, triple: Triple) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import cycle, islice
 from pathlib import Path
 
 from ..core.prompts import is_unspaced_text
+from ..core.records import subject_key
 from ..io import write_json
 from .build import RecordBuilder
 from .case_maker import Json
@@ -28,6 +29,8 @@ def build_folder(
     locality: int = 2,
     seed: int = 0,
     replace: bool = False,
+    without: Collection[str] = (),
+    **rates: float,
 ) -> dict[str, int]:
     """Turn tables of facts into training and validation records with disjoint subjects; return the number of each.
 
@@ -42,6 +45,9 @@ def build_folder(
         locality: Locality cases a record.
         seed: Of every draw.
         replace: Remove the record files that lie there, once the new ones can be written.
+        without: Subjects whose triples are left out, as :func:`~ibke_hf.core.records.subject_key` writes them.
+        rates: ``novel_rate``, ``near_rate``, ``question_rate``, ``cue_rate`` and ``alias_rate``, see
+            :class:`~ibke_hf.data.build.RecordBuilder`.
 
     Raises:
         FactsError: Naming every bad row by file and line.
@@ -50,6 +56,8 @@ def build_folder(
     """
     _require_sizes(records, validation, generality, locality)
     world = load_world(facts)
+    if without:
+        world = world.restricted_to([t for t in world.triples if subject_key(t.subject) not in without])
     if records > RECORDS_A_TRIPLE * len(world.triples):
         raise ValueError(
             f"{facts}: {len(world.triples):,} triples make no more than {RECORDS_A_TRIPLE:,} unlike records each, and "
@@ -61,7 +69,7 @@ def build_folder(
     splits = {}
     for name, number in (("train", records), ("validation", round(records * validation))):
         triples = [t for t in world.triples if (t.subject in held) == (name == "validation")]
-        builder = RecordBuilder(world, world, seed=f"{seed}-{name}", generality=generality, locality=locality)
+        builder = RecordBuilder(world, world, seed=f"{seed}-{name}", generality=generality, locality=locality, **rates)
         splits[name] = _records(builder, world, triples, number, random.Random(f"{seed}-{name}"))
         if number and not splits[name]:
             raise ValueError(

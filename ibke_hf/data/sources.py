@@ -54,6 +54,7 @@ SPLITS = {
     "dev": "validation",
 }
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside its data
+SLICE = re.compile(r"(?P<source>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<inside>.+))?")
 
 
@@ -67,6 +68,7 @@ def read_records(
     hops: int | Collection[int] | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    without: Collection[str] = (),
     skipped: Counter[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -77,7 +79,8 @@ def read_records(
     Args:
         source: A file; a folder; or the id of a Hub dataset, optionally followed by a path in it, as in
             ``"zjunlp/KnowEdit/benchmark/ZsRE"``. Of a folder or dataset, the record files at its top are read, else
-            those further down. A Hub file is downloaded when its turn comes.
+            those further down. A Hub file is downloaded when its turn comes. Each may end in a slice of its records,
+            as in ``"zsre.json[:420]"``, which comes before every filter.
         format: One of `FORMATS`; by default each file's first record tells it.
         split: Reads the files of this split alone: those in a folder of this name, or with it as a word of their own
             name.
@@ -86,6 +89,8 @@ def read_records(
         hops: Keeps the cases of these numbers of hops.
         limit: Keeps the first `limit` records that are left; with `seed`, so many drawn with equal chances.
         seed: Seeds the draw; the records drawn keep their order. It takes reading the source to its end.
+        without: Leaves out the records that edit any of these subjects, each written as
+            :func:`~ibke_hf.core.records.subject_key` does.
         skipped: Counts by reason what was left out.
         revision: Branch, tag or commit of a Hub dataset.
         token: For private Hub datasets.
@@ -102,9 +107,11 @@ def read_records(
 
     def read() -> Iterator[EditRecord]:
         place = find_source(source, split=split, domains=domains, revision=revision, token=token, cache_dir=cache_dir)
-        yield from _read_files(map(place.fetch, place.names), format, counted)
+        records = _read_files(map(place.fetch, place.names), format, counted)
+        yield from islice(records, *_sliced(source)[1])
 
-    return select(read(), domains=domains, criteria=criteria, hops=hops, limit=limit, seed=seed, skipped=counted)
+    chosen = {"domains": domains, "criteria": criteria, "hops": hops, "limit": limit, "seed": seed, "without": without}
+    return select(read(), **chosen, skipped=counted)
 
 
 def select(
@@ -115,6 +122,7 @@ def select(
     hops: int | Collection[int] | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    without: Collection[str] = (),
     skipped: Counter[str] | None = None,
 ) -> Iterator[EditRecord]:
     """Yield the records that pass the filters of :func:`read_records`, which are the same here.
@@ -126,7 +134,10 @@ def select(
         raise ValueError(f"limit must be at least 1, found {limit}")
     names = _several(criteria, str)
     filters = _Filters(
-        _several(domains, str), None if names is None else frozenset(map(str.casefold, names)), _several(hops, int)
+        _several(domains, str),
+        None if names is None else frozenset(map(str.casefold, names)),
+        _several(hops, int),
+        frozenset(without),
     )
     passing = filters.of(records, Counter() if skipped is None else skipped)
     return islice(passing, limit) if limit is None or seed is None else _sample(passing, limit, seed)
@@ -155,6 +166,7 @@ def find_source(
     Raises:
         RecordError: If there is none, or the split is not clear.
     """
+    source = _sliced(source)[0]
     path = Path(source)
     chosen = _several(domains, str)
     if path.is_dir():
@@ -322,12 +334,15 @@ class _Filters:
     domains: frozenset[str] | None
     criteria: frozenset[str] | None
     hops: frozenset[int] | None
+    without: frozenset[str] = frozenset()
 
     def of(self, records: Iterable[EditRecord], skipped: Counter[str]) -> Iterator[EditRecord]:
         """Yield the records that pass, with the cases that do, and count the others."""
         for record in records:
             if self.domains is not None and record.domain not in self.domains:
                 skipped["record of another domain"] += 1
+            elif not self.without.isdisjoint(record.subjects):
+                skipped["record of a subject to be kept out"] += 1
             elif self.criteria is None and self.hops is None:
                 yield record
             else:
@@ -348,6 +363,14 @@ class _Filters:
             for case in kept
             if self.criteria is None or not self.criteria.isdisjoint(map(str.casefold, case.criteria))
         )
+
+
+def _sliced(source: str | Path) -> tuple[str | Path, tuple[int, int | None]]:
+    """Return a source without the slice that it may end in, and the slice's bounds."""
+    sliced = SLICE.fullmatch(source) if isinstance(source, str) and not Path(source).exists() else None
+    if sliced is None:
+        return source, (0, None)
+    return sliced["source"], (int(sliced["start"] or 0), int(sliced["stop"]) if sliced["stop"] else None)
 
 
 def _several(value: Any, kind: type[T]) -> frozenset[T] | None:
