@@ -9,13 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..editors.catalogue import TRAINED
-from .options import PRECISIONS, add_command, count, edited_modules_option, place, positive, positive_float, seed
+from .options import PRECISIONS, add_command, count, edited_modules_option, place, positive, positive_float, seed, share
 from .prompt_options import prompt_changes, prompt_options
 
 if TYPE_CHECKING:
     from ..training.settings import TrainingSettings
 
-TOP_LEVEL = ("kind", "backbone", "records", "validation", "augment", "augment_records", "out", "layers", "dtype")
+RECORDS = ("records", "validation", "augment", "augment_records", "without")
+TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "chat_share")
 EDITOR_FIELDS = ("latent_dim", "edited_modules")
 PROMPTS = ("chat", "chat_options", "leading_space")
 TRAINING = {  # flags that set fields of the training arguments
@@ -47,7 +48,16 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--augment-records", type=positive, metavar="N", help="records of each of them (default: 512)"
     )
+    command.add_argument(
+        "--without", nargs="+", metavar="FILE", help="records whose subjects are not trained on, such as test records"
+    )
     prompt_options(command)
+    command.add_argument(
+        "--chat-share",
+        type=share,
+        metavar="SHARE",
+        help="share of the records that are asked in a chat too, where the tokenizer has a template (default: 0.5)",
+    )
     command.add_argument("--out", type=place, metavar="DIR", help="folder of the trained editor")
     command.add_argument(
         "--layers", type=count, nargs="+", help="edited layers (default: the preset's, else by depth)"

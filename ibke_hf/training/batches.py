@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..core.records import EditRecord, collides
+from ..core.records import EditCase, EditRecord, collides
 from ..core.tokens import RequestError, TokenBatch, encode, pad_and_label
 
 logger = logging.get_logger(__name__)
@@ -54,6 +55,36 @@ class RecordDataset(Dataset[EditRecord]):
 
     def __getitem__(self, index: int) -> EditRecord:
         return self.records[index]
+
+
+class AlsoInChat(Dataset[EditRecord]):
+    """Records of which a share is asked in a chat, so that an edit that is stated plainly holds there too.
+
+    Of such a record, the requests stay as they are and are asked once more, as a user's turn of the chat template,
+    among the generality cases; all cases become turns. Which records these are follows from their ids alone.
+
+    Args:
+        records: The records.
+        share: Share of them, from 0 to 1.
+        chat_options: What the chat template is given.
+    """
+
+    def __init__(self, records: Any, share: float, chat_options: Mapping[str, Any]) -> None:
+        self.records, self.share = records, share
+        self.format = {"chat": True, "chat_options": chat_options}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> EditRecord:
+        record: EditRecord = self.records[index]
+        return self.in_chat(record) if zlib.crc32(record.id.encode()) < self.share * 2**32 else record
+
+    def in_chat(self, record: EditRecord) -> EditRecord:
+        """Return a record with its requests among the generality cases, and all cases as turns of a chat."""
+        repeated = tuple(EditCase(r.prompt, r.target, name="chat", format=r.format) for r in record.requests)
+        turned = replace(record, generality=(*repeated, *record.generality)).formatted(**self.format)
+        return replace(record, generality=turned.generality, locality=turned.locality)
 
 
 class UsableRecords(Dataset[EditRecord]):

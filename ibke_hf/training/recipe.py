@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..core.configuration_ibke import PRESETS
 from ..core.records import EditRecord
 from ..data.augmentation import draw_records
+from ..data.subjects import edited_subjects
 from ..editors.catalogue import TRAINED, editor_class
 from ..io import LOCK, FileError, locked, read_json, write_json
 from ..loading import load_model
@@ -105,14 +106,18 @@ def new_trainer(settings: TrainingSettings, arguments: IBKETrainingArguments) ->
     """Load the backbone and the records, and return the trainer of an untrained editor."""
     from transformers import EarlyStoppingCallback, set_seed
 
+    from .batches import AlsoInChat
     from .serac import SERACTrainer
     from .trainer import GradientEditorTrainer
 
     changes = settings.prompt_changes()
-    train = _records(settings.records, changes, _augmentation(settings, arguments.seed))
+    without = sorted(edited_subjects(settings.without or ()))
+    train: Any = _records(settings.records, changes, _augmentation(settings, arguments.seed, without), without)
     validation = _records(settings.validation, changes)
     set_seed(arguments.seed)
     editor, backbone, tokenizer = _editor(settings, arguments)
+    if settings.chat_share and not settings.chat and getattr(tokenizer, "chat_template", None) and train is not None:
+        train = AlsoInChat(train, settings.chat_share, settings.chat_options)
     patience = _patience(arguments, 0 if train is None else len(train))
     stopping = [EarlyStoppingCallback(patience)] if arguments.load_best_model_at_end else []
     return (SERACTrainer if settings.kind == "serac" else GradientEditorTrainer)(
@@ -204,7 +209,10 @@ def _patience(arguments: IBKETrainingArguments, records: int = 0) -> int:
 
 
 def _records(
-    sources: Sequence[str] | None, changes: Mapping[str, Any], more: Sequence[EditRecord] = ()
+    sources: Sequence[str] | None,
+    changes: Mapping[str, Any],
+    more: Sequence[EditRecord] = (),
+    without: Sequence[str] = (),
 ) -> ConcatDataset[EditRecord] | None:
     """Return the records of sources, kept on disk, and `more`, in a changed format; None without sources."""
     from torch.utils.data import ConcatDataset
@@ -214,16 +222,16 @@ def _records(
 
     if not sources:
         return None
-    stored: list[Any] = [StoredRecords(records_dataset(source), changes) for source in sources]
+    stored: list[Any] = [StoredRecords(records_dataset(source, without=without), changes) for source in sources]
     drawn = [record.formatted(**changes) for record in more]
     return ConcatDataset([*stored, *([RecordDataset(drawn)] if drawn else [])])
 
 
-def _augmentation(settings: TrainingSettings, seed: int) -> list[EditRecord]:
+def _augmentation(settings: TrainingSettings, seed: int, without: Sequence[str]) -> list[EditRecord]:
     """Draw the few-shot records of other datasets; what was drawn is logged in the output folder."""
     if not settings.augment:
         return []
-    records, log = draw_records(settings.augment, settings.augment_records, seed)
+    records, log = draw_records(settings.augment, settings.augment_records, seed, without)
     for part in log:
         logger.warning(f"augment: {part['drawn']} records of {part['source']}")
     out = Path(settings.out)

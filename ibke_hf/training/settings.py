@@ -22,7 +22,7 @@ from ..io import read_yaml
 
 SERAC_STARTS = ("scope", "counterfactual")  # decoders that its two parts start from
 REQUIRED = ("backbone", "records", "out")
-LISTS = ("records", "validation", "augment")  # one source may stand for a list of it
+LISTS = ("records", "validation", "augment", "without")  # one source may stand for a list of it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_SHOWN = 60  # names in an error; the training arguments are twice as many
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -60,6 +60,9 @@ class TrainingSettings:
         training: Fields of :class:`~ibke_hf.training.arguments.IBKETrainingArguments`.
         chat: Ask through the backbone's chat template.
         chat_options: What the template is given.
+        chat_share: Share of the records that are asked in a chat beside their plain requests, where the tokenizer has
+            a chat template, see :class:`~ibke_hf.training.batches.AlsoInChat`.
+        without: Record files whose subjects are not trained on, such as those that are to measure the editor.
         leading_space: What stands before targets, see :class:`~ibke_hf.core.records.PromptFormat`; by default as the
             records have it.
     """
@@ -78,6 +81,8 @@ class TrainingSettings:
     chat: bool = False
     chat_options: dict[str, Any] = field(default_factory=dict)
     leading_space: str | None = None
+    chat_share: float = 0.5
+    without: list[str] | None = None
 
     def prompt_changes(self) -> dict[str, Any]:
         """Return the fields of :class:`~ibke_hf.core.records.PromptFormat` that the settings change."""
@@ -88,6 +93,8 @@ class TrainingSettings:
         """Check what a type cannot say; a bad value is named with what is allowed."""
         if self.augment_records < 1:
             raise ValueError(f"augment_records must be a whole number of at least 1, found {self.augment_records}")
+        if not 0 <= self.chat_share <= 1:
+            raise ValueError(f"chat_share must be from 0 to 1, found {self.chat_share}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
         if self.training.get("activation_cache") is not None:
