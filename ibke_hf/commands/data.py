@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..data.build import CASE_KINDS
 from ..io import locked
-from .options import add_command, place, positive, seed, share
+from .options import add_command, place, positive, positive_float, seed, share, shown
 from .outputs import require_free
 
 RATES = {
@@ -39,12 +41,22 @@ def add(commands: Any) -> None:
     rates = command.add_argument_group("shares of the records, from 0 to 1 (default 0)")
     for name, meaning in RATES.items():
         rates.add_argument(f"--{name.replace('_', '-')}", type=share, default=0.0, metavar="SHARE", help=meaning)
+    command.add_argument(
+        "--weights",
+        type=weight,
+        nargs="+",
+        default=[],
+        metavar="GROUP.KIND=NUMBER",
+        help="how often a kind of case is made beside the others of its group, such as generality.rephrase=3 "
+        "(default 1 each)",
+    )
     _without_option(command)
     command.add_argument("--seed", type=seed, default=0, help="seed of every draw (default 0)")
     command.add_argument("--force", action="store_true", help="replace the records that --out holds")
 
-
-    facts = add_command(actions, "facts", "turn ParaRel's and LRE's published triples into tables of facts", _run_facts)
+    facts = add_command(
+        actions, "facts", "turn ParaRel's and LRE's published triples into tables of facts", _run_facts
+    )
     facts.add_argument("--pararel", metavar="DIR", help="ParaRel's triples and patterns, a file each per property")
     facts.add_argument("--lre", metavar="DIR", help="LRE's factual relations, a JSON file each")
     facts.add_argument(
@@ -52,6 +64,24 @@ def add(commands: Any) -> None:
     )
     _without_option(facts)
     facts.add_argument("--force", action="store_true", help="write the tables among what --out holds")
+
+
+def weight(text: str) -> tuple[str, str, float]:
+    """Read the weight of a kind of case: its group, the kind and a number above 0."""
+    name, _, number = text.partition("=")
+    group, _, kind = name.partition(".")
+    if kind not in CASE_KINDS.get(group, ()):
+        kinds = (f"{group}.{kind}" for group, kinds in CASE_KINDS.items() for kind in kinds)
+        raise argparse.ArgumentTypeError(f"one of {', '.join(kinds)} is wanted before =, found {shown(name)}")
+    return group, kind, positive_float(number)
+
+
+def shares_of(weights: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
+    """Return the weights by group and kind."""
+    shares: dict[str, dict[str, float]] = {}
+    for group, kind, number in weights:
+        shares.setdefault(group, {})[kind] = number
+    return shares
 
 
 def _without_option(command: Any) -> None:
@@ -96,6 +126,7 @@ def _run_build(options: argparse.Namespace) -> None:
             seed=options.seed,
             replace=options.force,
             without=edited_subjects(options.without),
+            shares=shares_of(options.weights),
             **{name: getattr(options, name) for name in RATES},
         )
     print("\n".join(f"{Path(options.out) / name}: {number} records" for name, number in counts.items()))

@@ -9,7 +9,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..editors.catalogue import TRAINED
-from .options import PRECISIONS, add_command, count, edited_modules_option, place, positive, positive_float, seed, share
+from .options import (
+    PRECISIONS,
+    add_command,
+    count,
+    edited_modules_option,
+    place,
+    positive,
+    positive_float,
+    seed,
+    share,
+)
 from .prompt_options import prompt_changes, prompt_options
 
 if TYPE_CHECKING:

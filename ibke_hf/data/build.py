@@ -16,6 +16,7 @@ from .facts import Relation, Triple, World, stable_id, unique_ids
 
 GENERALITY = ("rephrase", "two_hop", "three_hop", "reverse", "same_entity", "alias")
 LOCALITY = ("none", "head", "property", "tail", "one_to_many", "multi_hop", "same_entity")
+CASE_KINDS = {"generality": GENERALITY, "locality": LOCALITY}
 TRIES = 8
 
 
@@ -65,14 +66,12 @@ class RecordBuilder:
         self.alias_rate, self.novel_rate, self.near_rate = alias_rate, novel_rate, near_rate
         self.question_rate, self.cue_rate = question_rate, cue_rate
         self.shares = shares or {}
-        kinds = {"generality": GENERALITY, "locality": LOCALITY}
         for group, kind, share in (
             (group, *item) for group, group_shares in self.shares.items() for item in group_shares.items()
         ):
-            if kind not in kinds.get(group, ()) or not share > 0:
-                raise ValueError(
-                    f"shares: {group} {kind!r} is {share}; kinds are {kinds.get(group, tuple(kinds))}, shares above 0"
-                )
+            if kind not in CASE_KINDS.get(group, ()) or not share > 0:
+                kinds = CASE_KINDS.get(group, tuple(CASE_KINDS))
+                raise ValueError(f"shares: {group} {kind!r} is {share}; kinds are {kinds}, shares above 0")
         self.used: dict[str, dict[str, float]] = {"generality": defaultdict(float), "locality": defaultdict(float)}
 
     def counterfactual(self, triple: Triple) -> Json | None:

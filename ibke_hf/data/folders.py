@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 from ..core.prompts import is_unspaced_text
 from ..core.records import subject_key
@@ -30,7 +31,7 @@ def build_folder(
     seed: int = 0,
     replace: bool = False,
     without: Collection[str] = (),
-    **rates: float,
+    **options: Any,
 ) -> dict[str, int]:
     """Turn tables of facts into training and validation records with disjoint subjects; return the number of each.
 
@@ -46,8 +47,7 @@ def build_folder(
         seed: Of every draw.
         replace: Remove the record files that lie there, once the new ones can be written.
         without: Subjects whose triples are left out, as :func:`~ibke_hf.core.records.subject_key` writes them.
-        rates: ``novel_rate``, ``near_rate``, ``question_rate``, ``cue_rate`` and ``alias_rate``, see
-            :class:`~ibke_hf.data.build.RecordBuilder`.
+        options: Shares and rates of the records, see :class:`~ibke_hf.data.build.RecordBuilder`.
 
     Raises:
         FactsError: Naming every bad row by file and line.
@@ -69,7 +69,9 @@ def build_folder(
     splits = {}
     for name, number in (("train", records), ("validation", round(records * validation))):
         triples = [t for t in world.triples if (t.subject in held) == (name == "validation")]
-        builder = RecordBuilder(world, world, seed=f"{seed}-{name}", generality=generality, locality=locality, **rates)
+        builder = RecordBuilder(
+            world, world, seed=f"{seed}-{name}", generality=generality, locality=locality, **options
+        )
         splits[name] = _records(builder, world, triples, number, random.Random(f"{seed}-{name}"))
         if number and not splits[name]:
             raise ValueError(

@@ -67,7 +67,9 @@ def write_tables(
             counts["relations"] += 1
             _add(tables[row["domain"]], row, forms, kept)
     if not counts["triples"]:
-        raise RecordError(f"{', '.join(map(str, sources))}: no triple of a known relation; {dict(counts) or 'no file'}")
+        raise RecordError(
+            f"{', '.join(map(str, sources))}: no triple of a known relation; {dict(counts) or 'no file'}"
+        )
     headers = {"relations": RELATION_COLUMNS, "templates": TEMPLATE_COLUMNS, "triples": TRIPLE_COLUMNS}
     for domain, of_domain in tables.items():
         (Path(out) / domain).mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,14 @@ def read_records(
         records = _read_files(map(place.fetch, place.names), format, counted)
         yield from islice(records, *_sliced(source)[1])
 
-    chosen = {"domains": domains, "criteria": criteria, "hops": hops, "limit": limit, "seed": seed, "without": without}
+    chosen: dict[str, Any] = {
+        "domains": domains,
+        "criteria": criteria,
+        "hops": hops,
+        "limit": limit,
+        "seed": seed,
+        "without": without,
+    }
     return select(read(), **chosen, skipped=counted)
 
 

@@ -17,6 +17,7 @@ from ..core.tokens import RequestError, TokenBatch, encode, pad_and_label
 
 logger = logging.get_logger(__name__)
 PASS_TOKENS = 16  # what a forward costs beside its tokens, in tokens: on a CPU its weights are read from memory
+HALF = 0.5
 REPORTED = 5  # unusable records that are named as they are met; the others are counted
 KINDS = ("request", "generality case", "locality case")
 
@@ -58,10 +59,11 @@ class RecordDataset(Dataset[EditRecord]):
 
 
 class AlsoInChat(Dataset[EditRecord]):
-    """Records of which a share is asked in a chat, so that an edit that is stated plainly holds there too.
+    """Records of which a share is asked in a chat too, so that an edit that is stated plainly holds there.
 
-    Of such a record, the requests stay as they are and are asked once more, as a user's turn of the chat template,
-    among the generality cases; all cases become turns. Which records these are follows from their ids alone.
+    Of such a record the requests, which stay as they are, are asked once more among the generality cases: as a user's
+    turn of the chat template. Of half of these records the other generality cases become turns too, likewise of half
+    of them the locality cases. Which records these are follows from their ids alone.
 
     Args:
         records: The records.
@@ -78,13 +80,23 @@ class AlsoInChat(Dataset[EditRecord]):
 
     def __getitem__(self, index: int) -> EditRecord:
         record: EditRecord = self.records[index]
-        return self.in_chat(record) if zlib.crc32(record.id.encode()) < self.share * 2**32 else record
+        return self.in_chat(record) if _draw(record.id) < self.share else record
 
     def in_chat(self, record: EditRecord) -> EditRecord:
-        """Return a record with its requests among the generality cases, and all cases as turns of a chat."""
+        """Return a record of the share as it is asked."""
         repeated = tuple(EditCase(r.prompt, r.target, name="chat", format=r.format) for r in record.requests)
-        turned = replace(record, generality=(*repeated, *record.generality)).formatted(**self.format)
-        return replace(record, generality=turned.generality, locality=turned.locality)
+        turns = replace(record, generality=(*repeated, *record.generality)).formatted(**self.format)
+        general, local = (_draw(f"{part} of {record.id}") < HALF for part in ("generality", "locality"))
+        return replace(
+            record,
+            generality=turns.generality if general else (*turns.generality[: len(repeated)], *record.generality),
+            locality=turns.locality if local else record.locality,
+        )
+
+
+def _draw(name: str) -> float:
+    """Return a number from 0 to 1 that follows from a name alone."""
+    return zlib.crc32(name.encode()) / 2**32
 
 
 class UsableRecords(Dataset[EditRecord]):
