@@ -81,7 +81,7 @@ def test_a_world_without_some_triples_keeps_its_look_ups_right(tmp_path: Path) -
     world = load_world(write_world(tmp_path))
     gone = [*world.by_subject["Alia"], world.triples[0]]
     smaller, rebuilt = world.without(gone), world.restricted_to([t for t in world.triples if t not in gone])
-    assert smaller.triples == rebuilt.triples
+    assert tuple(smaller.triples) == rebuilt.triples
     for index in ("by_subject", "by_object", "by_relation"):
         assert {k: v for k, v in getattr(smaller, index).items() if v} == getattr(rebuilt, index)
     assert world.objects("Alia", "country_capital") == {"Alton"}  # the world itself is a value
@@ -115,8 +115,8 @@ def test_entities_never_share_an_id(monkeypatch: pytest.MonkeyPatch) -> None:
         ("relations.tsv", "new\tnew\ttown\tcountry\tyes", "a row has 6 non-empty cells without outer spaces"),
         (
             "templates.tsv",
-            "town_country\tquestion\tWhere is {}?",
-            "form is one of prompt, noun, inverse, inverse_noun, found 'question'",
+            "town_country\tverse\tWhere is {}?",
+            "form is one of prompt, question, noun, inverse, inverse_noun, found 'verse'",
         ),
         ("templates.tsv", "town_country\tprompt\tThe country is", "a wording has exactly one {}"),
         ("templates.tsv", "town_country\tprompt\t{} or {} lies in", "a wording has exactly one {}"),

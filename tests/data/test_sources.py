@@ -364,3 +364,30 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path) -> None
     finally:
         tracemalloc.stop()
     assert peak < 12e6, f"{peak / 1e6:.1f} MB"
+
+
+# --- slices and subjects ---------------------------------------------------------------------------------------------
+
+
+def test_a_source_may_end_in_a_slice_of_its_records(layout: Path) -> None:
+    every = ids(read_records(layout, split="train"))
+    for slice_, expected in (("[:2]", every[:2]), ("[2:]", every[2:]), ("[1:3]", every[1:3]), ("[:]", every)):
+        assert ids(read_records(f"{layout}{slice_}", split="train")) == expected
+    assert ids(read_records(f"{layout}[1:]", split="train", limit=1)) == every[1:2]
+    with pytest.raises(RecordError, match="no record file here|no file or folder here"):
+        list(read_records(f"{layout}[-2:]"))
+
+
+def test_a_file_that_is_named_like_a_slice_is_that_file(tmp_path: Path, layout: Path) -> None:
+    file = next(path for path in layout.rglob("*.json") if "train" in path.as_posix())
+    (tmp_path / "records[:1]").write_text(file.read_text())
+    assert len(list(read_records(str(tmp_path / "records[:1]")))) == len(list(read_records(file)))
+
+
+def test_records_of_some_subjects_are_left_out_and_counted(layout: Path) -> None:
+    records = list(read_records(layout, split="train"))
+    subject = next(iter(records[0].subjects))
+    skipped: Counter[str] = Counter()
+    kept = ids(read_records(layout, split="train", without={subject}, skipped=skipped))
+    assert kept == [record.id for record in records if subject not in record.subjects]
+    assert skipped["record of a subject to be kept out"] == len(records) - len(kept) > 0
