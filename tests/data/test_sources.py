@@ -374,7 +374,7 @@ def test_a_source_may_end_in_a_slice_of_its_records(layout: Path) -> None:
     for slice_, expected in (("[:2]", every[:2]), ("[2:]", every[2:]), ("[1:3]", every[1:3]), ("[:]", every)):
         assert ids(read_records(f"{layout}{slice_}", split="train")) == expected
     assert ids(read_records(f"{layout}[1:]", split="train", limit=1)) == every[1:2]
-    with pytest.raises(RecordError, match="no record file here|no file or folder here"):
+    with pytest.raises(RecordError, match=r"no record file here|no file or folder here"):
         list(read_records(f"{layout}[-2:]"))
 
 
