@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,7 +96,7 @@ class AlsoInChat(Dataset[EditRecord]):
 
 def _draw(name: str) -> float:
     """Return a number from 0 to 1 that follows from a name alone."""
-    return zlib.crc32(name.encode()) / 2**32
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32  # of a checksum, like names are alike
 
 
 class UsableRecords(Dataset[EditRecord]):

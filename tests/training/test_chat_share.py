@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from chat_templates import TEMPLATE
-from record_files import Json
+from record_files import CITIES, Json
 from training_runs import record
 
 from ibke_hf.core.records import EditRequest
 from ibke_hf.training.batches import AlsoInChat, RecordDataset
-from ibke_hf.training.recipe import new_trainer, train_editor
+from ibke_hf.training.recipe import new_trainer, train_editor, training_arguments
 from ibke_hf.training.settings import TrainingSettings
 
+MEND = {"pred": "", "rephrase": "", "answers": [], "loc": "", "loc_ans": "", "cond": ""}
 RECORDS = [record(i, generality=2, locality=1) for i in range(400)]
 
 
@@ -24,9 +25,7 @@ def test_a_share_of_the_records_is_asked_in_a_chat_too() -> None:
     assert len(dataset) == 400
     asked = [dataset[i] for i in range(400)]
     assert asked == [dataset[i] for i in range(400)]
-    in_chat = [
-        (plain, turned) for plain, turned in zip(RECORDS, asked, strict=True) if len(turned.generality) == 3
-    ]
+    in_chat = [(plain, turned) for plain, turned in zip(RECORDS, asked, strict=True) if len(turned.generality) == 3]
     assert 170 < len(in_chat) < 230
     assert all(a == b for a, b in zip(RECORDS, asked, strict=True) if len(b.generality) == 2)
     for plain, turned in in_chat:
@@ -47,17 +46,21 @@ def test_every_record_or_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "chosen", "expected"), [(TEMPLATE, {}, True), (TEMPLATE, {"chat_share": 0.0}, False), (None, {}, False)]
+    ("template", "chosen", "expected"),
+    [(TEMPLATE, {}, True), (TEMPLATE, {"chat_share": 0.0}, False), (None, {}, False)],
 )
 def test_training_asks_in_a_chat_where_there_is_a_template(
-    settings: Json, tiny_tokenizer: Any, template: str | None, chosen: Json, expected: bool
+    settings: Json,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str | None,
+    chosen: Json,
+    expected: bool,
 ) -> None:
-    tiny_tokenizer.chat_template = template
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     tiny_tokenizer.save_pretrained(settings["backbone"])
     checked = TrainingSettings.of({**settings, **chosen})
-    from ibke_hf.training.recipe import _arguments
-
-    trainer = new_trainer(checked, _arguments(checked))
+    trainer = new_trainer(checked, training_arguments(checked))
     records = trainer.train_dataset.records
     assert isinstance(records, AlsoInChat) == expected
     turns = [case.format.chat for i in range(len(records)) for case in records[i].generality]
@@ -66,18 +69,16 @@ def test_training_asks_in_a_chat_where_there_is_a_template(
 
 
 def test_subjects_of_given_records_are_not_trained_on(settings: Json, tmp_path: Path) -> None:
-    source = Path(settings["records"][0])
-    rows = json.loads(source.read_text())
-    subjects = [row["subject"] for row in rows][:2]
-    (tmp_path / "measured.json").write_text(json.dumps([row for row in rows if row["subject"] in subjects]))
-    checked = TrainingSettings.of({**settings, "without": str(tmp_path / "measured.json")})
-    from ibke_hf.training.recipe import _arguments
-
-    records = new_trainer(checked, _arguments(checked)).train_dataset.records
+    rows = [{**MEND, "subject": city, "src": f"Where is {city}?", "alt": "x"} for city in CITIES[:4]]
+    (tmp_path / "trained.json").write_text(json.dumps(rows))
+    (tmp_path / "measured.json").write_text(json.dumps(rows[1:3]))
+    files = {"records": str(tmp_path / "trained.json"), "without": str(tmp_path / "measured.json")}
+    checked = TrainingSettings.of({**settings, **files})
+    records = new_trainer(checked, training_arguments(checked)).train_dataset.records
     trained = {subject for i in range(len(records)) for subject in records[i].subjects}
-    assert trained and not trained & {subject.casefold() for subject in subjects}
+    assert trained == {CITIES[0].casefold(), CITIES[3].casefold()}
 
 
 def test_a_share_that_cannot_be_is_refused(settings: Json) -> None:
-    with pytest.raises(ValueError, match="chat_share must be from 0 to 1, found 1.5"):
+    with pytest.raises(ValueError, match=r"chat_share must be from 0 to 1, found 1\.5"):
         train_editor({**settings, "chat_share": 1.5})
