@@ -28,7 +28,7 @@ from ..core.edits import LowRankEdit
 from ..core.fingerprints import weights_digest
 from ..core.modeling_ibke import GradientEditor
 from ..core.tokens import IGNORED, TokenBatch
-from ..io import write_json
+from ..io import FileError, read_json, write_json
 from .activation_store import ActivationStore, from_half, to_half
 from .partial_forward import PartialForward, PartialForwardError
 
@@ -66,6 +66,10 @@ class ActivationCache:
 
         Returns:
             The cache; None, with a warning, where the backbone cannot be run in parts.
+
+        Raises:
+            FileError: If what is stored there was computed by a backbone of these weights that answers otherwise,
+                as with an adapter that is switched on or off.
         """
         names = editor.config.module_names()
         try:
@@ -77,8 +81,7 @@ class ActivationCache:
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         place = Path(folder) / digest
         store = ActivationStore(place, int(gigabytes * GIGABYTE))
-        if not (place / ABOUT).exists():
-            write_json(place / ABOUT, about)
+        _require_answers(place / ABOUT, about, parts.answers, torch.finfo(backbone.dtype).eps ** 0.5)
         return cls(parts, names, store)
 
     def new_batch(self) -> None:
@@ -94,7 +97,7 @@ class ActivationCache:
         keys = _keys("factors", requests, with_target=True)
 
         def compute(rows: list[int]) -> list[Stored]:
-            captured = editor.capture(backbone, requests[rows], names=[names[row] for row in rows])
+            captured = editor.capture(backbone, requests[rows].trimmed(), names=[names[row] for row in rows])
             mask = captured[0].mask.cpu()
             columns = [
                 to_half(part[mask.to(part.device)].cpu())
@@ -129,7 +132,7 @@ class ActivationCache:
     @torch.no_grad()
     def _unedited(self, cases: TokenBatch) -> Tensor:
         def compute(rows: list[int]) -> list[Stored]:
-            batch = cases[rows]
+            batch = cases[rows].trimmed()
             states = to_half(self.parts.upper(batch, self._entering(batch)).cpu())
             return [(part, ()) for part in states.split((batch.labels != IGNORED).sum(1).tolist())]
 
@@ -145,20 +148,20 @@ class ActivationCache:
         """Return the states (b, l, d) that enter the lowest edited block, None where that is the first block."""
         if not self.parts.start:
             return None
-        mask = cases.attention_mask.bool().cpu()
 
         def compute(rows: list[int]) -> list[Stored]:
-            states = self.parts.lower(cases[rows])
-            tokens = to_half(states[mask[rows].to(states.device)].cpu())
-            return [(part, ()) for part in tokens.split(mask[rows].sum(1).tolist())]
+            batch = cases[rows].trimmed()
+            states, mask = self.parts.lower(batch), batch.attention_mask.bool()
+            tokens = to_half(states[mask.to(states.device)].cpu())
+            return [(part, ()) for part in tokens.split(mask.sum(1).tolist())]
 
         stored = self._obtain(_keys("entering", cases, with_target=False), compute)
-        return _padded(from_half(torch.cat([array for array, _ in stored])), mask)
+        return _padded(from_half(torch.cat([array for array, _ in stored])), cases.attention_mask.bool().cpu())
 
     def _obtain(self, keys: Sequence[str], compute: Callable[[list[int]], list[Stored]]) -> list[Stored]:
         """Return the arrays of keys; those that are not stored are computed, by their rows, and stored."""
         held = {key: self._recent.get(key) or self.store.get(key) for key in keys}
-        missing = [row for row, key in enumerate(keys) if held[key] is None]
+        missing = list({key: row for row, key in enumerate(keys) if held[key] is None}.values())
         if missing:
             computed = {keys[row]: array for row, array in zip(missing, compute(missing), strict=True)}
             held |= computed
@@ -186,6 +189,18 @@ def _keys(kind: str, batch: TokenBatch, *, with_target: bool) -> list[str]:
             digest.update(part.to(torch.int64).numpy().tobytes())
         keys.append(digest.hexdigest())
     return keys
+
+
+def _require_answers(file: Path, about: Mapping[str, Any], answers: Tensor, tolerance: float) -> None:
+    """Check that the backbone answers as it did when a store was begun; a new one keeps the answers in its file."""
+    stored = read_json(file).get("answers") if file.exists() else None
+    if stored is None:
+        write_json(file, {**about, "answers": answers.tolist()})
+    elif len(stored) != len(answers) or not (torch.tensor(stored) - answers).norm() <= tolerance * answers.norm():
+        raise FileError(
+            f"{file.parent}: holds the activations of a backbone of these weights that answered otherwise (another "
+            "adapter in use?); remove it, or name another activation_cache"
+        )
 
 
 def _about(backbone: Any, names: Sequence[str], loss_scale: float) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from ..core.tokens import IGNORED, TokenBatch
 _left_out: ContextVar[frozenset[int]] = ContextVar("ibke_hf_blocks_left_out", default=frozenset())
 _replacing = RLock()  # a block's method is replaced by one thread at a time
 LENGTHS, TARGETS = (16, 11), 3  # of the two texts of the trial, and how many of their tokens are judged
+ANSWERS = 8  # logits of each judged token that are kept
 
 
 class PartialForwardError(ValueError):
@@ -41,9 +42,14 @@ class PartialForward:
         model: The decoder, in one piece on one device.
         names: Names of the edited layers, such as ``model.layers.3.mlp.down_proj``.
 
+    Attributes:
+        answers: Some logits of the texts of the trial, by which the model is known again.
+
     Raises:
         PartialForwardError: If the decoder cannot be run so.
     """
+
+    answers: Tensor
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
         self.model = model
@@ -153,6 +159,7 @@ class PartialForward:
         except Exception as error:  # whatever a foreign model raises is the reason
             reason = " ".join(str(error).split())[:200]
             raise PartialForwardError(f"its blocks do not run in parts ({type(error).__name__}: {reason})") from error
+        self.answers = whole[:, :ANSWERS].flatten().cpu()
         difference = (parts - whole).norm() / (whole - whole.mean()).norm()
         if not difference <= torch.finfo(self.model.dtype).eps ** 0.5:
             raise PartialForwardError(

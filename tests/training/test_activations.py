@@ -19,6 +19,7 @@ from training_runs import assert_equal_weights, record, weights
 from ibke_hf import IBKEEditor
 from ibke_hf.core.records import EditRecord, EditRequest
 from ibke_hf.editors.mend import MENDEditor
+from ibke_hf.io import FileError
 from ibke_hf.training.activation_store import DATA, INDEX, ActivationStore, from_half, to_half
 from ibke_hf.training.activations import ActivationCache
 from ibke_hf.training.objective import run_batch
@@ -213,6 +214,15 @@ def test_what_another_backbone_has_stored_is_not_read(change: str, trainer_for: 
     else:
         trainer.backbone.bfloat16()
     assert not len(opened(trainer, tmp_path).store)
+
+
+def test_a_backbone_of_the_same_weights_that_answers_otherwise_is_refused(trainer_for: Any, tmp_path: Path) -> None:
+    trainer = trainer_for(records())
+    opened(trainer, tmp_path)
+    opened(trainer, tmp_path)
+    trainer.backbone.model.layers[0].register_forward_hook(lambda _, __, output: output * 1.5)
+    with pytest.raises(FileError, match="answered otherwise"):
+        opened(trainer, tmp_path)
 
 
 def test_the_room_is_never_exceeded_and_what_has_none_is_computed(trainer_for: Any, tmp_path: Path) -> None:
