@@ -40,11 +40,13 @@ class AtlasBench(Bench):
     Args:
         steps: Training steps of each editor that is trained.
         cache: Folder of the key statistics.
+        free: Let the model answer freely as well.
     """
 
-    def __init__(self, steps: int = STEPS, cache: str | Path | None = None) -> None:
+    def __init__(self, steps: int = STEPS, cache: str | Path | None = None, *, free: bool = False) -> None:
         self.steps, self.cache = steps, cache
         self.settings = {"backbone": "ibke-atlas", "steps": steps, "hyper_parameters": chosen_settings()}
+        self.settings |= {"free": True} if free else {}
 
     def load(self) -> tuple[Any, Any]:
         """Load the Atlas backbone and its tokenizer."""

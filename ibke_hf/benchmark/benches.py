@@ -23,10 +23,15 @@ class Bench(ABC):
     """A backbone, the records and the editors that are compared on it.
 
     Attributes:
-        settings: What decides the cells, as JSON values.
+        settings: What decides the cells, as JSON values; ``"free": True`` where models answer freely as well.
     """
 
     settings: dict[str, Any]
+
+    @property
+    def free(self) -> bool:
+        """Whether the models also answer freely, without the target's length."""
+        return bool(self.settings.get("free"))
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from .. import __version__
 from ..core.records import EditRecord
 from ..editors.catalogue import KINDS, kind_of
 from ..evaluation.results import evaluate_to_folder, require_same
-from ..evaluation.scores import REPORTED
+from ..evaluation.scores import ANSWERED, REPORTED
 from ..io import locked, write_json
 from .benches import Bench
 from .cells import BenchmarkError, Cell, Plan
@@ -119,6 +119,7 @@ def _is_done(cell: Cell, folder: Path) -> bool:
 def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batch_size: int) -> None:
     """Evaluate one cell and write its line of the table."""
     (model, tokenizer), records = bench.loaded, bench.records(cell, number)
+    free: dict[str, Any] = {"free": True} if bench.free else {}  # older folders do not have it among their settings
     results = evaluate_to_folder(
         folder,
         editor,
@@ -128,12 +129,13 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
         settings={**bench.settings, **asdict(cell)},
         sequential=cell.sequential,
         batch_size=batch_size,
+        **free,
         progress=False,
     )
     line = {
         **asdict(cell),
         "records": results["records"],
-        **{score: results["overall"][score] for score in REPORTED},
+        **{score: results["overall"][score] for score in (*REPORTED, *(ANSWERED if bench.free else ()))},
         "edit_seconds": results["edit_seconds"],
         "edit_seconds_alone": results["edit_seconds_alone"],
         "edit_bytes": results["edit_bytes"],
@@ -187,7 +189,7 @@ def _copy_cell(file: Path, there: Path) -> None:
 
 
 def _scores(line: Mapping[str, Any]) -> list[Any]:
-    return [line[name] for name in REPORTED]
+    return [line.get(name) for name in (*REPORTED, *ANSWERED)]
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------

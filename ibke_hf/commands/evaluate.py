@@ -21,7 +21,7 @@ from .options import (
     read_dataset,
     seed,
 )
-from .prompt_options import prompt_changes, prompt_options
+from .prompt_options import free_option, is_free, prompt_changes, prompt_options
 
 SELECTION = (
     "dataset",
@@ -86,6 +86,7 @@ def _asking_options(group: Any) -> None:
         "--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit"
     )
     prompt_options(group)
+    free_option(group)
     group.add_argument(
         "--strict", action="store_true", help="stop at the first record that cannot be used (default: leave it out)"
     )
@@ -113,11 +114,13 @@ def _asking_options(group: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     require_editor(options.editor or "ibke", options.model)
     _require_corpus_used(options)
+    is_free(options)  # refuses what contradicts itself
     with locked(options.out):  # before anything is loaded
         _evaluate(options)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from ..data.chat import as_asked
     from ..evaluation.report.score_table import score_table
     from ..evaluation.results import PAGE, RESULTS, ROWS, evaluate_to_folder
     from ..loading import load_all
@@ -133,7 +136,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         **load_options(options),
     )
     changes = prompt_changes(options, tokenizer)
-    records = [record.formatted(**changes) for record in records]
+    records = [as_asked(record, **changes) for record in records]
     settings = {name: getattr(options, name) for name in SELECTION}
     results = evaluate_to_folder(
         options.out,
@@ -149,6 +152,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         locality_match=options.locality_match,
         span=options.span,
         generate=not options.no_generate,
+        **({"free": True} if is_free(options) else {}),
         strict=options.strict,
         progress=sys.stderr.isatty(),
         settings={

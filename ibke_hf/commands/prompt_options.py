@@ -44,6 +44,28 @@ def prompt_changes(options: argparse.Namespace, tokenizer: Any = None) -> dict[s
     return {name: value for name, value in fields.items() if value}
 
 
+def free_option(command: Any) -> None:
+    """Add the option of commands that score answers, which :func:`is_free` reads."""
+    command.add_argument(
+        "--free",
+        action="store_true",
+        help="also let the model answer by itself, without the target's length, and look for the target in that; "
+        "--chat does so in the chat",
+    )
+
+
+def is_free(options: argparse.Namespace) -> bool:
+    """Tell whether the model also answers freely: asked for, or in a chat unless nothing is to be generated.
+
+    Raises:
+        ValueError: If it is asked for, and so is that nothing be generated.
+    """
+    silent = getattr(options, "no_generate", False)
+    if options.free and silent:
+        raise ValueError("--free: nothing is generated with --no-generate; leave one of them out")
+    return bool(options.free or (options.chat and not silent))
+
+
 def _chat_options(text: str) -> dict[str, Any]:
     """Read a JSON object, or ``name=value`` pairs between commas, whose values are JSON or else plain text."""
     try:

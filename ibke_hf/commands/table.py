@@ -21,7 +21,7 @@ from .options import (
     read_dataset,
     shown,
 )
-from .prompt_options import prompt_changes, prompt_options
+from .prompt_options import free_option, is_free, prompt_changes, prompt_options
 
 ATLAS = "atlas"
 SETTINGS = ("layers", "corpus", "editors", "training")  # of the YAML file
@@ -33,7 +33,9 @@ def add(commands: Any) -> None:
         commands, "table", "compare editors as the paper's table does; a killed run goes on where it stopped", _run
     )
     _compared_options(command.add_argument_group("what is compared"))
-    prompt_options(command.add_argument_group("how records are asked"))
+    asking = command.add_argument_group("how records are asked")
+    prompt_options(asking)
+    free_option(asking)
     _editor_options(command.add_argument_group("how editors are made"))
     command.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="i/n", help="make the cells of one of n shares only"
@@ -187,11 +189,12 @@ def _atlas_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
     named += [f"--editors {name}={path}" for name, path in editors.items() if path]
     if named:
         raise ValueError(f"{named[0]}: atlas has its own; leave it out, or give a --backbone")
-    return AtlasBench(options.steps or STEPS)
+    return AtlasBench(options.steps or STEPS, free=is_free(options))
 
 
 def _model_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any:
     from ..benchmark import ModelBench
+    from ..data.chat import as_asked
     from ..loading import load_editor, load_model
     from ..training.recipe import PAPER_DTYPES, read_settings
 
@@ -202,7 +205,7 @@ def _model_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
     recipes = _Recipes(options, config, fields)
     return ModelBench(
         lambda: load_model(options.model, **load_options(options)),
-        lambda name: (record.formatted(**recipes.prompt_changes) for record in _read(name)),
+        lambda name: (as_asked(record, **recipes.prompt_changes) for record in _read(name)),
         saved={name: path for name, path in editors.items() if path},
         load_saved=load_editor,
         training=recipes.training if options.records else None,
@@ -264,6 +267,7 @@ class _Recipes:
             "corpus": self.corpus,
             **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
             **self.prompt_changes,
+            **({"free": True} if is_free(options) else {}),
         }
 
 

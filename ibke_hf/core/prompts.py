@@ -152,6 +152,21 @@ def encode_chat(
     return whole, len(ids)
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that a chat template puts behind an answer; None if there is none of the kind."""
+    mark = "answer"
+    try:
+        whole = str(_apply(tokenizer, mark, mark, {}, tokenize=False))
+    except RequestError:  # no template, or one of user's turns alone
+        return None
+    _, found, rest = whole.rpartition(mark)
+    ids: list[int] = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+    if not ids:
+        return None
+    added = getattr(tokenizer, "added_tokens_decoder", {}).get(ids[0])
+    return ids[0] if ids[0] in tokenizer.all_special_ids or getattr(added, "special", False) else None
+
+
 def _before_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, options: Mapping[str, Any]) -> str:
     """Return the blanks that a template puts between the header of the assistant's turn and an answer."""
     mark = "answer"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.records import EditCase, EditRecord, EditRequest, Hop
+from .chat import as_asked
 from .fields import RecordError
 from .sources import find_source, read_records
 
@@ -158,7 +159,7 @@ class StoredRecords:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> EditRecord:
-        return record_from_row(self.rows[index]).formatted(**self.changes)
+        return as_asked(record_from_row(self.rows[index]), **self.changes)
 
 
 def _stamp(source: str | Path, cache_dir: str | Path | None, options: Mapping[str, Any]) -> str:

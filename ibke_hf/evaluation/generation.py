@@ -11,10 +11,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..core.forward import padding_of
 from ..core.layers import input_device
+from ..core.prompts import end_of_turn
 from ..core.records import PLAIN, PromptFormat
 from ..core.tokens import context_length, encode_prompt, pad_and_label
 
 MORE_TOKENS = 3  # generated beyond the target's length, so that a longer word is told from the target
+FREE_TOKENS = 32  # of a free answer, at most (PROTOCOL, Free generation)
 Attach = Callable[[Any, Sequence[int]], AbstractContextManager[Any]]
 
 
@@ -28,52 +30,107 @@ def generate_texts(
 ) -> dict[int, str]:
     """Continue prompts greedily, up to target length + 3 tokens each.
 
-    Prompts with targets of similar length share a batch; each answer is cut to its own length, so that the batch it is
-    in does not matter. Of a model that reads padding as text, prompts of one length share a batch.
+    Args:
+        model: See :func:`generate_ids`, as of the others.
+        tokenizer: Likewise.
+        asked: Prompt and number of target tokens of each question, by index.
+        batch_size: Rows of a batch.
+        attach: Edits the model for the questions of a batch.
+        formats: How the prompts are put to the model.
+    """
+    budgets = {i: (prompt, tokens + MORE_TOKENS) for i, (prompt, tokens) in asked.items()}
+    generated = generate_ids(model, tokenizer, budgets, batch_size, attach, formats)
+    return {i: answer_text(tokenizer, ids) for i, ids in generated.items()}
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return generated ids as text, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Mapping[int, tuple[str, int]],
+    batch_size: int,
+    attach: Attach,
+    formats: Mapping[int, PromptFormat] | None = None,
+) -> dict[int, list[int]]:
+    """Continue prompts greedily until the model stops by itself, or at a number of new tokens; return these.
+
+    Questions with similar numbers share a batch; each answer is cut to its own length, and ends before the token that
+    ends it (:func:`stop_ids`), so that the batch it is in does not matter. Of a model that reads padding as text,
+    prompts of one length share a batch.
 
     Args:
         model: The backbone.
         tokenizer: Its tokenizer; a missing pad token is no obstacle.
-        asked: Prompt and number of target tokens of each question, by index.
+        asked: Prompt and largest number of new tokens of each question, by index; where the model's context ends
+            before, so does the answer.
         batch_size: Rows of a batch.
         attach: Called with the model and the questions of a batch; edits the model for them.
         formats: How the prompts are put to the model, by index; plain where none is given.
     """
-    formats = formats or {}
+    formats, limit, stops = formats or {}, context_length(model), stop_ids(model, tokenizer)
     prompts = {i: encode_prompt(tokenizer, prompt, formats.get(i, PLAIN)) for i, (prompt, _) in asked.items()}
-    texts: dict[int, str] = {}
-    for members in _batches(model, asked, prompts, batch_size):
-        budgets = [asked[i][1] + MORE_TOKENS for i in members]
+    budgets = {i: tokens for i, (_, tokens) in asked.items()}
+    if limit is not None:
+        budgets = {i: min(tokens, limit - len(prompts[i]) + 1) for i, tokens in budgets.items()}
+    answers: dict[int, list[int]] = {}
+    for members in _batches(model, budgets, prompts, batch_size, limit):
         with attach(model, members):
-            generated = _generate(model, tokenizer, [prompts[i] for i in members], max(budgets))
-        for i, ids, budget in zip(members, generated, budgets, strict=True):
-            texts[i] = str(tokenizer.decode(ids[:budget], skip_special_tokens=True))
-    return texts
+            rows = [prompts[i] for i in members]
+            generated = _generate(model, tokenizer, rows, max(budgets[i] for i in members), stops)
+        for i, ids in zip(members, generated, strict=True):
+            kept = ids[: budgets[i]]
+            answers[i] = kept[: next((place for place, token in enumerate(kept) if token in stops), len(kept))]
+    return answers
+
+
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end an answer: the model's and the tokenizer's, and what ends a turn of a chat."""
+    config = getattr(model, "generation_config", None)
+    named = [getattr(part, "eos_token_id", None) for part in (config, model.config, tokenizer)]
+    stops = [token for one in (*named, end_of_turn(tokenizer)) for token in (one if isinstance(one, list) else [one])]
+    return frozenset(token for token in stops if token is not None)
 
 
 def _batches(
-    model: Any, asked: Mapping[int, tuple[str, int]], prompts: Mapping[int, Sequence[int]], batch_size: int
+    model: Any,
+    budgets: Mapping[int, int],
+    prompts: Mapping[int, Sequence[int]],
+    batch_size: int,
+    limit: int | None,
 ) -> Iterator[list[int]]:
-    """Yield questions that are answered together: with targets of similar length, or with prompts of one length."""
-    order = sorted(asked, key=lambda i: (asked[i][1], len(prompts[i])))
-    if padding_of(model) == "left":
-        groups = [order]
-    else:
-        lengths = sorted({len(prompts[i]) for i in order})
-        groups = [[i for i in order if len(prompts[i]) == length] for length in lengths]
-    for group in groups:
-        yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+    """Yield questions that are answered together: with similar numbers of new tokens, or with prompts of one length.
+
+    The longest prompt and the longest answer of a batch together fit the model's context.
+    """
+    order = sorted(budgets, key=lambda i: (budgets[i], len(prompts[i])))
+    padded = padding_of(model) == "left"
+    members: list[int] = []
+    for i in order if padded else sorted(order, key=lambda i: len(prompts[i])):
+        widths = [len(prompts[other]) for other in (*members, i)]
+        apart = not padded and min(widths) < max(widths)
+        full = limit is not None and max(widths) + max(budgets[other] for other in (*members, i)) - 1 > limit
+        if members and (apart or full or len(members) == batch_size):
+            yield members
+            members = []
+        members = [*members, i]
+    if members:
+        yield members
 
 
 def _generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    stops: frozenset[int],
 ) -> list[list[int]]:
     """Greedy continuations of left-padded prompts, whatever sampling the model's own generation config asks for."""
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batch = pad_and_label([([*ids, pad], len(ids)) for ids in prompts], pad=pad).to(input_device(model))
-    limit = context_length(model)
-    if limit is not None:
-        new_tokens = min(new_tokens, limit - batch.input_ids.shape[1] + 1)
     config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -81,6 +138,7 @@ def _generate(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=pad,
+        eos_token_id=sorted(stops) or None,
     )
     with torch.no_grad():
         ids = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config)

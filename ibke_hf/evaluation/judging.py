@@ -20,9 +20,9 @@ from ..core.edit_values import Edit
 from ..core.records import EditCase
 from ..core.tokens import IGNORED, pad_and_label
 from . import scores
-from .generation import generate_texts
+from .generation import FREE_TOKENS, MORE_TOKENS, answer_text, generate_ids
 from .questions import RecordQuestion, Tokens
-from .wording import exact_match
+from .wording import contains_answer, exact_match, normalised
 
 LOGIT_BYTES = 256 << 20  # unedited logits of locality cases that are kept for a lot; the others are asked again
 EDIT_BYTES = 4 << 30  # edits that are made, held or copied to the rows of a batch at once
@@ -74,34 +74,62 @@ class Prediction:
         ids: (p,) argmax, on the CPU.
         logits: (p, vocabulary) on the CPU in the model's precision; of locality questions only, as many as
             `LOGIT_BYTES` have room for.
+        answer: Of locality questions, what it answers freely; None if it is not to.
     """
 
     ids: Tensor
     logits: Tensor | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model writes by itself.
+
+    Attributes:
+        short: As far as an exact match is told, the target's length and a little more; None if that is not asked for.
+        free: Until it stops by itself, see :data:`~.generation.FREE_TOKENS`; None if that is not asked for.
+    """
+
+    short: str | None = None
+    free: str | None = None
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Asks a model questions in batches of `batch_size` rows."""
+    """Asks a model questions in batches of `batch_size` rows.
+
+    Attributes:
+        model: The backbone.
+        tokenizer: Its tokenizer.
+        batch_size: Rows of a forward pass.
+        locality_match: How predictions are compared, see :class:`~.protocol.Procedure`.
+        generate: Generate answers for exact match.
+        free: Let the model answer every question freely as well.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     locality_match: LocalityMatch = "ids"
     generate: bool = True
+    free: bool = False
 
     def predictions(self, questions: Sequence[RecordQuestion]) -> list[Prediction]:
         """Record what the unedited model predicts."""
         predictions: dict[int, Prediction] = {}
         room = LOGIT_BYTES
         unedited = Carried(None, dict.fromkeys(range(len(questions)), 0))
+        local = [i for i, question in enumerate(questions) if question.role == "locality"]
+        answers = self._answers(questions, unedited.only(local)) if self.free else {}
         for members, logits, parts in self._batches({i: q.tokens for i, q in enumerate(questions)}, unedited):
             ids = logits.float().argmax(-1).cpu()
             for member, part in zip(members, parts, strict=True):
                 keep = questions[member].role == "locality" and logits[part].nbytes <= room
                 room -= logits[part].nbytes if keep else 0
                 # a copy: a view would keep the logits of the whole batch alive
-                predictions[member] = Prediction(ids[part], logits[part].clone().cpu() if keep else None)
+                kept = logits[part].clone().cpu() if keep else None
+                predictions[member] = Prediction(ids[part], kept, answers.get(member, Answer()).free)
         return [predictions[i] for i in range(len(questions))]
 
     def unknown(self, hops: Mapping[int, Tokens], carried: Carried) -> list[int]:
@@ -130,7 +158,7 @@ class Judge:
             carried: The members' edits.
             edited_hops: Number of supporting hops that were edited in for a question, where there are any.
         """
-        answers = self._answers(questions, carried) if self.generate else {}
+        answers = self._answers(questions, carried)
         rows: dict[int, Row] = {}
         for members, logits, parts in self._batches({i: questions[i].tokens for i in carried.rows}, carried):
             expected = torch.cat([_expected(questions[i], before[i]) for i in members])
@@ -146,10 +174,9 @@ class Judge:
                 rows[i] = {
                     **described(question),
                     **scores.case_scores(hits, first),
-                    "exact_match": exact_match(answers[i], question.names) if i in answers else None,
+                    **answer_scores(question, answers.get(i, Answer()), before[i].answer),
                     "before": self._text(before[i].ids),
                     "after": self._text(top[part]),
-                    "generated": answers.get(i),
                     "js_similarity": similarity,
                     "edited_hops": edited_hops.get(i, 0),
                 }
@@ -180,13 +207,25 @@ class Judge:
             ends = list(accumulate(len(_target_ids(tokens[member])) for member in members))
             yield members, logits[labels != IGNORED], [slice(*part) for part in zip([0, *ends], ends, strict=False)]
 
-    def _answers(self, questions: Sequence[RecordQuestion], carried: Carried) -> dict[int, str]:
-        """Generate an answer to each request and generality case greedily."""
-        asked = {i: questions[i] for i in carried.rows if questions[i].role != "locality"}
-        prompts = {i: (question.asked.prompt, len(question.target_ids)) for i, question in asked.items()}
-        formats = {i: question.asked.format for i, question in asked.items()}
+    def _answers(self, questions: Sequence[RecordQuestion], carried: Carried) -> dict[int, Answer]:
+        """Generate greedy answers: free ones to all members, short ones to requests and generality cases.
+
+        A short answer is the beginning of the free one, so that nothing is generated twice.
+        """
+        short = {
+            i: len(questions[i].target_ids) + MORE_TOKENS
+            for i in carried.rows
+            if self.generate and questions[i].role != "locality"
+        }
+        free = dict.fromkeys(carried.rows if self.free else (), FREE_TOKENS)
+        asked = {i: (questions[i].asked.prompt, max(short.get(i, 0), free.get(i, 0))) for i in {**short, **free}}
+        formats = {i: questions[i].asked.format for i in asked}
         size = carried.rows_at_once(self.batch_size)
-        return generate_texts(self.model, self.tokenizer, prompts, size, carried.attached, formats)
+        ids = generate_ids(self.model, self.tokenizer, asked, size, carried.attached, formats)
+        return {i: Answer(self._beginning(ids[i], short.get(i)), self._beginning(ids[i], free.get(i))) for i in asked}
+
+    def _beginning(self, ids: Sequence[int], tokens: int | None) -> str | None:
+        return None if tokens is None else answer_text(self.tokenizer, ids[:tokens])
 
     def _equal_strings(self, logits: Tensor, expected: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Hits within the top k and the top 1 where equal decoded tokens count as equal, as UniEdit compares them."""
@@ -218,6 +257,28 @@ def described(question: RecordQuestion) -> Row:
         "hops": case.hops,
         "prompt": case.prompt,
         "target": case.target,
+    }
+
+
+def answer_scores(question: RecordQuestion, answer: Answer, before: str | None) -> Row:
+    """Return what a row says of the answers that were generated, and whether they are right.
+
+    Args:
+        question: What was asked.
+        answer: What the edited model writes.
+        before: The unedited model's free answer, which a locality case keeps.
+    """
+    answered: bool | None = None
+    if answer.free is not None and question.role == "locality":
+        answered = normalised(answer.free) == normalised(before or "")
+    elif answer.free is not None:
+        answered = contains_answer(answer.free, question.names)
+    return {
+        "exact_match": None if answer.short is None else exact_match(answer.short, question.names),
+        "answered": answered,
+        "generated": answer.short,
+        "answer_before": before,
+        "answer": answer.free,
     }
 
 

@@ -47,8 +47,9 @@ class Evaluation:
             dataset, kind, role (reliability, generality, locality), list, case (its index in the record), criteria,
             hops, prompt, target; score, top1 and first_token as fractions; exact_match (requests and generality, None
             if not generated); js_similarity (locality); before and after, the teacher-forced top-1 text at the target
-            positions; generated, the answer that exact_match judges; and edited_hops, the number of supporting hops
-            that were edited in.
+            positions; generated, the answer that exact_match judges; answer, what the model answers freely,
+            answer_before, what it did before the edit (locality), and answered, whether that is right or unmoved (None
+            if not asked freely); and edited_hops, the number of supporting hops that were edited in.
         summary: The scores in percent, see :func:`~ibke_hf.evaluation.scores.summarise`.
         skipped: Number of cases that were not scored, by reason.
         edit_seconds: Mean editing time of a request in seconds; None where nothing was edited.
@@ -75,6 +76,8 @@ class Procedure:
         locality_match: Compare token ids, or decoded strings as UniEdit does.
         span: Where the target span starts, see :func:`ibke_hf.core.tokens.encode`.
         generate: Generate answers greedily, for exact match.
+        free: Let the model answer every question freely as well, without the target's length (PROTOCOL, Free
+            generation); in the format, chat or plain, that a request or case has.
         strict: Raise for a request or case that cannot be edited or asked, before anything is run. By default it is
             left out, named and counted: a record by one unusable request, else the case alone.
     """
@@ -87,6 +90,7 @@ class Procedure:
     locality_match: LocalityMatch = "ids"
     span: Span = "prompt"
     generate: bool = True
+    free: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -140,7 +144,7 @@ def evaluate_records(
     skipped = selection.leave_out(on_skip)
     earlier = {row_key(row): row for row in finished}
     editing = Editing(editor, model, tokenizer, how.mode, how.batch_size)
-    judge = Judge(model, tokenizer, how.batch_size, how.locality_match, how.generate)
+    judge = Judge(model, tokenizer, how.batch_size, how.locality_match, how.generate, how.free)
     rows: list[Row] = []
     with evaluating(model), tqdm(total=len(selection.records), unit="record", disable=not progress) as bar:
         # The same lots after a kill: what shares a batch moves the last bits of a score.

@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 CASES = ("generality", "locality")
 ROLES = ("reliability", *CASES)
 TEACHER_FORCED = ("reliability", "generality_top1", "locality_top1", "generality", "locality", "avg", "f1")
-GENERATED = ("exact_match",)  # by greedy generation
+ANSWERED = ("answered_reliability", "answered_generality", "answered_locality")  # by free generation, if asked for
 REPORTED = (  # what every table, card and report shows: what is right first, then what the paper counts as a hit
     "exact_match",
     "reliability",
@@ -36,6 +36,9 @@ TITLES = {  # in words
     "locality": "locality, in the top 5",
     "avg": "average of reliability, generality and locality, in the top 5",
     "f1": "F1 of generality and locality, in the top 5",
+    "answered_reliability": "free answer contains the target, of the edit (reliability)",
+    "answered_generality": "free answer contains the target, of what follows (generality)",
+    "answered_locality": "free answer is the one from before the edit (locality)",
 }
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def mean_over_lists(rows: Iterable[Row], field: str) -> float | None:
     """Mean of a row field over the cases of each list, then over the lists, unweighted, in percent."""
     lists: dict[str, list[Any]] = {}
     for row in rows:
-        lists.setdefault(row["list"], []).append(row[field])
+        lists.setdefault(row["list"], []).append(row.get(field))
     result = mean(mean(values) for values in lists.values())
     return None if result is None else 100 * result
 
@@ -152,9 +155,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     Returns:
         ``reliability``, ``generality``, ``locality``, ``f1``, ``avg``, ``generality_top1``, ``locality_top1``,
         ``exact_match`` and ``first_token`` (of generality cases), ``reliability_exact_match`` (of requests) and
-        ``js_similarity`` (of locality cases), all in percent and None where there is nothing to average; ``records``,
-        and ``cases`` by role. Besides, ``by_domain[domain]`` with all of these, and ``by_criterion[role][name]`` and
-        ``by_hops[role][hops]`` with score, top1, exact_match and cases.
+        ``js_similarity`` (of locality cases), and by free generation ``answered_reliability``, ``answered_generality``
+        and ``answered_locality``, all in percent and None where there is nothing to average; ``records``, and
+        ``cases`` by role. Besides, ``by_domain[domain]`` with all of these, and ``by_criterion[role][name]`` and
+        ``by_hops[role][hops]`` with score, top1, exact_match and cases, and answered where answers were free.
     """
     judged = {role: [row for row in rows if row["role"] == role] for role in CASES}
     domains = sorted({row["domain"] for row in rows})
@@ -169,7 +173,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:
     requests, generality, locality = ([row for row in rows if row["role"] == role] for role in ROLES)
     hit = mean(row["score"] for row in requests)
-    said = mean(row["exact_match"] for row in requests)
+    said, answered = (mean(row.get(field) for row in requests) for field in ("exact_match", "answered"))
     reliability = None if hit is None else 100 * hit
     general, local = mean_over_lists(generality, "score"), mean_over_lists(locality, "score")
     return {
@@ -184,6 +188,9 @@ def _scores(rows: Sequence[Row]) -> dict[str, Any]:
         "reliability_exact_match": None if said is None else 100 * said,
         "first_token": mean_over_lists(generality, "first_token"),
         "js_similarity": mean_over_lists(locality, "js_similarity"),
+        "answered_reliability": None if answered is None else 100 * answered,
+        "answered_generality": mean_over_lists(generality, "answered"),
+        "answered_locality": mean_over_lists(locality, "answered"),
         "records": len({(row["dataset"], row["record"]) for row in rows}),
         "cases": {"reliability": len(requests), "generality": len(generality), "locality": len(locality)},
     }
@@ -196,12 +203,15 @@ def _cells(rows: Sequence[Row], field: str) -> dict[str, dict[str, Any]]:
         values = row[field] if isinstance(row[field], (list, tuple)) else [row[field]]
         for value in values:
             parts.setdefault(value, []).append(row)
+    return {str(value): _cell(part) for value, part in sorted(parts.items())}
+
+
+def _cell(rows: Sequence[Row]) -> dict[str, Any]:
+    answered = mean_over_lists(rows, "answered")
     return {
-        str(value): {
-            "score": mean_over_lists(part, "score"),
-            "top1": mean_over_lists(part, "top1"),
-            "exact_match": mean_over_lists(part, "exact_match"),
-            "cases": len(part),
-        }
-        for value, part in sorted(parts.items())
+        "score": mean_over_lists(rows, "score"),
+        "top1": mean_over_lists(rows, "top1"),
+        "exact_match": mean_over_lists(rows, "exact_match"),
+        **({} if answered is None else {"answered": answered}),
+        "cases": len(rows),
     }

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..core.configuration_ibke import PRESETS
 from ..core.records import EditRecord
 from ..data.augmentation import draw_records
+from ..data.chat import as_asked
 from ..data.subjects import edited_subjects
 from ..editors.catalogue import TRAINED, editor_class
 from ..io import LOCK, FileError, locked, read_json, write_json
@@ -223,7 +224,7 @@ def _records(
     if not sources:
         return None
     stored: list[Any] = [StoredRecords(records_dataset(source, without=without), changes) for source in sources]
-    drawn = [record.formatted(**changes) for record in more]
+    drawn = [as_asked(record, **changes) for record in more]
     return ConcatDataset([*stored, *([RecordDataset(drawn)] if drawn else [])])
 
 

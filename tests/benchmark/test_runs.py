@@ -23,7 +23,7 @@ from ibke_hf.core.records import EditRecord
 from ibke_hf.editors.catalogue import build_editor, editor_class
 from ibke_hf.editors.ft import FineTuningEditor
 from ibke_hf.evaluation.results import ResultsError
-from ibke_hf.evaluation.scores import REPORTED
+from ibke_hf.evaluation.scores import ANSWERED, REPORTED
 from ibke_hf.io import FileError, locked
 
 
@@ -45,6 +45,17 @@ def bench(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., 
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_cells_of_free_answers_have_their_scores_apart(bench: Any, tmp_path: Path) -> None:
+    plan = Plan(("none", "ft"), ("places",), seeds=1, records=2)
+    free = run(bench(settings={"backbone": "tiny", "free": True}), tmp_path / "free", plan)
+    plain = run(bench(), tmp_path / "plain", plan)
+    assert all(cell[name] is not None for cell in free for name in ANSWERED)
+    assert not any(name in cell for cell in plain for name in ANSWERED)
+    assert scores(free) == scores(plain)
+    with pytest.raises(ResultsError, match="free was true, now null"):
+        run(bench(), tmp_path / "free", plan)
 
 
 def test_cells_hold_the_scores_of_the_procedure_on_the_records_of_their_seed(bench: Any, tmp_path: Path) -> None:

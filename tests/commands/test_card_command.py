@@ -18,6 +18,7 @@ from ibke_hf.cli import main
 from ibke_hf.core.modeling_ibke import IBKEEditor
 from ibke_hf.evaluation.scores import TITLES
 from ibke_hf.hub.cards import render_card, stale_files
+from ibke_hf.hub.cards.results import eval_results_text
 
 RESULTS = {
     "overall": {"reliability": 99.123, "generality": 80.0, "exact_match": 61.0},
@@ -114,6 +115,17 @@ def test_the_card_shown_is_the_one_that_is_pushed(
         ("reliability", "teacher-forced"),
         ("generality", "teacher-forced"),
     ]
+
+
+def test_free_answers_are_listed_with_what_they_are(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overall = {**RESULTS["overall"], "answered_reliability": 71.5}
+    results = {**RESULTS, "overall": overall, "settings": {**RESULTS["settings"], "chat": True}}
+    (trained / "results.json").write_text(json.dumps(results))
+    assert main(["card", str(trained)]) == 0
+    shown = capsys.readouterr().out
+    assert [TITLES["answered_reliability"], "71.5"] in markdown_rows(shown)
+    assert "Free answers are the model's own continuation in a chat" in " ".join(shown.split())
+    assert "free generation in a chat" in eval_results_text({"": results})
 
 
 def test_a_folder_is_called_by_its_name_and_finds_results_beside_it(

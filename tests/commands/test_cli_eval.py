@@ -16,7 +16,7 @@ from chat_templates import TEMPLATE
 from ibke_hf.atlas import ASSETS, load_backbone, load_editor, load_records
 from ibke_hf.cli import main
 from ibke_hf.evaluation.protocol import evaluate_records
-from ibke_hf.evaluation.scores import REPORTED
+from ibke_hf.evaluation.scores import ANSWERED, REPORTED
 
 Run = Callable[..., str]
 
@@ -216,3 +216,47 @@ def test_chat_reaches_every_row(evaluated: Any, store: Path, tmp_path: Path, tin
     plain = evaluated("--dataset", "atlas", "--model", model, "--editor", "none", "--limit", 2)[2]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in plain]  # the prompts are those of the records,
     assert [row["before"] for row in rows] != [row["before"] for row in plain]  # what the model reads is the template
+    free = [row for row in rows if row["answer"] is not None]
+    assert len(free) == len(rows)
+    assert {row["answered"] for row in rows} <= {True, False}
+    assert not any(row["answer"] for row in plain)
+    assert results["settings"]["free"] is True and results["overall"]["answered_locality"] == 100  # without an edit
+
+
+def test_free_answers_are_asked_for_in_plain_text_and_can_be_left_out_of_a_chat(
+    evaluated: Any, refused: Run, store: Path, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    model = Path(shutil.copytree(store / "model", tmp_path / "model"))
+    chatting(tiny_tokenizer).save_pretrained(model)
+    what = ("--dataset", "atlas", "--model", model, "--editor", "ft", "--limit", 2)
+    results, printed, _ = evaluated(*what, "--free")
+    assert results["overall"]["answered_reliability"] is not None and results["settings"]["chat"] is False
+    assert re.split("  +", printed.splitlines()[1].strip()) == [
+        "free answer",
+        "exact match",
+        "top 1",
+        "in top 5",
+        "cases",
+    ]
+    assert "asked in plain text" in printed
+    numbers = [f"{results['overall'][f'{name}_generality']:.1f}" for name in ("answered",)]
+    line = next(line.split() for line in printed.splitlines() if line.startswith("generality"))
+    assert line[1:2] == numbers
+    silent = evaluated(*what, "--chat", "--no-generate")[0]
+    assert silent["overall"]["answered_reliability"] is silent["overall"]["exact_match"] is None
+    line = refused("eval", *what, "--free", "--no-generate", "--out", tmp_path / "none")
+    assert "--free: nothing is generated with --no-generate" in line
+
+
+@pytest.mark.parametrize(
+    "file", ["qaedit/qaedit_700.json", "counterfact/easyedit_flat_500.json", "zsre/zsre_mend_eval_24.json"]
+)
+def test_real_datasets_in_a_chat(
+    evaluated: Any, native_data: Callable[[str], Path], store: Path, tmp_path: Path, tiny_tokenizer: Any, file: str
+) -> None:
+    model = Path(shutil.copytree(store / "model", tmp_path / "model"))
+    chatting(tiny_tokenizer).save_pretrained(model)
+    what = ("--dataset", native_data(file), "--model", model, "--editor", "ft", "--limit", 2, "--chat")
+    results, _, rows = evaluated(*what)
+    assert all(results["overall"][name] is not None for name in ANSWERED)
+    assert not any("The answer is: " in row["prompt"] or "nq question" in row["prompt"] for row in rows)

@@ -55,3 +55,4 @@ def test_every_command_that_asks_has_them(command: str, capsys: pytest.CaptureFi
         main([command, "--help"])
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--chat", "--chat-options", "--leading-space"))
+    assert ("--free" in shown) == (command in ("eval", "table"))

@@ -252,6 +252,9 @@ def test_rows_are_json_and_stream_in_order(setting):
         "before",
         "after",
         "generated",
+        "answered",
+        "answer",
+        "answer_before",
         "js_similarity",
         "edited_hops",
     }

@@ -25,9 +25,12 @@ COLUMNS = (
     "before",
     "after",
     "generated",
+    "answer_before",
+    "answer",
     "score",
     "top1",
     "exact_match",
+    "answered",
     "js_similarity",
     "edited_hops",
 )

@@ -28,6 +28,11 @@ METRICS = {  # the strict ones first; what counts an answer among the five most 
     "avg": "Average",
     "f1": "F1",
 }
+FREE = {  # of cells whose models answered freely; shown where there are any
+    "answered_reliability": "Free rel.",
+    "answered_generality": "Free gen.",
+    "answered_locality": "Free loc.",
+}
 STRICT = ("exact_match", "reliability", "generality_top1", "locality_top1")
 PAPER = ("reliability", "generality", "locality", "avg")  # what the paper's Table II shows
 EFFORT = ("edit_seconds", "edit_seconds_alone", "edit_bytes")  # what one edit takes
@@ -39,6 +44,11 @@ IBKE_ROWS = (  # what the two rows of one editor are
 )
 ABSENT, MISSING = "–", "…"
 LONG = 28  # characters of a dataset's name that a title has room for
+FREE_MEANING = (
+    "Free rel., Free gen., Free loc.: the model answers by itself, without the target or its length, until it stops "
+    "or has written 32 tokens. Right is what contains the answer or another name of it as whole words (requests, then "
+    "generality cases); in Free loc. the answer is the one from before the edit."
+)
 MEANINGS = [
     (
         "DE: direct editing. ET: edit training. Values are percent, means over seeds. Exact match: what the edited "
@@ -97,7 +107,7 @@ class Entry:
     """What the runs of one editor found in one column group.
 
     Attributes:
-        values: By metric of `METRICS`.
+        values: By metric of `METRICS` and `FREE`.
         seeds: Of the runs.
         records: The numbers of records that the runs were scored on, each once.
         edit_seconds: Of a request where many are edited at once, median over runs; None without an edit.
@@ -165,7 +175,9 @@ class Table:
         """Return those of some metrics that any editor has in column group `number`: MQuAKE, say, has no locality."""
         entries = [entry for row in self.rows if (entry := row.entries[number])]
         return tuple(
-            name for name in names if not entries or any(entry.values[name].mean is not None for entry in entries)
+            name
+            for name in names
+            if any(entry.values[name].mean is not None for entry in entries) or not (entries or name in FREE)
         )
 
 
@@ -197,8 +209,9 @@ def table_of(cells: Iterable[Cell], *, editors: Iterable[str] = (), columns: Ite
 
     Args:
         cells: One for each finished run: ``editor``, ``split``, ``edits``, ``sequential`` (1 if missing), ``seed``,
-            ``records``, the metrics of `METRICS` in percent or None, ``edit_seconds`` (of a request among many that
-            are edited at once), ``edit_seconds_alone`` (missing in older cells) and ``edit_bytes``.
+            ``records``, the metrics of `METRICS` in percent or None, those of `FREE` (missing in older cells),
+            ``edit_seconds`` (of a request among many that are edited at once), ``edit_seconds_alone`` (likewise) and
+            ``edit_bytes``.
         editors: Those that have a row in any case, finished or not.
         columns: Those that are there in any case, before the others.
 
@@ -231,7 +244,7 @@ def require_cell(cell: Cell) -> None:
     for name in METRICS:
         if name not in cell:
             raise CellError(f"{where} has no {name!r}; write None where there is nothing to score")
-    for name in (*METRICS, *EFFORT):
+    for name in (*METRICS, *FREE, *EFFORT):
         value = cell.get(name)
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
             raise CellError(f"{where} has {name} = {value!r}; it has to be a finite number or None")
@@ -252,7 +265,7 @@ def _entry(runs: Sequence[Cell]) -> Entry:
                 f"{count} cells of {run['editor']} ({column_of(run).title}) have the seed {seed}; keep one of them"
             )
     return Entry(
-        {name: _value([run[name] for run in runs if run[name] is not None]) for name in METRICS},
+        {name: _value([run[name] for run in runs if run.get(name) is not None]) for name in (*METRICS, *FREE)},
         seeds,
         _each_once(runs, "records"),
         **{name: _median(run.get(name) for run in runs) for name in EFFORT},
@@ -280,7 +293,7 @@ def _marked(
     """Mark the entries of one column group, metric by metric; the unedited model's stay without marks."""
     of_column = {editor: entries[editor, column] for editor in editors if (editor, column) in entries}
     values: dict[str, dict[str, Value]] = {editor: {} for editor in of_column}
-    for name in METRICS:
+    for name in (*METRICS, *FREE):
         means = [entry.values[name].mean for editor, entry in of_column.items() if editor != UNEDITED]
         best = max((mean for mean in means if mean is not None), default=None)
         for editor, entry in of_column.items():
@@ -313,6 +326,9 @@ def _row(editor: str, entries: tuple[Entry | None, ...], columns: Sequence[Colum
 def notes_of(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[str, ...]:
     """Return what a reader has to know: meanings, seeds, records and what is missing."""
     notes = [*MEANINGS]
+    entries = [entry for row in rows for entry in row.entries if entry]
+    if any(entry.values[name].mean is not None for entry in entries for name in FREE):
+        notes.insert(1, FREE_MEANING)
     if any(row.editor == UNEDITED for row in rows):
         notes.append(
             "W/O is the unedited model. It takes no part in the marks, since its locality is 100 by definition."

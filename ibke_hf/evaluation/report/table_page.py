@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from .table import METRICS, MISSING, PAPER, STRICT, UNEDITED, Entry, Table, Value
-from .table_text import EFFORT_TITLES, effort_texts, number_text
+from .table import FREE, MISSING, PAPER, STRICT, UNEDITED, Entry, Table, Value
+from .table_text import EFFORT_TITLES, TITLES, effort_texts, number_text
 
 PAPERS = (*PAPER, "f1")
 MARKS = (
@@ -71,7 +71,7 @@ def as_html(table: Table, plot: str | None = None, *, title: str = "Editors comp
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="faint">{escape(about)}</p>' if about else "",
-        f"<h2>Is the answer right?</h2>{_scores(table, STRICT)}",
+        f"<h2>Is the answer right?</h2>{_scores(table, (*FREE, *STRICT))}",
         f"<h2>The paper's scores: is the answer among the five likeliest?</h2>{_scores(table, PAPERS, effort=False)}",
         f'<div class="notes">{MARKS}{notes}</div>',
         _figure(plot) if plot else "",
@@ -111,7 +111,7 @@ def _scores(table: Table, metrics: Sequence[str], *, effort: bool = True) -> str
         if names
     )
     heads = "".join(
-        f'<th{_start(i)} scope="col">{METRICS[name]}</th>' for names in shown for i, name in enumerate(names)
+        f'<th{_start(i)} scope="col">{TITLES[name]}</th>' for names in shown for i, name in enumerate(names)
     )
     bodies = []
     for kind in dict.fromkeys(row.group for row in table.rows):

@@ -7,9 +7,11 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 
-from .table import ABSENT, BEST, EFFORT, METRICS, MISSING, NEAR, STRICT, Entry, Row, Table, Value
+from .table import ABSENT, BEST, EFFORT, FREE, METRICS, MISSING, NEAR, STRICT, Entry, Row, Table, Value
 from .tabular import markdown_table, text_table
 
+TITLES = {**METRICS, **FREE}
+SHOWN = (*FREE, *METRICS)  # what is right first; of free answers, where there are any
 TEXT_MARKS = {BEST: "*", NEAR: "~", "": ""}
 EFFORT_TITLES = ("Time alone", "Time at once", "Size")
 
@@ -39,17 +41,20 @@ def bytes_text(size: float | None) -> str:
 # --- terminal and Markdown -----------------------------------------------------------------------------------------
 
 
-def as_text(table: Table, metrics: Sequence[str] = tuple(METRICS), *, width: int = 100) -> str:
+def as_text(table: Table, metrics: Sequence[str] = SHOWN, *, width: int = 100) -> str:
     """Return the table for a terminal, one below the other for each column group: ``*`` the best, ``~`` near it.
 
     Args:
         table: Of :func:`table_of`.
-        metrics: Which of `METRICS` to show.
+        metrics: Which of `SHOWN` to show.
         width: Of the terminal, in characters; the strict scores and the others get a table each where both do not fit.
     """
     blocks = []
     for number, column in enumerate(table.columns):
-        parts = [metrics, *([name for name in metrics if (name in STRICT) == strict] for strict in (True, False))]
+        parts = [
+            metrics,
+            *([name for name in metrics if (name in (*FREE, *STRICT)) == strict] for strict in (True, False)),
+        ]
         whole, *halves = (_text_block(table, number, part, effort=part != parts[1]) for part in parts)
         fits = max(map(len, whole.splitlines())) <= width
         blocks += [f"{column.title}\n{block}" for block in ([whole] if fits else halves)]
@@ -65,12 +70,12 @@ def _text_block(table: Table, number: int, metrics: Sequence[str], *, effort: bo
     return text_table(*_block(table, number, metrics, value_text, effort=effort), left=2)
 
 
-def as_markdown(table: Table, metrics: Sequence[str] = tuple(METRICS)) -> str:
+def as_markdown(table: Table, metrics: Sequence[str] = SHOWN) -> str:
     """Return one Markdown table for each column group: bold the best, italics what is within 3 % of it.
 
     Args:
         table: Of :func:`table_of`.
-        metrics: Which of `METRICS` to show.
+        metrics: Which of `SHOWN` to show.
     """
     parts = []
     for number, column in enumerate(table.columns):
@@ -90,7 +95,7 @@ def _block(
 ) -> tuple[list[str], list[list[str]]]:
     """Return titles and rows of a column group: type, editor, metrics and, with `effort`, what an edit takes."""
     shown = table.metrics(number, metrics)
-    heads = ["Type", "Editor", *(METRICS[name] for name in shown), *(EFFORT_TITLES if effort else ())]
+    heads = ["Type", "Editor", *(TITLES[name] for name in shown), *(EFFORT_TITLES if effort else ())]
     lines = []
     for i, row in enumerate(table.rows):
         entry = row.entries[number]
@@ -127,7 +132,7 @@ def as_csv(table: Table) -> str:
     """Return a line for each editor and column group: mean and std of every metric in full precision, or nothing."""
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
-    spread = [f"{name}_{part}" for name in METRICS for part in ("mean", "std")]
+    spread = [f"{name}_{part}" for name in TITLES for part in ("mean", "std")]
     lines.writerow(["type", "editor", "split", "edits", "sequential", "seeds", "records", *spread, *EFFORT])
     for row in table.rows:
         for column, entry in zip(table.columns, row.entries, strict=True):
@@ -135,7 +140,7 @@ def as_csv(table: Table) -> str:
             if entry is None:
                 lines.writerow([*head, 0, *[""] * (1 + len(spread) + len(EFFORT))])
                 continue
-            numbers = [number for name in METRICS for number in (entry.values[name].mean, entry.values[name].std)]
+            numbers = [number for name in TITLES for number in (entry.values[name].mean, entry.values[name].std)]
             records = " ".join(map(str, entry.records))
             lines.writerow([*head, len(entry.seeds), records, *numbers, *(getattr(entry, name) for name in EFFORT)])
     return file.getvalue()

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 
 from ...evaluation.report.table_text import seconds_text
 from ...evaluation.report.tabular import markdown_table
-from ...evaluation.scores import GENERATED, REPORTED, TITLES
+from ...evaluation.scores import ANSWERED, REPORTED, TITLES
 from ...io import read_json, write_json, write_text
 from .text import public_name
 
@@ -76,7 +76,7 @@ def eval_results_text(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _scores(results: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Return the scores that are there, as plain numbers: NumPy's would become Python objects in YAML."""
-    values = [(name, results["overall"].get(name)) for name in REPORTED]
+    values = [(name, results["overall"].get(name)) for name in (*REPORTED, *ANSWERED)]
     return [(name, round(float(value), 2)) for name, value in values if value is not None and math.isfinite(value)]
 
 
@@ -107,9 +107,10 @@ def _notes(results: Mapping[str, Any], score: str = "") -> str:
     settings = results["settings"]
     number, mode = settings.get("sequential", 1), settings.get("mode", "sequential")
     carried = "one edit at a time" if number == 1 else f"{number} edits at once, {mode}"
+    place = "in a chat" if settings.get("chat") else "of plain text"
+    how = f"free generation {place}" if score in ANSWERED else "teacher-forced"
     return (
-        f"{results.get('records', '?')} records, {carried}, "
-        f"{'greedy generation' if score in GENERATED else 'teacher-forced'}"
+        f"{results.get('records', '?')} records, {carried}, {'greedy generation' if score == 'exact_match' else how}"
     )
 
 
@@ -117,6 +118,9 @@ def results_table(results: Mapping[str, Any]) -> list[str]:
     """Return what a card says of its results, and their Markdown table, as paragraphs."""
     table = markdown_table(["score", "percent"], [[TITLES[name], f"{value:.1f}"] for name, value in _scores(results)])
     about = f"{_dataset_of(results)}: {_notes(results)}; exact match is of greedy generation."
+    if any(results["overall"].get(name) is not None for name in ANSWERED):
+        place = "in a chat" if results["settings"].get("chat") else "of plain text"
+        about += f" Free answers are the model's own continuation {place}, without the target or its length."
     if results.get("edit_seconds") is not None:
         alone, at_once = (seconds_text(results.get(name)) for name in ("edit_seconds_alone", "edit_seconds"))
         about += f" One edit took {alone} alone, and {at_once} of its batch where many were made at once."

@@ -146,6 +146,22 @@ def test_browser_shows_rows_scores_and_skips(tmp_path):
     assert "<th>generality</th><td>100.0</td><td>75.0</td><td>75.0</td><td>2</td>" in page
 
 
+def test_browser_shows_free_answers_where_there_are_any(tmp_path):
+    free = {"answer": "It is yes.", "answered": True, "answer_before": None}
+    rows = [
+        a_row(0, **free),
+        a_row(1, **{**free, "answered": False}),
+        a_row(2, "locality", generated=None, answer="It is so.", answered=False, answer_before="It was so."),
+    ]
+    page = in_browser(tmp_path, rows, "form.verdict.value = 'unanswered'; filter();")
+    assert shown(page) == ["r1", "r2"]
+    assert "<th>free answer</th>" in page and "It is so." in page and "It was so." in page
+    assert "✗ moved, free answer" in page and "✗ wrong, free answer" in page
+    assert "<th>generality</th><td>50.0</td><td>100.0</td>" in page
+    without = in_browser(tmp_path, ROWS)
+    assert "<th>free answer</th>" not in without and 'value="unanswered"' not in without
+
+
 def test_a_hit_whose_generated_answer_is_wrong_says_so(tmp_path):
     page = in_browser(tmp_path, [a_row(0, score=1.0, top1=0.5, generated=" perhaps", exact_match=False)])
     verdict = re.search(r'<td class="verdict">(.*?)</td>', page, re.S).group(1)

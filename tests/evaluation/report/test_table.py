@@ -228,6 +228,25 @@ def test_time_alone_is_a_column_and_old_cells_have_none():
     assert "250 ms" in as_text(table) and "–" in as_text(table)
 
 
+def test_free_answers_have_columns_where_there_are_any():
+    free = {"answered_reliability": 70.0, "answered_generality": 40.5, "answered_locality": None}
+    table = table_of([a_cell("ft"), a_cell("ibke", **free), a_cell("ft", "zsre")])
+    blocks = as_text(table, width=300).split("\n\n")
+    heads = [re.split("  +", block.splitlines()[1].strip()) for block in blocks[:2]]
+    assert heads[0][2:5] == ["Free rel.", "Free gen.", "Exact match"]
+    assert "Free rel." not in heads[1]
+    assert "without the target or its length" in " ".join(blocks[-1].split())
+    assert markdown_rows(as_markdown(table).split("\n\n")[1])[0][2:4] == ["Free rel.", "Free gen."]
+    page = Page(as_html(table))
+    assert page.tables[0][1][:3] == ["Free rel.", "Free gen.", "Exact match"]
+    (line,) = [
+        line for line in csv.DictReader(io.StringIO(as_csv(table))) if line["editor"] == "ibke" and line["avg_mean"]
+    ]
+    assert (line["answered_generality_mean"], line["answered_locality_mean"]) == ("40.5", "")
+    plain = table_of([a_cell("ft")])
+    assert "Free" not in as_text(plain) + as_markdown(plain) + as_html(plain)
+
+
 def test_text_shows_what_is_missing_and_what_is_not_there():
     cells = [a_cell("ft"), a_cell("ibke"), a_cell("ibke", "zsre", (90.0, None, 80.0, 85.0)), a_cell("mend", "zsre")]
     _, zsre, *_ = as_text(table_of(cells), width=200).split("\n\n")
