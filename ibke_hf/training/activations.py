@@ -30,6 +30,7 @@ from ..core.modeling_ibke import GradientEditor
 from ..core.tokens import IGNORED, TokenBatch
 from ..io import FileError, read_json, write_json
 from .activation_store import ActivationStore, from_half, to_half
+from .batches import rows_by_length
 from .partial_forward import PartialForward, PartialForwardError
 
 logger = logging.get_logger(__name__)
@@ -97,16 +98,15 @@ class ActivationCache:
         keys = _keys("factors", requests, with_target=True)
 
         def compute(rows: list[int]) -> list[Stored]:
-            captured = editor.capture(backbone, requests[rows].trimmed(), names=[names[row] for row in rows])
-            mask = captured[0].mask.cpu()
-            columns = [
-                to_half(part[mask.to(part.device)].cpu())
-                for layer in captured
-                for part in (layer.layer_inputs, layer.output_gradients)
-            ]
-            norms = torch.stack([layer.output_norms.cpu() for layer in captured], 1).tolist()
-            arrays = torch.cat(columns, 1).split(mask.sum(1).tolist())
-            return [(array, tuple(norm)) for array, norm in zip(arrays, norms, strict=True)]
+            lengths = requests.attention_mask[rows].sum(1).tolist()
+            groups = [[rows[place] for place in group] for group in rows_by_length(lengths)]
+            arrays: dict[int, Stored] = {}
+            for group in groups:
+                batch, called = requests[group].trimmed(), [names[row] for row in group]
+                with self.parts.beginning_with(self._lower(batch)):
+                    captured = editor.capture(backbone, batch, names=called)
+                arrays |= dict(zip(group, _stored_factors(captured), strict=True))
+            return [arrays[row] for row in rows]
 
         stored = self._obtain(keys, compute)
         mask = requests.attention_mask.bool().cpu()
@@ -149,14 +149,25 @@ class ActivationCache:
         if not self.parts.start:
             return None
 
-        def compute(rows: list[int]) -> list[Stored]:
-            batch = cases[rows].trimmed()
-            states, mask = self.parts.lower(batch), batch.attention_mask.bool()
-            tokens = to_half(states[mask.to(states.device)].cpu())
-            return [(part, ()) for part in tokens.split(mask.sum(1).tolist())]
+        keys = _keys("entering", cases, with_target=False)
 
-        stored = self._obtain(_keys("entering", cases, with_target=False), compute)
+        def compute(rows: list[int]) -> list[Stored]:
+            self._lower(cases[rows].trimmed())
+            return [self._recent[keys[row]] for row in rows]
+
+        stored = self._obtain(keys, compute)
         return _padded(from_half(torch.cat([array for array, _ in stored])), cases.attention_mask.bool().cpu())
+
+    def _lower(self, batch: TokenBatch) -> Tensor | None:
+        """Compute and store the states that enter the lowest edited block; return them before they are rounded."""
+        if not self.parts.start:
+            return None
+        states, mask = self.parts.lower(batch), batch.attention_mask.bool()
+        tokens = to_half(states[mask.to(states.device)].cpu()).split(mask.sum(1).tolist())
+        self._keep(
+            {key: (part, ()) for key, part in zip(_keys("entering", batch, with_target=False), tokens, strict=True)}
+        )
+        return states
 
     def _obtain(self, keys: Sequence[str], compute: Callable[[list[int]], list[Stored]]) -> list[Stored]:
         """Return the arrays of keys; those that are not stored are computed, by their rows, and stored."""
@@ -165,9 +176,25 @@ class ActivationCache:
         if missing:
             computed = {keys[row]: array for row, array in zip(missing, compute(missing), strict=True)}
             held |= computed
-            self._recent |= computed
-            self.store.put({key: entry for key, entry in computed.items() if torch.isfinite(entry[0]).all()})
+            self._keep(computed)
         return [entry for key in keys if (entry := held[key]) is not None]
+
+    def _keep(self, computed: Mapping[str, Stored]) -> None:
+        self._recent |= computed
+        self.store.put({key: entry for key, entry in computed.items() if torch.isfinite(entry[0]).all()})
+
+
+def _stored_factors(captured: Sequence[GradientFactors]) -> list[Stored]:
+    """Encode the factors of b requests: of each, h and u of every layer side by side, and ‖hW‖ of every layer."""
+    mask = captured[0].mask.cpu()
+    columns = [
+        to_half(part[mask.to(part.device)].cpu())
+        for layer in captured
+        for part in (layer.layer_inputs, layer.output_gradients)
+    ]
+    norms = torch.stack([layer.output_norms.cpu() for layer in captured], 1).tolist()
+    arrays = torch.cat(columns, 1).split(mask.sum(1).tolist())
+    return [(array, tuple(norm)) for array, norm in zip(arrays, norms, strict=True)]
 
 
 def _padded(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ on more than one hidden state cannot be run so. That is tried with two texts at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from threading import RLock
 from typing import Any
@@ -75,7 +75,7 @@ class PartialForward:
             batch: The texts.
             states: What :meth:`lower` gives of them; None where the lowest edited block is the first.
         """
-        with nullcontext() if states is None else self._from(self.start, states):
+        with self.beginning_with(states):
             output = self._run_to(batch, len(self.blocks))
         return output[(batch.labels != IGNORED).to(output.device)]
 
@@ -84,6 +84,10 @@ class PartialForward:
         ones = torch.ones(len(states), 1, dtype=torch.long)
         with evaluating(self.model), self._from(len(self.blocks), states.unsqueeze(1)):
             return target_logits(self.model, TokenBatch(ones, ones, ones))[0][:, 0]
+
+    def beginning_with(self, states: Tensor | None) -> AbstractContextManager[None]:
+        """Have the model's passes begin at the lowest edited block, with what :meth:`lower` gives of their texts."""
+        return nullcontext() if states is None else self._from(self.start, states)
 
     def _run_to(self, batch: TokenBatch, end: int) -> Tensor:
         """Run the blocks before block `end` and return what the last of them hands on."""
