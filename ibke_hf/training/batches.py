@@ -96,7 +96,9 @@ class AlsoInChat(Dataset[EditRecord]):
 
 def _draw(name: str) -> float:
     """Return a number from 0 to 1 that follows from a name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32  # of a checksum, like names are alike
+    return (
+        int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+    )  # of a checksum, like names are alike
 
 
 class UsableRecords(Dataset[EditRecord]):
