@@ -106,6 +106,12 @@ def told() -> Iterator[None]:
         raise gr.Error(escape(str(error), quote=False), duration=20, print_exception=False) from error
 
 
+def _settling(event: Any, handler: Any, inputs: list[Any], outputs: list[Any], **options: Any) -> None:
+    """Call a handler once an event has ended, well or badly: after a failure, Gradio 6 leaves `then` out."""
+    for ended in (event.then, event.failure):
+        ended(handler, inputs, outputs, queue=False, **options)
+
+
 class Page:
     """The components of the page, and what happens when they are used."""
 
@@ -203,7 +209,7 @@ class Page:
         restored = [self.browser, self.session]
         quiet: dict[str, Any] = {"show_progress": "hidden", **private}
         loaded = blocks.load(self.restore, restored, [*self._shown_in, self.session], **quiet, **model)
-        loaded.then(self.settle, [self.session], [self.browser, *self._locked], queue=False, **quiet)
+        _settling(loaded, self.settle, [self.session], [self.browser, *self._locked], **quiet)
         self.active.input(self.show, chosen, self._shown_in, api_name="show", **model)
         self.compare_button.click(self.compare, chosen, [self.comparison], api_name="compare", **model)
         asking = [self.ask_button.click, self.question.submit]
@@ -243,7 +249,7 @@ class Page:
         changes = outputs or [*self._shown_in, self.session]
         name, bar = handler.__name__, {"show_progress_on": [self.verdict if outputs is None else self.file]}
         done = started.then(handler, inputs, changes, api_name=name, **bar, **model)
-        done.then(self.settle, [self.session], [self.browser, *self._locked], queue=False, **private)
+        _settling(done, self.settle, [self.session], [self.browser, *self._locked], **private)
         if name in ("edit", "replace"):
             done.success(None, js=SCROLL, **private)
 
