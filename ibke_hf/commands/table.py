@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from .options import (
 from .prompt_options import free_option, is_free, prompt_changes, prompt_options
 
 ATLAS = "atlas"
+WITH_SPLIT = re.compile(r"(?P<dataset>.+):(?P<split>[\w-]+)")
 SETTINGS = ("layers", "corpus", "editors", "training")  # of the YAML file
 
 
@@ -55,8 +57,9 @@ def _compared_options(group: Any) -> None:
     group.add_argument(
         "--datasets",
         nargs="+",
-        metavar="NAME[:SPLIT]",
-        help="files, folders or Hub ids (atlas: test, held_out, validation)",
+        metavar="[NAME=]SOURCE[:SPLIT]",
+        help="files, folders or Hub ids (atlas: test, held_out, validation); as in zsre=first.json,more.json[420:] a "
+        "column may have a name of its own, several sources, and slices of them",
     )
     group.add_argument(
         "--editors",
@@ -171,8 +174,10 @@ def _bench_and_plan(options: argparse.Namespace) -> tuple[Any, Any]:
     atlas = options.model == ATLAS
     kinds = options.edits or (("counterfactual", "unknown") if atlas else ("all",))
     editors = [_editor(text) for text in options.editors or _default_editors(atlas)]
-    datasets = options.datasets or _default_datasets(atlas)
-    plan = Plan([name for name, _ in editors], datasets, kinds, options.sequential, options.seeds, options.limit)
+    options.datasets = dict(map(_named_sources, options.datasets or _default_datasets(atlas)))
+    plan = Plan(
+        [name for name, _ in editors], list(options.datasets), kinds, options.sequential, options.seeds, options.limit
+    )
     return (_atlas_bench if atlas else _model_bench)(options, dict(editors)), plan
 
 
@@ -205,7 +210,9 @@ def _model_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
     recipes = _Recipes(options, config, fields)
     return ModelBench(
         lambda: load_model(options.model, **load_options(options)),
-        lambda name: (as_asked(record, **recipes.prompt_changes) for record in _read(name)),
+        lambda name: (
+            as_asked(record, **recipes.prompt_changes) for source in options.datasets[name] for record in _read(source)
+        ),
         saved={name: path for name, path in editors.items() if path},
         load_saved=load_editor,
         training=recipes.training if options.records else None,
@@ -265,6 +272,7 @@ class _Recipes:
             "steps": options.steps,
             "config": self._config,
             "corpus": self.corpus,
+            **({"sources": named} if (named := _renamed(options.datasets)) else {}),
             **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
             **self.prompt_changes,
             **({"free": True} if is_free(options) else {}),
@@ -314,9 +322,24 @@ def _with_projections(
     }
 
 
+def _named_sources(text: str) -> tuple[str, list[str]]:
+    """Return the name of a column and the sources of its records; a source alone is its own name."""
+    name, named, sources = text.partition("=")
+    if not named or Path(text).exists():
+        return text, [text]
+    if not name.strip() or not all(source.strip() for source in sources.split(",")):
+        raise ValueError(f"--datasets {shown(text)}: give a name and its sources, as in zsre=first.json,second.json")
+    return name, sources.split(",")
+
+
+def _renamed(datasets: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Return the sources of the columns that have names of their own."""
+    return {name: sources for name, sources in datasets.items() if sources != [name]}
+
+
 def _read(name: str) -> Iterable[Any]:
-    dataset, _, split = name.rpartition(":") if ":" in name and not Path(name).exists() else (name, "", "")
-    return read_dataset(dataset, split=split or None)
+    split = WITH_SPLIT.fullmatch(name) if not Path(name).exists() else None
+    return read_dataset(split["dataset"], split=split["split"]) if split else read_dataset(name)
 
 
 def _default_editors(atlas: bool) -> list[str]:

