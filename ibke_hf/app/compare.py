@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.capture import target_logits
 from ..core.edits import Edit
-from ..core.records import EditCase, EditRecord, EditRequest
+from ..core.records import PLAIN, EditCase, EditRecord, EditRequest, PromptFormat
 from ..core.tokens import (
     IGNORED,
     RequestError,
@@ -25,13 +25,14 @@ from ..core.tokens import (
     pad_and_label,
     with_leading_space,
 )
-from ..evaluation.generation import MORE_TOKENS, generate_texts
-from ..evaluation.wording import exact_match
+from ..evaluation.generation import FREE_TOKENS, MORE_TOKENS, answer_text, generate_ids
+from ..evaluation.wording import contains_answer, exact_match
 
 Role = Literal["request", "rephrase", "consequence", "neighbour", "question"]
 ARROWS = ("->", "→")
 BEST = 5
 BATCH = 32  # prompts of a forward pass
+QUESTION_MARKS = ("?", "？", "؟")
 TOKENS_WITHOUT_ANSWER = 5  # so many are compared where no answer is stated
 MAX_QUESTIONS, MAX_CHARACTERS = 32, 2000  # of one fact and of one text: what a visitor may ask of a shared machine
 Row = dict[str, Any]
@@ -166,7 +167,8 @@ def require_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *answers: str,
             )
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RequestError(f"{name}: the text holds half of a character (a lone surrogate); type it again")
-    if room is not None and (length := len(encode_prompt(tokenizer, prompt))) > room:
+    form = format_of(tokenizer, prompt)
+    if room is not None and (length := len(encode_prompt(tokenizer, prompt, form))) > room:
         raise RequestError(
             f"{name}: {length} tokens leave no room for an answer in the model's context, {room} would; shorten it"
         )
@@ -185,6 +187,12 @@ def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: PageQuestion) -
     )
 
 
+def format_of(tokenizer: PreTrainedTokenizerBase, prompt: str) -> PromptFormat:
+    """Return how a prompt is put to a model: a question in a chat where the model knows chats, else as plain text."""
+    asks = prompt.rstrip().endswith(QUESTION_MARKS) and bool(getattr(tokenizer, "chat_template", None))
+    return PromptFormat(chat=True) if asks else PLAIN
+
+
 # --- before and after ---------------------------------------------------------------------------------------------
 
 
@@ -200,7 +208,7 @@ def compare_answers(
         edit: The edit; None for none.
 
     Returns:
-        A row for each question: ``role``, ``prompt``, ``answers``, ``automatic``, the readings ``before`` and
+        A row for each question: ``role``, ``prompt``, ``answers``, ``automatic``, ``chat``, readings ``before`` and
         ``after``, and ``right``: whether the answer is one of the answers, or for a neighbour the one from before;
         None where nothing says what is right.
     """
@@ -212,35 +220,49 @@ def compare_answers(
             "prompt": question.prompt,
             "answers": list(question.answers),
             "automatic": question.automatic,
+            "chat": new["chat"],
             "before": old,
             "after": new,
-            "right": is_right(question, old["answer"], new["answer"]),
+            "right": is_right(question, old["answer"], new["answer"], chat=new["chat"]),
         }
         for question, old, new in zip(questions, before, after, strict=True)
     ]
 
 
-def is_right(question: PageQuestion, before: str, after: str) -> bool | None:
-    """Judge an answer; None where nothing says what is right."""
+def is_right(question: PageQuestion, before: str, after: str, *, chat: bool = False) -> bool | None:
+    """Judge an answer; None where nothing says what is right.
+
+    A continuation begins with the right answer; a chat's answer, which is a sentence, contains it.
+    """
     if question.role == "neighbour":
         return after == before
-    return exact_match(after, question.answers) if question.answers else None
+    judged = contains_answer if chat else exact_match
+    return judged(after, question.answers) if question.answers else None
 
 
 @torch.no_grad()
 def read_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[PageQuestion], edit: Edit | None = None
 ) -> list[Reading]:
-    """Return for each question the greedy ``answer`` and the ``top`` five next tokens with their probabilities."""
+    """Return for each question the greedy ``answer`` and the ``top`` five next tokens with their probabilities.
+
+    ``chat`` tells whether it was asked in a chat (:func:`format_of`), where the model answers until it stops.
+    """
 
     def attach(model: Any, _: Sequence[int]) -> AbstractContextManager[Any]:
         return nullcontext() if edit is None else edit.attached(model)
 
-    asked = {i: (question.prompt, _answer_tokens(tokenizer, question)) for i, question in enumerate(questions)}
-    texts = generate_texts(model, tokenizer, asked, BATCH, attach)
+    formats = {i: format_of(tokenizer, question.prompt) for i, question in enumerate(questions)}
+    asked = {
+        i: (one.prompt, FREE_TOKENS if formats[i].chat else _answer_tokens(tokenizer, one) + MORE_TOKENS)
+        for i, one in enumerate(questions)
+    }
+    ids = generate_ids(model, tokenizer, asked, BATCH, attach, formats)
+    texts = {i: answer_text(tokenizer, tokens) for i, tokens in ids.items()}
     tops: list[list[tuple[str, float]]] = []
     for start in range(0, len(questions), BATCH):
-        prompts = [encode_prompt(tokenizer, question.prompt) for question in questions[start : start + BATCH]]
+        members = range(start, min(start + BATCH, len(questions)))
+        prompts = [encode_prompt(tokenizer, questions[i].prompt, formats[i]) for i in members]
         batch = pad_and_label(
             [([*ids, 0], len(ids)) for ids in prompts]
         )  # a last token stands for the answer, and is not fed
@@ -251,7 +273,7 @@ def read_answers(
             [(str(tokenizer.decode([i])), p) for i, p in zip(row, ps, strict=True)]
             for row, ps in zip(indices, values, strict=True)
         ]
-    return [{"answer": _first_line(texts[i]), "top": top} for i, top in enumerate(tops)]
+    return [{"answer": _first_line(texts[i]), "chat": formats[i].chat, "top": top} for i, top in enumerate(tops)]
 
 
 def _first_line(text: str) -> str:

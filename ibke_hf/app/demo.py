@@ -12,18 +12,25 @@ from typing import Any
 import torch
 
 from ..core.records import EditRequest
-from ..io import require_writable, write_json
+from ..io import read_json_list, require_writable, write_json
+from ..loading import load_model
 from .compare import Row
 from .drawings import GROUPS, duration
-from .knowledge import Example
+from .knowledge import Example, find_mistakes, read_facts
 from .scoring import chosen_records, score_editors
 from .workbench import Session, Workbench, load_workbench
 
 Report = dict[str, Any]
+SHOWN = 3  # mistakes that are corrected
 NEXT = """Next:
   ibke demo --compare    four editors on records that none of them has seen, in a minute or two
   ibke app               a page to edit facts of your own
   ibke edit --prompt "The capital of Turkey is" --target Rome    an edit as a file"""
+
+NEXT_OF_ANY_MODEL = """Next, with the same --model and --editor:
+  ibke app               a page to edit facts of your own
+  ibke edit --prompt "The capital of Turkey is" --target Rome    an edit as a file
+  ibke eval --chat       scores of free answers, on a benchmark's records"""
 
 
 def run_demo(
@@ -32,6 +39,7 @@ def run_demo(
     json_file: str | Path | None = None,
     compare: bool = False,
     records: int | None = None,
+    shown: int = SHOWN,
 ) -> Report:
     """Show a few edits and what one costs; return what `--json` writes.
 
@@ -40,6 +48,7 @@ def run_demo(
         json_file: Written to, if given.
         compare: Score editors on Atlas's records too.
         records: Records of each split for that; None for the first 50, 0 for all.
+        shown: Mistakes that are corrected, of a model of which no known fact is at hand; 0 for all.
 
     Raises:
         ValueError: If there are not so many records.
@@ -50,8 +59,9 @@ def run_demo(
         require_writable(json_file)
     started = time.monotonic()
     bench = bench or load_workbench()
-    print(f"{bench.name} is {bench.knowledge.about}.\n")
-    examples = chosen_examples(bench.knowledge.examples)
+    print(f"{bench.name} is {bench.knowledge.about}.")
+    print(f"{bench.note}\n" if bench.note else "")
+    examples = chosen_examples(bench.knowledge.examples, shown)
     if not examples:
         raise ValueError(f"{bench.name} answers none of the facts that it was asked, so there is none to change")
     report: Report = {"model": bench.name, "edits": [show_edit(bench, example) for example in examples]}
@@ -65,16 +75,36 @@ def run_demo(
     if compare:
         score_editors(bench.model, bench.tokenizer, sets, report, json_file)
     else:
-        print(NEXT)
+        print(NEXT if bench.knowledge.world is not None else NEXT_OF_ANY_MODEL)
     if json_file is not None:
         write_json(json_file, report, indent=2)
     return report
 
 
-def chosen_examples(examples: Sequence[Example]) -> list[Example]:
-    """Return the first fact that a model knows and the first mistake that it makes, or two facts."""
+def write_mistakes(model_name: str, candidates: str | Path, file: str | Path) -> None:
+    """Ask a model the facts of a list, in plain text and in a chat, and write those that it gets wrong in both.
+
+    Args:
+        model_name: See :func:`~ibke_hf.loading.load_model`.
+        candidates: A list as :func:`~ibke_hf.app.knowledge.general_knowledge` reads it.
+        file: Written in the same form; what the model says is printed.
+    """
+    require_writable(file)
+    facts, values = read_facts(candidates), read_json_list(candidates)
+    by_prompt = {value["prompt"]: value for value in values}
+    mistakes = find_mistakes(*load_model(model_name), facts)
+    for fact, says in mistakes:
+        print(f"{fact.form.prompt} -> {fact.answers[0]}\n" + "\n".join(f"    {way}: {says[way]}" for way in says))
+    write_json(file, [by_prompt[fact.form.prompt] for fact, _ in mistakes], indent=1, ensure_ascii=False)
+    print(f"\n{model_name} gets {len(mistakes)} of {len(facts)} facts wrong; written: {file}")
+
+
+def chosen_examples(examples: Sequence[Example], shown: int = SHOWN) -> list[Example]:
+    """Return the first fact that a model knows and the first mistake that it makes, or two facts, or mistakes."""
     knows = [example for example in examples if example.knows]
     mistakes = [example for example in examples if not example.knows]
+    if not knows:
+        return mistakes[:shown] if shown else mistakes
     return [*knows[:1], *mistakes[:1]] if mistakes else knows[:2]
 
 
@@ -100,7 +130,8 @@ def answer_line(row: Row) -> str:
     before, after = (row[side]["answer"] or "(nothing)" for side in ("before", "after"))
     wrong = row["right"] is False
     right = row["before"]["answer"] if row["role"] == "neighbour" else next(iter(row["answers"]), "")
-    return f"    {mark} {prompt}\n        {before} -> {after}{f'   (should be {right})' if wrong else ''}"
+    place = "   [in a chat]" if row.get("chat") else ""
+    return f"    {mark} {prompt}{place}\n        {before} -> {after}{f'   (should be {right})' if wrong else ''}"
 
 
 def measure_cost(bench: Workbench, request: EditRequest, repeats: int = 5) -> dict[str, float]:

@@ -88,7 +88,8 @@ def answer_card(row: Row) -> str:
 
 
 def _tag(row: Row) -> str:
-    name = TAGS.get(row["role"], "")
+    names = [TAGS.get(row["role"], ""), "in a chat" if row.get("chat") else ""]
+    name = ", ".join(filter(None, names))
     if not name:
         return ""
     hint = f' title="{BY_ITSELF}"' if row.get("automatic") else ""

@@ -9,21 +9,24 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..atlas import load_split
 from ..atlas.examples import example_records
-from ..core.records import EditRecord
+from ..core.records import EditRecord, PromptFormat
 from ..data.facts import Triple, World
-from ..evaluation.wording import exact_match
+from ..evaluation.generation import FREE_TOKENS, answer_text, generate_ids
+from ..evaluation.wording import contains_answer
 from ..io import FileError, read_json_list
-from .compare import PageQuestion, read_answers, typed_lines
+from .compare import BATCH, PageQuestion, format_of, is_right, read_answers, typed_lines
 from .forms import Form
 from .rephrasings import english_rephrasings, template_of, template_rephrasings
 
 FACTS = Path(__file__).with_name("facts.json")
+MISTAKES = {"smollm2": Path(__file__).with_name("smollm2.json")}  # what a named model gets wrong, found by asking it
 MOST_EXAMPLES, MOST_MISTAKES = 6, 2
 CAPITALS, RELATIONS_OF_EACH_DOMAIN = 5, 2  # what Atlas is asked: some capitals, and a fact of so many relations
 NEAR, FAR = 5, 5  # facts of the same wording, and any others, that may stand as neighbours
@@ -128,7 +131,44 @@ def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS) -> K
         ValueError: If the file holds something else; names the fact.
     """
     facts = read_facts(file)
-    return _ask(model, tokenizer, f"a language model of {_size(model)} parameters", facts, ())
+    about = f"a language model of {_size(model)} parameters"
+    most = len(facts) if Path(file) in MISTAKES.values() else MOST_MISTAKES
+    return _ask(model, tokenizer, about, facts, (), most_mistakes=most)
+
+
+def facts_of(model: str) -> Path:
+    """Return the list of facts that a named model is asked: its own mistakes where they are known."""
+    return MISTAKES.get(model, FACTS)
+
+
+def find_mistakes(model: Any, tokenizer: Any, facts: Sequence[StatedFact]) -> list[tuple[StatedFact, dict[str, str]]]:
+    """Ask a model facts in plain text and in a chat, freely; return those that it gets wrong in both.
+
+    A fact is asked by its prompt, and in a chat by the first of its rephrasings that is a question. A model without a
+    chat template is asked in plain text alone.
+
+    Returns:
+        The facts, each with what the model ``says`` in ``plain`` text and in a ``chat``.
+    """
+    asked = [_ways_to_ask(tokenizer, fact) for fact in facts]
+    places = [(i, way) for i, ways in enumerate(asked) for way in ways]
+    questions = {n: (asked[i][way], FREE_TOKENS) for n, (i, way) in enumerate(places)}
+    formats = {n: PromptFormat(chat=way == "chat") for n, (_, way) in enumerate(places)}
+    ids = generate_ids(model, tokenizer, questions, BATCH, lambda one, _: nullcontext(one), formats)
+    says: list[dict[str, str]] = [{} for _ in facts]
+    for n, (i, way) in enumerate(places):
+        says[i][way] = " ".join(answer_text(tokenizer, ids[n]).split())
+    wrong = [
+        not any(contains_answer(text, fact.answers) for text in said.values())
+        for fact, said in zip(facts, says, strict=True)
+    ]
+    return [(fact, said) for fact, said, is_wrong in zip(facts, says, wrong, strict=True) if is_wrong]
+
+
+def _ways_to_ask(tokenizer: Any, fact: StatedFact) -> dict[str, str]:
+    questions = [q.prompt for q in fact.form.fact().questions if q.role in ("request", "rephrase")]
+    chat = next((prompt for prompt in questions if format_of(tokenizer, prompt).chat), None)
+    return {"plain": fact.form.prompt, **({} if chat is None else {"chat": chat})}
 
 
 def questions_around(prompt: str, *, atlas: bool, number: int = 2) -> tuple[str, tuple[str, ...]]:
@@ -203,6 +243,8 @@ def _ask(
     facts: Sequence[StatedFact],
     sampled: Iterable[PageQuestion],
     world: World | None = None,
+    *,
+    most_mistakes: int = MOST_MISTAKES,
 ) -> Knowledge:
     """Ask all facts in one go."""
     stated = [PageQuestion("question", fact.form.prompt, fact.answers) for fact in facts]
@@ -210,13 +252,18 @@ def _ask(
     questions = list(dict.fromkeys((*sampled, *stated, *neighbours)))
     readings = read_answers(model, tokenizer, questions)
     says = {question: reading["answer"] for question, reading in zip(questions, readings, strict=True)}
-    right = {question for question, answer in says.items() if exact_match(answer, question.answers)}
+    right = {
+        question
+        for question, reading in zip(questions, readings, strict=True)
+        if is_right(replace(question, role="question"), "", reading["answer"], chat=bool(reading.get("chat")))
+    }
     examples = [
         Example(_without_wrong_neighbours(fact, question in right, right), _short(says[question]), question in right)
         for fact, question in zip(facts, stated, strict=True)
+        if question not in right or fact.form.target not in fact.answers  # else there is nothing to change
     ]
     knows = [one for one in examples if one.knows][:MOST_EXAMPLES]
-    mistakes = [one for one in examples if not one.knows and one.says][:MOST_MISTAKES]
+    mistakes = [one for one in examples if not one.knows and one.says][:most_mistakes]
     asked = [question for question in questions if question.role == "question"]
     known = tuple(question for question in asked if question in right)
     return Knowledge(about, (*knows, *mistakes), known, len(asked), world)

@@ -19,6 +19,8 @@ try:
 except ImportError as error:
     raise ImportError('the page needs the extra "demo": pip install "ibke-hf[demo]"') from error
 
+from transformers.utils import logging
+
 from .compare import Row
 from .drawings import answer_card, editors_figure
 from .forms import Fact, Form
@@ -41,6 +43,7 @@ from .workbench import MAX_EDITS, Session, Workbench, forget, load_workbench
 
 __all__ = ["STYLE", "WAITING", "Page", "accelerated", "build_app", "launch", "launch_options"]
 
+logger = logging.get_logger(__name__)
 AT_ONCE = 4  # handlers that may run the model at the same time
 HOUR = 3600
 MODEL_CALLS = ("add", "restore", "look", "holding", "ask", "side_by_side")  # of a workbench: what runs the model
@@ -70,7 +73,8 @@ def launch(editor: str | None = None, backbone: str | None = None, **options: An
     """Load a model with its editor and serve the page.
 
     Args:
-        editor: Folder or Hub id of an editor; by default what the environment variable IBKE_EDITOR says, else Atlas's.
+        editor: Folder or Hub id of an editor, or ``ft``; by default what the environment variable IBKE_EDITOR says,
+            else the one that belongs to the backbone, see :func:`~ibke_hf.app.workbench.load_workbench`.
         backbone: Folder or Hub id of its model; by default IBKE_BACKBONE, else the one that the editor was trained
             for.
         options: Of ``gradio.Blocks.launch``.
@@ -79,6 +83,8 @@ def launch(editor: str | None = None, backbone: str | None = None, **options: An
     bench = load_workbench(
         editor or os.environ.get("IBKE_EDITOR") or None, backbone or os.environ.get("IBKE_BACKBONE") or None
     )
+    if bench.note:
+        logger.warning(bench.note)
     for name in MODEL_CALLS:
         setattr(bench, name, on_accelerator(getattr(bench, name)))
     return build_app(bench, bench.knowledge.examples).launch(**{**launch_options(), **options})

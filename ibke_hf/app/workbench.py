@@ -11,23 +11,35 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.edits import LowRankEdit
 from ..core.layers import input_device
+from ..core.records import EditRequest
 from ..core.tokens import RequestError, context_length, encode
-from .compare import PageQuestion, Row, compare_answers, is_right, read_answers, require_askable, scale_factors
+from .compare import (
+    PageQuestion,
+    Row,
+    compare_answers,
+    format_of,
+    is_right,
+    read_answers,
+    require_askable,
+    scale_factors,
+)
 from .forms import Fact
-from .knowledge import Knowledge, atlas_knowledge, general_knowledge
+from .knowledge import Knowledge, atlas_knowledge, facts_of, general_knowledge
 
 MAX_EDITS = 100
 AUTOMATIC = 3  # questions of a kind that are asked of a fact for which nobody typed any
 ARCHIVE = "ibke-edit"
+FINE_TUNING = "ft"
+CARDS = {"smollm2": "smollm2-135m-instruct"}  # folders of published editors, by the name of their model
+TITLES = {"smollm2": "SmolLM2-135M-Instruct"}
 Report = Callable[[tuple[int, int]], Any]  # told how many of how many edits are made, as `gradio.Progress` is
 
 
@@ -43,7 +55,7 @@ class Step:
     """
 
     fact: Fact
-    edit: LowRankEdit
+    edit: Any
     seconds: float
     factors: dict[str, Any] | None = None
 
@@ -59,7 +71,7 @@ class Session:
     """
 
     steps: tuple[Step, ...] = ()
-    edit: LowRankEdit | None = None
+    edit: Any = None
     folder: str = ""
 
     @property
@@ -81,10 +93,11 @@ class Workbench:
     Args:
         model: The backbone.
         tokenizer: Its tokenizer.
-        editor: Any editor whose edits are low-rank.
+        editor: Any editor whose edits can be summed, as low-rank ones and those of fine-tuning can.
         fine_tuning: The editor to compare with; None for no comparison.
         name: How the model is called.
         knowledge: What it knows.
+        note: What is to be said of the editor, in a line.
     """
 
     def __init__(
@@ -95,9 +108,10 @@ class Workbench:
         fine_tuning: Any = None,
         name: str = "",
         knowledge: Knowledge | None = None,
+        note: str = "",
     ) -> None:
         self.model, self.tokenizer, self.editor, self.fine_tuning = model, tokenizer, editor, fine_tuning
-        self.knowledge = knowledge or Knowledge()
+        self.knowledge, self.note = knowledge or Knowledge(), note
         self.name = name or getattr(model.config, "name_or_path", "") or "the model"
 
     # --- active edits -------------------------------------------------------------------------------------------
@@ -118,11 +132,16 @@ class Workbench:
         if len(kept) >= MAX_EDITS:
             raise RequestError(f"{MAX_EDITS} edits are active, which is as many as this page keeps; undo one first")
         self.check(fact)
+        request = self.as_put(fact.request)
         started = time.perf_counter()
-        edit = self.editor.edit(self.model, self.tokenizer, [fact.request]).to("cpu")
+        edit = self.editor.edit(self.model, self.tokenizer, [request]).to("cpu")
         seconds = time.perf_counter() - started
-        factors = scale_factors(self.editor, self.model, self.tokenizer, fact.request)
+        factors = scale_factors(self.editor, self.model, self.tokenizer, request)
         return session.carrying((*kept, Step(self.completed(fact), edit, seconds, factors)))
+
+    def as_put(self, request: EditRequest) -> EditRequest:
+        """Return a request as it is put to the model: a question in a chat, where the model knows chats."""
+        return replace(request, format=format_of(self.tokenizer, request.prompt))
 
     def restore(self, session: Session, facts: Sequence[Fact]) -> Session:
         """Edit facts in again, those that a visitor had before."""
@@ -165,7 +184,7 @@ class Workbench:
             usable = (
                 same
                 if question.role == "rephrase"
-                else is_right(replace(question, role="question"), "", reading["answer"])
+                else is_right(replace(question, role="question"), "", reading["answer"], chat=_in_chat(reading))
             )
             if usable and len(chosen[question.role]) < AUTOMATIC:
                 chosen[question.role].append(question)
@@ -185,8 +204,9 @@ class Workbench:
             RequestError: Says which text is at fault.
         """
         require_askable(self.model, self.tokenizer, fact.questions)
-        request = fact.request
-        encode(self.tokenizer, request.prompt, request.target, name="the fact", max_length=context_length(self.model))
+        request, limit = self.as_put(fact.request), context_length(self.model)
+        form = request.format
+        encode(self.tokenizer, request.prompt, request.target, name="the fact", max_length=limit, prompt_format=form)
 
     def _require(self, session: Session, index: int) -> None:
         if not 0 <= index < len(session.steps):
@@ -205,7 +225,10 @@ class Workbench:
             return []
         questions = [PageQuestion("request", f.request.prompt, (f.request.target,)) for f in session.facts]
         readings = read_answers(self.model, self.tokenizer, questions, self._here(session.edit))
-        return [bool(is_right(q, "", reading["answer"])) for q, reading in zip(questions, readings, strict=True)]
+        return [
+            bool(is_right(question, "", reading["answer"], chat=_in_chat(reading)))
+            for question, reading in zip(questions, readings, strict=True)
+        ]
 
     def ask(self, session: Session, prompt: str) -> list[Row]:
         """Ask anything, of the untouched model and of the one that carries all of the visitor's edits.
@@ -239,7 +262,7 @@ class Workbench:
             if report is not None:
                 report((len(columns), len(editors)))
             started = time.perf_counter()
-            edit = editor.edit(self.model, self.tokenizer, [fact.request])
+            edit = editor.edit(self.model, self.tokenizer, [self.as_put(fact.request)])
             seconds = time.perf_counter() - started
             columns[name] = {"rows": self._compare(fact.questions, edit), "seconds": seconds, "nbytes": edit.nbytes}
         return columns
@@ -278,47 +301,77 @@ def forget(session: Session) -> None:
         shutil.rmtree(session.folder, ignore_errors=True)
 
 
+def _in_chat(reading: Mapping[str, Any]) -> bool:
+    return bool(reading.get("chat"))
+
+
 def load_workbench(editor: str | None = None, backbone: str | None = None) -> Workbench:
     """Load a model and its editor to the accelerator, if there is one: by default Atlas's, without a download.
 
     The model is asked what it knows before it goes to the accelerator, which may be lent for single calls only.
 
     Args:
-        editor: Folder or Hub id of a trained editor.
-        backbone: Folder or Hub id of its model; by default the one that the editor was trained for.
+        editor: Folder or Hub id of a trained editor, or ``ft``, which needs no training. By default the one that
+            was trained for the backbone, if it is at hand (:func:`trained_editor`), else ``ft``.
+        backbone: Folder, Hub id, GGUF file or name of its model; by default the one that the editor was trained for.
 
     Raises:
-        ValueError: If a backbone is given without an editor for it, what was loaded is no editor, or the two do not
-            fit.
+        ValueError: If what was loaded is no editor for a page, or the two do not fit.
         OSError: If one cannot be loaded.
     """
-    from ..editors.catalogue import ATLAS
-    from ..editors.ft import FineTuningEditor
+    from ..editors.catalogue import ATLAS, WITHOUT_WEIGHTS
     from ..loading import backbone_name, load_editor, load_model, placed
 
-    if editor is None and backbone is not None:
-        raise ValueError(f"a backbone ({backbone}) needs an editor that was trained for it; give both")
-    chosen = load_editor(editor or "ibke")
-    _require_low_rank(editor or "ibke", chosen)
-    name = backbone or backbone_name(chosen)
+    note = ""
+    if editor is None and backbone not in (None, ATLAS):
+        editor = trained_editor(str(backbone)) or FINE_TUNING
+        note = (
+            f"No editor trained for {backbone} is at hand, so fine-tuning (ft) edits it; name one with --editor."
+            if editor == FINE_TUNING
+            else f"Edited by the editor in {editor}."
+        )
+    if editor in WITHOUT_WEIGHTS and editor != FINE_TUNING:
+        raise ValueError(f"{editor}: its edits cannot be summed on a page; give {FINE_TUNING} or a trained editor")
+    chosen = None if editor == FINE_TUNING else load_editor(editor or "ibke")
+    _require_summable(editor or "ibke", chosen)
+    name = backbone or (ATLAS if chosen is None else backbone_name(chosen))
     if not name:
         raise ValueError(f"{editor}: does not say which backbone it was trained for; give the backbone too")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model, tokenizer = load_model(name, device=device)
-    chosen = placed(chosen, model)
+    chosen = load_editor(FINE_TUNING, backbone=model) if chosen is None else placed(chosen, model)
     if name == ATLAS:
-        knowledge, tuned = atlas_knowledge(model, tokenizer), load_editor("ft", backbone=model)
-        return Workbench(model, tokenizer, chosen, tuned, "Atlas", knowledge)
-    tuned = FineTuningEditor.for_backbone(model, chosen.config.edited_layers, chosen.config.edited_modules)
-    knowledge = general_knowledge(model, tokenizer)
-    return Workbench(model, tokenizer, chosen, tuned, name.rstrip("/").rpartition("/")[2], knowledge)
+        knowledge, tuned = atlas_knowledge(model, tokenizer), load_editor(FINE_TUNING, backbone=model)
+    else:
+        knowledge, tuned = general_knowledge(model, tokenizer, facts_of(name)), _fine_tuning(model, chosen)
+    rival = None if editor == FINE_TUNING else tuned
+    called = "Atlas" if name == ATLAS else TITLES.get(name, name.rstrip("/").rpartition("/")[2])
+    return Workbench(model, tokenizer, chosen, rival, called, knowledge, note)
 
 
-def _require_low_rank(name: str, editor: Any) -> None:
+def trained_editor(backbone: str) -> str | None:
+    """Return the folder of the editor that was trained for a named model, if it lies here or beside this package."""
+    name = CARDS.get(backbone)
+    if name is None:
+        return None
+    places = (Path("model_cards") / name, Path(__file__).parents[2] / "model_cards" / name)
+    return next((str(place) for place in places if any(place.glob("*.safetensors"))), None)
+
+
+def _fine_tuning(model: Any, editor: Any) -> Any:
+    """Return a fine-tuning editor of the layers that another editor edits."""
+    from ..editors.ft import FineTuningEditor
+
+    config = getattr(editor, "config", None)
+    layers, modules = getattr(config, "edited_layers", None), getattr(config, "edited_modules", None)
+    return FineTuningEditor.for_backbone(model, layers, modules)
+
+
+def _require_summable(name: str, editor: Any) -> None:
     from ..core.modeling_ibke import GradientEditor
 
-    if not isinstance(editor, GradientEditor):
+    if editor is not None and not isinstance(editor, GradientEditor):
         raise ValueError(
             f"{name}: holds a {type(editor).__name__}, whose edits are no LoRA; the page takes IBKE and MEND, which "
-            "`ibke train` makes"
+            f"`ibke train` makes, and {FINE_TUNING}"
         )

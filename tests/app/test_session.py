@@ -245,7 +245,6 @@ def test_another_model_and_its_editor(bench, tmp_path):
 @pytest.mark.parametrize(
     ("editor", "backbone", "message"),
     [
-        (None, "some/model", "needs an editor"),
         ("editor", None, "does not say which backbone"),
         ("model", "model", "not an editor"),
     ],
