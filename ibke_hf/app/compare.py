@@ -47,8 +47,8 @@ class PageQuestion:
         role: ``"request"`` (judges reliability), ``"rephrase"`` and ``"consequence"`` (generality), ``"neighbour"``
             (locality), ``"question"`` (judges nothing).
         prompt: What is asked.
-        answers: Spellings of the right answer; a neighbour's right answer is the one from before, these only say how
-            long it is.
+        answers: Spellings of the right answer; a neighbour's right answer is the one from before, which is the same
+            as long as both are one of these.
         automatic: Whether the page asks it by itself; nobody typed it.
     """
 
@@ -232,11 +232,12 @@ def compare_answers(
 def is_right(question: PageQuestion, before: str, after: str, *, chat: bool = False) -> bool | None:
     """Judge an answer; None where nothing says what is right.
 
-    A continuation begins with the right answer; a chat's answer, which is a sentence, contains it.
+    A continuation begins with the right answer; a chat's answer, which is a sentence, contains it. A neighbour keeps
+    its answer: word for word, or at least the stated one, however the sentence goes on.
     """
-    if question.role == "neighbour":
-        return after == before
     judged = contains_answer if chat else exact_match
+    if question.role == "neighbour":
+        return after == before or all(judged(text, question.answers) for text in (before, after))
     return judged(after, question.answers) if question.answers else None
 
 

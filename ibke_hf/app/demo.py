@@ -21,6 +21,7 @@ from .scoring import chosen_records, score_editors
 from .workbench import Session, Workbench, load_workbench
 
 Report = dict[str, Any]
+ENOUGH_SECONDS = 5.0  # of timing the same call again and again
 SHOWN = 3  # mistakes that are corrected
 NEXT = """Next:
   ibke demo --compare    four editors on records that none of them has seen, in a minute or two
@@ -157,10 +158,10 @@ def measure_cost(bench: Workbench, request: EditRequest, repeats: int = 5) -> di
 
 
 def _median(call: Callable[[], object], repeats: int) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
+    """Return the median seconds of a call, without the first, which warms up; a slow call is made once or twice."""
+    times: list[float] = []
+    while len(times) <= repeats and sum(times) < ENOUGH_SECONDS:
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(times[1:] or times)

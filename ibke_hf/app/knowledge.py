@@ -120,19 +120,22 @@ def atlas_knowledge(model: Any, tokenizer: Any) -> Knowledge:
     return _ask(model, tokenizer, about, facts, _sampled(world), world)
 
 
-def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS) -> Knowledge:
+def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS, mistakes: int | None = None) -> Knowledge:
     """Ask any model the facts of a list, a JSON array of objects.
 
     An object has ``prompt``, ``answers`` (spellings of the true one) and ``target`` (the answer to change it to), and
     may have ``rephrasings``, ``consequences`` and ``neighbours``, each a list of questions as
-    :func:`~ibke_hf.app.compare.questions_of` reads them.
+    :func:`~ibke_hf.app.compare.questions_of` reads them. Of a list of a model's own mistakes, the first `mistakes` are
+    asked, all by default.
 
     Raises:
         ValueError: If the file holds something else; names the fact.
     """
-    facts = read_facts(file)
+    facts, most = read_facts(file), MOST_MISTAKES
     about = f"a language model of {_size(model)} parameters"
-    most = len(facts) if Path(file) in MISTAKES.values() else MOST_MISTAKES
+    if Path(file) in MISTAKES.values():
+        facts = facts[:mistakes]
+        most = len(facts)
     return _ask(model, tokenizer, about, facts, (), most_mistakes=most)
 
 

@@ -189,8 +189,9 @@ class Page:
                 with gr.Row(elem_classes="ibke-buttons"):
                     self.undo_button = gr.Button("Undo", elem_id="undo", **small)
                     self.clear_button = gr.Button("Undo all", elem_id="clear", **small)
-                self.save_button = gr.Button("Save as LoRA adapter", size="sm", elem_id="save")
-                self.file = gr.File(visible=False, label="LoRA adapter", interactive=False, height=80)
+                saved = "LoRA adapter" if self.bench.saves_lora else "dense edit"
+                self.save_button = gr.Button(f"Save as {saved}", size="sm", elem_id="save")
+                self.file = gr.File(visible=False, label=saved, interactive=False, height=80)
         with gr.Column(elem_classes="ibke-side"):
             gr.HTML('<h2 class="ibke-title">Ask it anything else</h2>')
             known = self.bench.knowledge.placeholder[0]

@@ -114,6 +114,13 @@ class Workbench:
         self.knowledge, self.note = knowledge or Knowledge(), note
         self.name = name or getattr(model.config, "name_or_path", "") or "the model"
 
+    @property
+    def saves_lora(self) -> bool:
+        """Whether edits are saved as LoRA adapters; those of fine-tuning are dense."""
+        from ..editors.ft import FineTuningEditor
+
+        return not isinstance(self.editor, FineTuningEditor)
+
     # --- active edits -------------------------------------------------------------------------------------------
 
     def add(self, session: Session, fact: Fact, *, instead: bool = False) -> Session:
@@ -277,7 +284,9 @@ class Workbench:
     # --- files --------------------------------------------------------------------------------------------------
 
     def save(self, session: Session) -> tuple[Session, Path]:
-        """Write all active edits as one LoRA adapter, zipped, to the visitor's own folder, over the file before it.
+        """Write all active edits as one, zipped, to the visitor's own folder, over the file before it.
+
+        Low-rank edits are saved as a LoRA adapter.
 
         Raises:
             RequestError: If there are none.
@@ -305,7 +314,7 @@ def _in_chat(reading: Mapping[str, Any]) -> bool:
     return bool(reading.get("chat"))
 
 
-def load_workbench(editor: str | None = None, backbone: str | None = None) -> Workbench:
+def load_workbench(editor: str | None = None, backbone: str | None = None, mistakes: int | None = None) -> Workbench:
     """Load a model and its editor to the accelerator, if there is one: by default Atlas's, without a download.
 
     The model is asked what it knows before it goes to the accelerator, which may be lent for single calls only.
@@ -314,6 +323,7 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
         editor: Folder or Hub id of a trained editor, or ``ft``, which needs no training. By default the one that
             was trained for the backbone, if it is at hand (:func:`trained_editor`), else ``ft``.
         backbone: Folder, Hub id, GGUF file or name of its model; by default the one that the editor was trained for.
+        mistakes: So many of a model's known mistakes at most, which saves asking the others; by default all.
 
     Raises:
         ValueError: If what was loaded is no editor for a page, or the two do not fit.
@@ -343,7 +353,7 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
     if name == ATLAS:
         knowledge, tuned = atlas_knowledge(model, tokenizer), load_editor(FINE_TUNING, backbone=model)
     else:
-        knowledge, tuned = general_knowledge(model, tokenizer, facts_of(name)), _fine_tuning(model, chosen)
+        knowledge, tuned = general_knowledge(model, tokenizer, facts_of(name), mistakes), _fine_tuning(model, chosen)
     rival = None if editor == FINE_TUNING else tuned
     called = "Atlas" if name == ATLAS else TITLES.get(name, name.rstrip("/").rpartition("/")[2])
     return Workbench(model, tokenizer, chosen, rival, called, knowledge, note)

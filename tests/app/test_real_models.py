@@ -67,6 +67,19 @@ def test_a_chats_answer_contains_what_is_right_and_a_continuation_begins_with_it
     assert is_right(question, "", "It is Parisian.", chat=True) is False
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "right"),
+    [
+        ("Oslo, which is", "Oslo, a town", True),  # the fact is kept
+        ("Oslo, which is", "Osloans", False),
+        ("Bergen", "Oslo", False),  # it moved, if to what is true
+        ("Bergen", "Bergen", True),
+    ],
+)
+def test_a_neighbour_keeps_its_answer_however_the_sentence_goes_on(before, after, right):
+    assert is_right(PageQuestion("neighbour", "The capital of Norway is", ("Oslo",)), before, after) is right
+
+
 def test_rows_tell_what_was_asked_in_a_chat(bench):
     questions = [PageQuestion("request", QUESTION, ("Rome",)), PageQuestion("rephrase", "France", ("Rome",))]
     rows = compare_answers(bench.model, bench.tokenizer, questions, None)
@@ -172,7 +185,7 @@ def test_a_model_without_an_editor_of_its_own_is_edited_by_fine_tuning_and_says_
 
 def test_edits_of_fine_tuning_are_summed_on_the_page(folder):
     loaded = load_workbench("ft", folder)
-    assert loaded.fine_tuning is None and loaded.note == ""
+    assert (loaded.fine_tuning, loaded.note, loaded.saves_lora) == (None, "", False)
     session = Session()
     for form in (FORM, Form("Iron is a", "tree")):
         session = loaded.add(session, form.fact())
@@ -181,6 +194,7 @@ def test_edits_of_fine_tuning_are_summed_on_the_page(folder):
     assert isinstance(session.edit, DenseEdit) and len(loaded.look(session, 1)) >= 1
     first = loaded.remove(session, 1)
     assert first.edit is session.steps[0].edit
+    assert loaded.save(first)[1].exists()
 
 
 def test_the_trained_editor_of_a_named_model_is_taken_where_it_lies(bench, tmp_path, monkeypatch):
