@@ -133,6 +133,7 @@ def _merge(command: argparse.ArgumentParser) -> None:
 
 
 def _run_merge(options: argparse.Namespace) -> None:
+    from ..core.files import written_together
     from ..editors.saved import load_weight_edit
     from ..loading import load_model
 
@@ -140,6 +141,7 @@ def _run_merge(options: argparse.Namespace) -> None:
     out = require_free(options.out, "a model")
     model, tokenizer = load_model(options.model, **load_options(options))
     edit.merge_into(model, force=options.force)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with written_together(out) as scratch:  # a merge that is cut leaves no half of a model
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
     print(f"saved the edited model to {options.out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from .capture import NonFiniteError
 from .configuration_ibke import EditorConfig
+from .files import give_usual_mode
 
 logger = logging.get_logger(__name__)
 ALIGNMENT = 64  # bytes: what torch's own allocator gives on a CPU
@@ -71,6 +73,7 @@ class EditorModel(PreTrainedModel):
         state = kwargs.get("state_dict")
         require_finite_weights(self.state_dict() if state is None else state, f"the {type(self).__name__}")
         super().save_pretrained(save_directory, *args, **kwargs)
+        give_usual_mode(Path(save_directory), "*.safetensors")
 
     def warn_of_other_backbone(self, model: Any) -> None:
         """Say so where a model has another name than that which the editor was trained for."""

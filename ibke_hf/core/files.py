@@ -41,8 +41,23 @@ def written_together(folder: str | Path) -> Iterator[Path]:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         yield Path(scratch)
+        give_usual_mode(Path(scratch))
         for path in sorted(Path(scratch).iterdir()):
             path.replace(target / path.name)
+
+
+def give_usual_mode(folder: Path, pattern: str = "*") -> None:
+    """Let those read the files of a folder who may read any new file there: safetensors writes for the owner alone.
+
+    Without it a server that runs as another user finds an edit's description and not its weights.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        usual = Path(scratch) / "usual"
+        usual.touch()
+        mode = usual.stat().st_mode
+    for path in folder.glob(pattern):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def read_json(

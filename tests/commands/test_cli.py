@@ -170,3 +170,15 @@ def test_merge_writes_a_full_model_that_carries_the_edit(store: Path, tmp_path: 
         with LowRankEdit.from_pretrained(store / "edit").attached(plain):
             torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     assert (out / "tokenizer.json").exists()
+    modes = {file.stat().st_mode for file in (*out.iterdir(), *(store / "edit").iterdir())}
+    assert len(modes) == 1  # whoever may read the config may read the weights
+
+
+def test_a_merge_that_is_cut_leaves_nothing(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(self: Any, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", cut)
+    out = tmp_path / "merged"
+    assert main(["merge", "--edit", str(store / "edit"), "--model", str(store / "model"), "--out", str(out)]) == 130
+    assert not list(out.iterdir())

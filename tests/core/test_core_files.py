@@ -35,6 +35,16 @@ def test_files_of_a_folder_are_replaced_together(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_what_is_written_for_the_owner_alone_gets_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    usual = tmp_path / "usual"
+    usual.touch()
+    with written_together(tmp_path) as scratch:
+        (scratch / "a").touch(mode=0o600)  # as safetensors writes
+        (scratch / "inner").mkdir()
+    assert (tmp_path / "a").stat().st_mode == usual.stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "inner", "usual"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

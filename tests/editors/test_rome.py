@@ -165,7 +165,8 @@ def test_rome_refuses_what_it_cannot_do(tiny_model: Callable[..., Any], tiny_tok
         return editor.edit(model, tiny_tokenizer, requests or REQUESTS, **options)
 
     with pytest.raises(
-        RequestError, match=r"request 1: it has no subject; pass EditRequest\(prompt, target, subject\)"
+        RequestError,
+        match=r"request 1: it has no subject; pass EditRequest\(prompt, target, subject\), to `ibke edit` --subject",
     ):
         edit(REQUESTS[0], EditRequest("a b", "c"))
     with pytest.raises(

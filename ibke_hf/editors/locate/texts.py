@@ -134,8 +134,8 @@ def subject_end(request: EditRequest, name: str) -> int:
     subject = (request.subject or "").strip()
     if not subject:
         raise RequestError(
-            f"{name}: it has no subject; pass EditRequest(prompt, target, subject) with the entity that the "
-            f"prompt is about"
+            f"{name}: it has no subject; pass EditRequest(prompt, target, subject), to `ibke edit` --subject, "
+            f"with the entity that the prompt is about"
         )
     plain = re.escape(subject)
     for pattern, flags in ((rf"(?<!\w){plain}(?!\w)", 0), (plain, 0), (plain, re.IGNORECASE)):
