@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ibke_hf.app import demo, scoring
 from ibke_hf.atlas.report import SPLITS
@@ -34,6 +35,24 @@ def test_demo_shows_whole_answers_before_and_after(tmp_path: Path, capsys: pytes
         assert edit["rows"][0]["before"]["answer"] != edit["rows"][0]["after"]["answer"] == edit["target"]
     assert {"consequence"} <= {row["role"] for edit in report["edits"] for row in edit["rows"]}
     assert 0 < report["forward_seconds"] < report["edit_seconds"]
+
+
+@pytest.mark.parametrize(("load", "threads"), [(0.1, 2), (1.2, 1), (9.0, 1)])
+def test_the_demo_leaves_busy_cores_alone(load: float, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        with demo.threads_for_idle_cores():
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user has said how many
+        with demo.threads_for_idle_cores():
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
