@@ -117,6 +117,15 @@ def test_code_of_a_model_is_run_only_if_it_is_trusted(store: Path, tmp_path: Pat
     assert type(model).__name__ == "OurModel"
 
 
+def test_an_editor_goes_where_the_layers_are_that_it_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load_model()
+    assert load_editor(device="meta").device.type == "meta"
+    assert load_editor(backbone=model).device.type == "cpu"
+    monkeypatch.setattr("ibke_hf.core.layers.device_of", lambda _: torch.device("meta"))  # as if they were elsewhere
+    assert load_editor(backbone=model).device.type == "meta"
+    assert load_editor(backbone=model, device="cpu").device.type == "cpu"
+
+
 def test_device_and_device_map_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="give one of them"):
         load_model(device="cpu", device_map="auto")
