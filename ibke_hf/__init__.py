@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .core.composition import SolvedEdit
     from .core.configuration_ibke import IBKEConfig
     from .core.edits import Edit, LowRankEdit
     from .core.modeling_ibke import IBKEEditor
@@ -28,6 +29,7 @@ _HOME = {
     "IBKETrainer": "training.trainer",
     "IBKETrainingArguments": "training.trainer",
     "LowRankEdit": "core.edits",
+    "SolvedEdit": "core.composition",
     "load_editor": "loading",
     "load_model": "loading",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "IBKETrainer",
     "IBKETrainingArguments",
     "LowRankEdit",
+    "SolvedEdit",
     "__version__",
     "load_editor",
     "load_model",

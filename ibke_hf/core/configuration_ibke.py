@@ -47,6 +47,10 @@ class GradientEditorConfig(EditorConfig):
         statistics_epsilon: ε of the standardisation (s - mean)/(std + ε) (SPEC §2.4).
         initial_edit_ratio: ‖side path‖ / ‖layer output‖ that η starts from (SPEC §3).
         capture_loss_scale: Scales the edit loss while gradients are in fp16.
+        composition: How edits are carried together: ``"sum"`` of their side paths, each made on the model that carries
+            those before it [paper, UniEdit]; or ``"solve"``, each made on the unedited model, see
+            :mod:`~ibke_hf.core.composition` [ours].
+        ridge: λ of the solve, as a share of the mean diagonal.
         trained_edits_per_group: Records that training edited jointly (`edits_per_group`), 0 where that is not known;
             an edit of more requests is beyond what the editor has learnt.
     """
@@ -59,6 +63,8 @@ class GradientEditorConfig(EditorConfig):
     initial_edit_ratio: float | int = 0.05
     capture_loss_scale: float | int = 1.0
     trained_edits_per_group: int = 0
+    composition: str = "sum"
+    ridge: float | int = 0.1
 
     def module_names(self) -> list[str]:
         """Return the full names of the edited projections."""
@@ -82,6 +88,8 @@ class GradientEditorConfig(EditorConfig):
         require_range(self, "initial_edit_ratio", 1e-8, 10.0)
         require_range(self, "capture_loss_scale", 1e-8, 1e8)
         require_range(self, "trained_edits_per_group", 0, 1_000_000_000)
+        require_choice("composition", self.composition, COMPOSITIONS)
+        require_range(self, "ridge", 1e-8, 1e8)
 
 
 @strict
@@ -182,4 +190,5 @@ def steps_of(mode: str, number: int) -> list[slice]:
     return [slice(k, k + 1) for k in range(number)] if mode == "sequential" else [slice(None)]
 
 
+COMPOSITIONS = ("sum", "solve")
 Mode = Literal["joint", "sequential", "independent"]

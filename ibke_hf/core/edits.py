@@ -185,12 +185,15 @@ class LowRankEdit(WeightEdit):
         outputs: û by module name with -η folded in, each (n, r, d_out); r may differ between layers.
         info: Requests, editor and backbone.
         relative_error: ‖ΔW - ΔW_truncated‖ / ‖ΔW‖ by module name, after :meth:`truncate`.
+        keys: Inputs of the layers at the tokens of the requests that the edit was made for, (n, l, d_in) by module
+            name, zero on padding; empty where they are not known. What composition solves for.
     """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     info: EditInfo = field(default_factory=EditInfo)
     relative_error: Mapping[str, float] = field(default_factory=dict)
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse factors that do not belong together."""
@@ -227,7 +230,17 @@ class LowRankEdit(WeightEdit):
             self,
             inputs={k: change(t) for k, t in self.inputs.items()},
             outputs={k: change(t) for k, t in self.outputs.items()},
+            keys={k: change(t) for k, t in self.keys.items()},
         )
+
+    def expanded(self, number: int) -> LowRankEdit:
+        """Return the edit as `number` independent ones, which are the same where it is one for all."""
+        return self if len(self) == number else self._map(lambda t: t.expand(number, -1, -1))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that factors and keys take, in bytes."""
+        return super().nbytes + sum(keys.nbytes for keys in self.keys.values())
 
     # --- algebra ------------------------------------------------------------------------------------------------
 
@@ -273,7 +286,7 @@ class LowRankEdit(WeightEdit):
 
         if rank < max(self.ranks.values()):
             raise ValueError(f"rank {rank} is below the edit's rank {max(self.ranks.values())}; truncate it first")
-        return self._map(pad)
+        return replace(self._map(pad), keys=self.keys)
 
     # --- files --------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from .adapter_files import publisher
 from .capture import GradientFactors, capture_factors, evaluating
+from .composition import SolvedEdit
 from .configuration_ibke import GradientEditorConfig, IBKEConfig, Mode, require_mode
-from .edit_values import EditInfo, describe, described
+from .edit_values import EditInfo, EditValue, describe, described
 from .editor_model import EditorModel
 from .edits import LowRankEdit
 from .factor_statistics import FactorStatistics, Moments
@@ -157,7 +158,11 @@ class GradientEditor(EditorModel):
         return (s - statistics.mean) / (statistics.std + self.config.statistics_epsilon) * factors.mask.unsqueeze(-1)
 
     def as_edit(
-        self, adapted: Sequence[AdaptedFactors], groups: Tensor | None = None, info: EditInfo | None = None
+        self,
+        adapted: Sequence[AdaptedFactors],
+        groups: Tensor | None = None,
+        info: EditInfo | None = None,
+        captured: Sequence[GradientFactors] = (),
     ) -> LowRankEdit:
         """Fold -η into û and join the rows of each group of requests into one edit (Eq. 33).
 
@@ -165,13 +170,16 @@ class GradientEditor(EditorModel):
             adapted: One per layer, for b requests.
             groups: (b,) index of the edit that each request belongs to, 0…n-1; default: one edit of all requests.
             info: Provenance of the edit.
+            captured: The factors that were adapted, whose inputs become the edit's keys; none: it has none.
         """
         inputs, outputs = {}, {}
         for name, factors, current in zip(self.config.module_names(), adapted, self.step_sizes, strict=True):
             step_size = current if factors.step_size is None else factors.step_size
             inputs[name] = join_groups(factors.layer_inputs.float(), groups)
             outputs[name] = join_groups(-step_size * factors.output_gradients.float(), groups)
-        return LowRankEdit(inputs, outputs, info or EditInfo())
+        named = zip(self.config.module_names(), captured, strict=False)
+        keys = {name: join_groups(factors.layer_inputs.float(), groups) for name, factors in named}
+        return LowRankEdit(inputs, outputs, info or EditInfo(), keys=keys)
 
     # --- with a backbone ----------------------------------------------------------------------------------------
 
@@ -192,22 +200,33 @@ class GradientEditor(EditorModel):
         requests: Sequence[EditRequest],
         *,
         mode: Mode = "joint",
-        previous: LowRankEdit | None = None,
-    ) -> LowRankEdit:
+        previous: LowRankEdit | SolvedEdit | None = None,
+    ) -> LowRankEdit | SolvedEdit:
         """Return the edit that makes the model answer the requests; arguments and errors are :class:`Editor`'s.
 
-        In joint mode it comes of gradients on the unedited model. `previous` is low-rank.
+        In joint mode it comes of gradients on the unedited model. `previous` is low-rank. Where the config's
+        `composition` is ``"solve"``, every edit is made on the unedited model, and all of them are solved together.
         """
         require_mode(mode)
         if mode != "independent":
             self._warn_of_large_groups(requests, previous)
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         info = self._info(model, requests)
+        solved = self.config.composition == "solve"
         with evaluating(self):
-            if mode == "sequential":
-                return self._edit_sequentially(model, batch, previous, info)
-            adapted = self(self.capture(model, batch, previous))
-        edit = self.as_edit(adapted, torch.arange(len(batch)) if mode == "independent" else None)
+            if mode == "sequential" and not solved:
+                start = previous.low_rank() if isinstance(previous, SolvedEdit) else previous
+                return self._edit_sequentially(model, batch, start, info)
+            captured = self.capture(model, batch, None if solved else previous)
+            adapted = self(captured)
+        groups = None if mode == "joint" else torch.arange(len(batch))
+        edit = self.as_edit(adapted, groups, captured=captured if solved else ())
+        if solved:
+            edit = described(edit, info)
+            parts = list(edit) if mode == "sequential" else [edit]
+            return SolvedEdit.of(parts if previous is None else [previous, *parts], self.config.ridge)
+        if isinstance(previous, SolvedEdit):
+            previous = previous.low_rank()
         edit = edit.compose() if previous is None else previous.compose(edit)  # recompresses large joint edits
         return described(edit, info, previous)
 
@@ -226,7 +245,7 @@ class GradientEditor(EditorModel):
         backbone = self.config.base_model_name_or_path
         return describe(model, self.modules_of(model), requests, editor=editor, backbone=backbone)
 
-    def _warn_of_large_groups(self, requests: Sequence[EditRequest], previous: LowRankEdit | None) -> None:
+    def _warn_of_large_groups(self, requests: Sequence[EditRequest], previous: EditValue | None) -> None:
         """Say so where one edit is to hold more requests than the editor has seen together in training."""
         trained = self.config.trained_edits_per_group
         number = len(requests) + (0 if previous is None else len(previous.info.requests))

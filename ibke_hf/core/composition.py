@@ -1,0 +1,217 @@
+"""Edits that a model carries together: solved for what each of them does where it was made, not summed.
+
+Summed side paths each act on every input, so that a hundred of them leave nothing of a model. Each edit knows the
+inputs that it was made for (its keys X, of the request's own tokens) and what it adds there (its shifts S = X ΔW_i).
+The update that does so for all of them at once, and least elsewhere, is a ridge regression:
+
+    ΔW = Xᵀ (X Xᵀ + λ I)⁻¹ S,   whitened by the covariance C of a corpus' keys:   ΔW = C⁻¹ Xᵀ (X C⁻¹ Xᵀ + λ I)⁻¹ S
+
+which is (XᵀX + λ C)⁻¹ XᵀS, at the rank of the tokens. λ is a share of the mean diagonal of the matrix that it is
+added to. The sum over the edits does not depend on their order, and each can be taken out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .edit_values import EditInfo, common_length, joined_info
+from .edits import LowRankEdit, WeightEdit, recompress
+
+RIDGE = 0.1  # λ as a share of the mean diagonal
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedEdit(WeightEdit):
+    """Several low-rank edits as one, by a ridge solve over their keys (see the module).
+
+    Attributes:
+        parts: The edits, each made on the unedited model, with keys; each of n independent edits, or of one for all.
+        ridge: λ as a share of the mean diagonal.
+        covariance: C of the keys of a corpus by module name, (d_in, d_in); none: not whitened.
+        info: Requests, editor and backbone of all parts.
+    """
+
+    parts: tuple[LowRankEdit, ...]
+    ridge: float = RIDGE
+    covariance: Mapping[str, Tensor] = field(default_factory=dict)
+    info: EditInfo = field(default_factory=EditInfo)
+
+    @classmethod
+    def of(
+        cls,
+        edits: Sequence[LowRankEdit | SolvedEdit],
+        ridge: float = RIDGE,
+        covariance: Mapping[str, Tensor] | None = None,
+    ) -> LowRankEdit | SolvedEdit:
+        """Return the edit that does all of several; a single one is left as it is.
+
+        Args:
+            edits: Low-rank edits that carry their keys, and edits that were solved before, whose parts count.
+            ridge: λ as a share of the mean diagonal, above 0.
+            covariance: See the class.
+
+        Raises:
+            ValueError: If an edit has no keys, lengths differ, or `ridge` is not above 0.
+        """
+        if not ridge > 0:
+            raise ValueError(f"ridge must be above 0, found {ridge}")
+        parts = tuple(part for edit in edits for part in (edit.parts if isinstance(edit, SolvedEdit) else (edit,)))
+        if len(parts) == 1:
+            return parts[0]
+        number = common_length(parts)
+        for place, part in enumerate(parts):
+            missing = [name for name in part.layers if name not in part.keys]
+            if missing:
+                raise ValueError(
+                    f"edit {place} ({part.info.editor or 'of an unknown editor'}) does not carry the inputs that it "
+                    f"was made for at {missing[0]}, so it cannot be solved together with others: make it again by an "
+                    f'editor whose composition is "solve", or sum them (LowRankEdit.compose)'
+                )
+        info = joined_info([(part.info, len(part)) for part in parts], number)
+        return cls(parts, ridge, dict(covariance or {}), info)
+
+    # --- as an edit of weights ----------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return common_length(self.parts)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the edited layers."""
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.layers))
+
+    def matrices(self, name: str) -> tuple[Tensor, ...]:
+        """Return two matrices (n, d_in, r) and (n, r, d_out) of a layer whose product is ΔW."""
+        return self._solved[name]
+
+    def _keys_and_shifts(self, name: str) -> tuple[Tensor, Tensor]:
+        pairs = [keys_and_shifts(part, name) for part in self.parts if name in part.layers]
+        keys, shifts = (_joined(rows, len(self)) for rows in zip(*pairs, strict=True))
+        return keys, shifts
+
+    @cached_property
+    def _solved(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: self._solve(name) for name in self.layers}
+
+    def _solve(self, name: str) -> tuple[Tensor, Tensor]:
+        keys, shifts = self._keys_and_shifts(name)
+        covariance = self.covariance.get(name)
+        directions = keys if covariance is None else torch.linalg.solve(covariance.to(keys), keys.mT).mT
+        weights = ridge_weights(keys.double() @ directions.double().mT, shifts, self.ridge)
+        if directions.shape[1] > min(directions.shape[2], weights.shape[2]):
+            directions, weights = recompress(directions, weights)
+        return directions.mT, weights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return keys and shifts of every layer, which say what the edit does before it is solved."""
+        return {
+            f"{name}.{what}": rows
+            for name in self.layers
+            for what, rows in zip(("keys", "shifts"), self._keys_and_shifts(name), strict=True)
+        }
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> SolvedEdit:
+        return replace(self, parts=tuple(part._map(change) for part in self.parts))
+
+    def __getitem__(self, index: int) -> SolvedEdit:
+        number = len(self)
+        if not -number <= index < number:
+            raise IndexError(f"edit {index} of {number}")
+        return self.select([index % number])
+
+    def select(self, rows: Sequence[int] | Tensor) -> SolvedEdit:
+        """Return the independent edits `rows`, in that order; they are not solved anew.
+
+        Raises:
+            IndexError: If a row does not exist.
+        """
+        number = len(self)
+        index = torch.as_tensor(rows, dtype=torch.long).flatten()
+        if not len(index) or not 0 <= int(index.min()) <= int(index.max()) < number:
+            raise IndexError(f"rows must name at least one of the {number} independent edits, found {index.tolist()}")
+        parts = tuple(part.select(index if len(part) == number else index * 0) for part in self.parts)
+        chosen = replace(self, parts=parts, info=joined_info([(part.info, len(part)) for part in parts], len(index)))
+        solved = {
+            name: tuple(matrix.index_select(0, index.to(matrix.device)) for matrix in pair)
+            for name, pair in self._solved.items()
+        }
+        vars(chosen)["_solved"] = solved
+        return chosen
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the parts take, in bytes, and the solved matrices, once they are there."""
+        solved = vars(self).get("_solved", {})
+        return sum(part.nbytes for part in self.parts) + sum(m.nbytes for pair in solved.values() for m in pair)
+
+    # --- what is special to it ----------------------------------------------------------------------------------
+
+    def compose(self, *others: LowRankEdit | SolvedEdit) -> LowRankEdit | SolvedEdit:
+        """Return the edit that does others too, solved anew for all."""
+        return SolvedEdit.of((self, *others), self.ridge, self.covariance)
+
+    def without(self, *places: int) -> LowRankEdit | SolvedEdit:
+        """Return the edit as if the parts at these places had never been in it.
+
+        Raises:
+            IndexError: If there is no such part.
+            ValueError: If no part would be left.
+        """
+        number = len(self.parts)
+        if missing := [place for place in places if not -number <= place < number]:
+            raise IndexError(f"edit {missing[0]} of {number}")
+        gone = {place % number for place in places}
+        kept = [part for place, part in enumerate(self.parts) if place not in gone]
+        if not kept:
+            raise ValueError(f"all {number} edits would be taken out; attach none instead")
+        return SolvedEdit.of(kept, self.ridge, self.covariance)
+
+    def low_rank(self) -> LowRankEdit:
+        """Return the update as one low-rank edit, whose parts cannot be told apart any more."""
+        solved = self._solved
+        return LowRankEdit(
+            {name: left.mT for name, (left, _) in solved.items()},
+            {name: right for name, (_, right) in solved.items()},
+            self.info,
+        )
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Save as one LoRA adapter, see :meth:`LowRankEdit.save_pretrained`."""
+        self.low_rank().save_pretrained(folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Publish as one LoRA adapter, see :meth:`LowRankEdit.push_to_hub`."""
+        return self.low_rank().push_to_hub(repo_id, **options)
+
+
+def keys_and_shifts(edit: LowRankEdit, name: str) -> tuple[Tensor, Tensor]:
+    """Return the keys X (n, l, d_in) of an edit at a layer and what it adds there, S = X ΔW (n, l, d_out), in fp32."""
+    keys = edit.keys[name].float()
+    return keys, keys @ edit.inputs[name].float().mT @ edit.outputs[name].float()
+
+
+def ridge_weights(gram: Tensor, shifts: Tensor, ridge: float) -> Tensor:
+    """Return (G + λ I)⁻¹ S with λ = ridge × the mean diagonal of G over the tokens that are none of padding.
+
+    Args:
+        gram: G, (n, l, l) in fp64, symmetric and not negative; zero where a row is padding.
+        shifts: S, (n, l, d_out); zero there too.
+        ridge: Above 0.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    tokens = (diagonal > 0).sum(-1).clamp(min=1)
+    penalty = ridge * diagonal.sum(-1) / tokens
+    system = gram + torch.diag_embed(penalty.clamp(min=1e-30)[:, None].expand_as(diagonal))
+    factor = torch.linalg.cholesky(system)
+    return torch.cholesky_solve(shifts.double(), factor).to(shifts.dtype)
+
+
+def _joined(parts: Sequence[Tensor], number: int) -> Tensor:
+    return torch.cat([part.to(parts[0].device).expand(number, -1, -1) for part in parts], 1)

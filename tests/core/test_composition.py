@@ -1,0 +1,199 @@
+"""Edits solved together: the closed form, one alone as it is, no order, any of them taken out again."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from ibke_hf import EditRequest, IBKEEditor
+from ibke_hf.core.composition import SolvedEdit, keys_and_shifts
+from ibke_hf.core.edit_values import EditInfo
+from ibke_hf.core.edits import LowRankEdit
+
+NAME, WIDE = "layer", "other"
+D_IN, D_OUT = 7, 5
+
+
+def edit(seed: int, tokens: int = 3, number: int = 1, names: tuple[str, ...] = (NAME,)) -> LowRankEdit:
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(width: int) -> dict[str, torch.Tensor]:
+        return {name: torch.randn(number, tokens, width, generator=generator) for name in names}
+
+    info = EditInfo(requests=tuple(EditRequest(f"{seed}.{i} is", "x") for i in range(number)), editor="test")
+    return LowRankEdit(rows(D_IN), rows(D_OUT), info, keys=rows(D_IN))
+
+
+def update(one: Any, row: int = 0, name: str = NAME) -> torch.Tensor:
+    return one.weight_updates(name)[row]
+
+
+def naive(edits: list[LowRankEdit], ridge: float, covariance: torch.Tensor | None = None) -> torch.Tensor:
+    """(XᵀX + λC)⁻¹XᵀS in fp64, over real tokens alone."""
+    pairs = [keys_and_shifts(one, NAME) for one in edits]
+    x = torch.cat([keys[0] for keys, _ in pairs]).double()
+    s = torch.cat([shifts[0] for _, shifts in pairs]).double()
+    c = torch.eye(x.shape[1], dtype=torch.double) if covariance is None else covariance.double()
+    gram = x @ torch.linalg.inv(c) @ x.T
+    penalty = ridge * gram.diagonal()[x.norm(dim=1) > 0].mean()
+    return torch.linalg.inv(x.T @ x + penalty * c) @ x.T @ s
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 3.0])
+@pytest.mark.parametrize("number", [2, 6])
+def test_the_update_is_the_ridge_regression_over_all_keys(ridge: float, number: int) -> None:
+    edits = [edit(seed) for seed in range(number)]
+    solved = SolvedEdit.of(edits, ridge)
+    torch.testing.assert_close(update(solved).double(), naive(edits, ridge), rtol=1e-4, atol=2e-4)
+    assert solved.matrices(NAME)[0].shape[2] <= D_OUT or number == 2  # never above the narrower side once past it
+
+
+def test_keys_of_a_corpus_whiten_it() -> None:
+    edits, keys = [edit(1), edit(2)], torch.randn(50, D_IN, generator=torch.Generator().manual_seed(0))
+    covariance = keys.T @ keys / 50
+    solved = SolvedEdit.of(edits, 0.1, {NAME: covariance})
+    torch.testing.assert_close(update(solved).double(), naive(edits, 0.1, covariance), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(update(solved), update(SolvedEdit.of(edits, 0.1)), atol=1e-3)
+
+
+def test_a_small_ridge_does_what_each_edit_does_where_it_was_made() -> None:
+    edits = [edit(1, tokens=2), edit(2, tokens=2), edit(3, tokens=2)]  # six keys in seven dimensions
+    total = update(SolvedEdit.of(edits, 1e-7))
+    for one in edits:
+        keys, shifts = keys_and_shifts(one, NAME)
+        torch.testing.assert_close(keys[0] @ total, shifts[0], rtol=1e-2, atol=1e-2)
+
+
+def test_padding_counts_for_nothing() -> None:
+    edits = [edit(1), edit(2)]
+    wider = [{NAME: torch.nn.functional.pad(one.keys[NAME], (0, 0, 0, 4))} for one in edits]
+    padded = [LowRankEdit(one.inputs, one.outputs, keys=keys) for one, keys in zip(edits, wider, strict=True)]
+    torch.testing.assert_close(update(SolvedEdit.of(padded)), update(SolvedEdit.of(edits)))
+
+
+def test_one_edit_alone_is_left_as_it_is() -> None:
+    one = edit(1)
+    assert SolvedEdit.of([one]) is one
+    assert SolvedEdit.of([one, edit(2)]).without(1) is one
+
+
+def test_order_does_not_matter() -> None:
+    edits = [edit(seed) for seed in range(4)]
+    first, *others = [update(SolvedEdit.of(order)) for order in permutations(edits)]
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
+
+
+def test_an_edit_that_is_taken_out_was_never_in() -> None:
+    edits = [edit(seed) for seed in range(5)]
+    solved = SolvedEdit.of(edits)
+    for place in range(5):
+        rest = [one for i, one in enumerate(edits) if i != place]
+        torch.testing.assert_close(update(solved.without(place)), update(SolvedEdit.of(rest)), rtol=1e-4, atol=1e-4)
+    assert torch.equal(update(solved.without(0, -1)), update(SolvedEdit.of(edits[1:-1])))
+    assert [r.prompt for r in solved.without(1).info.requests] == ["0.0 is", "2.0 is", "3.0 is", "4.0 is"]
+    again = solved.without(2).compose(edits[2])
+    torch.testing.assert_close(update(again), update(solved), rtol=1e-4, atol=1e-4)
+    with pytest.raises(IndexError, match="edit 5 of 5"):
+        solved.without(5)
+    with pytest.raises(ValueError, match="all 5 edits would be taken out"):
+        solved.without(0, 1, 2, 3, 4)
+
+
+def test_independent_edits_are_solved_row_by_row() -> None:
+    several, shared = edit(1, number=3), edit(2)
+    solved = SolvedEdit.of([several, shared])
+    assert len(solved) == 3
+    for row in range(3):
+        alone = SolvedEdit.of([several[row], shared])
+        torch.testing.assert_close(update(solved, row), update(alone), rtol=1e-4, atol=1e-4)
+        assert solved[row].info.requests == alone.info.requests
+    chosen = solved.select([2, 0, 2])
+    for place, row in enumerate([2, 0, 2]):
+        assert torch.equal(update(chosen, place), update(solved, row))
+    torch.testing.assert_close(update(chosen.without(1), 1), update(several, 0))
+    with pytest.raises(IndexError, match="at least one of the 3"):
+        solved.select([3])
+
+
+def test_layers_that_only_some_edits_have() -> None:
+    solved = SolvedEdit.of([edit(1, names=(NAME, WIDE)), edit(2)])
+    assert solved.layers == (NAME, WIDE)
+    alone = edit(1, names=(NAME, WIDE))
+    keys, shifts = keys_and_shifts(alone, WIDE)
+    penalty = 0.1 * keys[0].square().sum(-1).mean()
+    expected = torch.linalg.inv(keys[0].T @ keys[0] + penalty * torch.eye(D_IN)) @ keys[0].T @ shifts[0]
+    torch.testing.assert_close(update(solved, name=WIDE), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan")])
+def test_a_ridge_that_cannot_be_is_refused(ridge: float) -> None:
+    with pytest.raises(ValueError, match="ridge must be above 0"):
+        SolvedEdit.of([edit(1), edit(2)], ridge)
+
+
+def test_an_edit_without_keys_is_named() -> None:
+    bare = LowRankEdit(edit(2).inputs, edit(2).outputs, EditInfo(editor="someone"))
+    with pytest.raises(ValueError, match=r"edit 1 \(someone\) does not carry the inputs"):
+        SolvedEdit.of([edit(1), bare])
+
+
+# --- by an editor ---------------------------------------------------------------------------------------------------
+
+CITIES = [EditRequest(f"The {city} tower is in", target) for city, target in (("Oslo", "Rome"), ("Bern", "Lima"))]
+
+
+@pytest.fixture
+def editor(tiny_model: Any) -> Any:
+    editor = IBKEEditor.for_backbone(tiny_model(), [1, 2], latent_dim=8, latent_length=2, composition="solve").eval()
+    for statistics in editor.statistics:
+        statistics.count.fill_(1)
+    return editor
+
+
+def test_an_editor_makes_each_edit_on_the_unedited_model_and_solves_them(
+    editor: Any, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    model = tiny_model()
+    both = editor.edit(model, tiny_tokenizer, CITIES, mode="sequential")
+    alone = [editor.edit(model, tiny_tokenizer, [request]) for request in CITIES]
+    assert isinstance(both, SolvedEdit) and all(isinstance(one, LowRankEdit) for one in alone)
+    assert both.info.requests == tuple(CITIES)
+    expected = SolvedEdit.of(alone, editor.config.ridge)
+    later = editor.edit(model, tiny_tokenizer, CITIES[1:], mode="sequential", previous=alone[0])
+    rows = editor.edit(model, tiny_tokenizer, CITIES, mode="independent", previous=alone[0])
+    for name in both.layers:
+        torch.testing.assert_close(update(both, name=name), update(expected, name=name), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(update(later, name=name), update(expected, name=name), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(update(rows, 1, name), update(expected, name=name), rtol=1e-4, atol=1e-6)
+    assert update(both.without(1), name=both.layers[0]).equal(update(both.parts[0], name=both.layers[0]))
+
+
+def test_a_solved_edit_is_attached_undone_and_saved_as_an_adapter(
+    editor: Any, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, ids = tiny_model(), torch.arange(1, 7)[None]
+    before = model(ids).logits
+    solved = editor.edit(model, tiny_tokenizer, CITIES, mode="sequential")
+    with solved.attached(model):
+        edited = model(ids).logits
+    assert not torch.equal(edited, before)
+    assert torch.equal(model(ids).logits, before)
+    solved.save_pretrained(tmp_path / "edit")
+    saved = LowRankEdit.from_pretrained(tmp_path / "edit")
+    assert saved.info.requests == tuple(CITIES)
+    with saved.attached(model):
+        torch.testing.assert_close(model(ids).logits, edited, rtol=1e-4, atol=1e-5)
+
+
+def test_edits_are_summed_unless_the_config_says_otherwise(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    editor = IBKEEditor.for_backbone(tiny_model(), [1], latent_dim=8, latent_length=2)
+    both = editor.edit(tiny_model(), tiny_tokenizer, CITIES, mode="sequential")
+    assert isinstance(both, LowRankEdit) and not both.keys
+    with pytest.raises(StrictDataclassError, match="composition must be one of sum, solve, found 'mean'"):
+        IBKEEditor.for_backbone(tiny_model(), [1], latent_dim=8, composition="mean")
