@@ -12,9 +12,10 @@ from ..core.records import EditRecord
 from ..editors.catalogue import kind_of
 from ..io import read_json, write_json
 from ..loading import load_editor
+from ..training.strength import choose_strength, set_strength
 from ..training.trainer import last_complete_checkpoint
 from . import atlas_statistics, chosen_settings, load_backbone, load_records, load_rival, tuned_at
-from .editors import LOG, TRAINING, choose_strength, set_strength, train_atlas_editor
+from .editors import LOG, TRAINING, train_atlas_editor
 from .tuning import TUNING_RECORDS
 
 STEPS = 700  # of each training run: 10 minutes of one core for IBKE and MEND, 15 for SERAC
@@ -106,8 +107,8 @@ class AtlasBench(Bench):
         if file.exists():
             set_strength(editor, read_json(file)["trials"][-1])
             return
-        trials = TRIALS_OF_MANY[name]
-        tried = choose_strength(editor, *self.loaded, trials, None, edits=edits, number=TUNING_RECORDS)
+        records = load_records("validation")[:TUNING_RECORDS]
+        tried = choose_strength(editor, *self.loaded, records, TRIALS_OF_MANY[name], edits=edits)
         write_json(file, {"editor": name, "edits": edits, "records": TUNING_RECORDS, "trials": tried})
 
     @cached_property

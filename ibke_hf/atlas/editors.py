@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from ..core.modeling_ibke import GradientEditor, IBKEEditor
 from ..editors.mend import MENDConfig, MENDEditor
 from ..editors.serac import SERACEditor
-from ..evaluation.protocol import evaluate_records
 from ..io import write_json
 from ..training.serac import SERACTrainer
+from ..training.strength import choose_strength, save_in_16_bit
 from ..training.trainer import GradientEditorTrainer, IBKETrainingArguments, RecordDataset
 from . import load_backbone, load_records, load_split
 from .datasets import training_records
@@ -103,7 +101,7 @@ def train_atlas_editor(
         records: Number of training records.
         options: Fields of the editor's config that differ from the recipe, and ``layers``.
         resume: Go on from the last checkpoint.
-        trials: What :func:`choose_strength` tries once the editor is trained.
+        trials: What :func:`~ibke_hf.training.strength.choose_strength` tries once the editor is trained.
         locality_floor: See there.
         training: Fields of :class:`IBKETrainingArguments` that differ from the recipe.
 
@@ -118,7 +116,7 @@ def train_atlas_editor(
     trainer = _trainer(name, editor, backbone, tokenizer, target / "checkpoints", seed, records, settings)
     trainer.train(resume_from_checkpoint=resume or None)
     report = trainer.evaluate()
-    tried = choose_strength(editor, backbone, tokenizer, trials, locality_floor)
+    tried = choose_strength(editor, backbone, tokenizer, load_records("validation"), trials, locality_floor)
     report |= {"minutes": round((time.monotonic() - started) / 60, 1), "parameters": editor.num_parameters()}
     save_in_16_bit(editor, target)
     shutil.rmtree(target / "checkpoints", ignore_errors=True)
@@ -168,83 +166,6 @@ def _trainer(
         eval_dataset=RecordDataset(load_records("validation")),
         callbacks=[_Minutes()],
     )
-
-
-def choose_strength(
-    editor: GradientEditor | SERACEditor,
-    backbone: Any,
-    tokenizer: Any,
-    trials: Sequence[float] = STEP_FACTORS,
-    locality_floor: float | None = LOCALITY_FLOOR,
-    *,
-    edits: int = 1,
-    number: int | None = None,
-) -> list[dict[str, float]]:
-    """Set how much an editor moves, by trials on the validation records: a factor of η, or SERAC's threshold.
-
-    A smaller step, like a higher threshold, moves less of everything; weights are rounded to 16 bit first, as they are
-    stored.
-
-    Args:
-        editor: Left with the chosen one.
-        backbone: The Atlas backbone.
-        tokenizer: Its tokenizer.
-        trials: Factors or thresholds, tried in turn.
-        locality_floor: Locality in percent that ends the trials; the best Avg of all is chosen where none reaches it.
-            None: no floor.
-        edits: Number of edits that the model carries at once.
-        number: How many validation records; by default all.
-
-    Returns:
-        What was tried, with validation scores in percent; the chosen one comes last.
-    """
-    for parameter in stored_in_16_bit(editor).parameters():
-        parameter.data = parameter.data.half().float()
-    editor.eval()
-    name, use = _strength(editor)
-    records, tried = load_records("validation")[:number], []
-    for value in trials:
-        use(value)
-        summary = evaluate_records(
-            editor, backbone, tokenizer, records, sequential=edits, batch_size=100, progress=False, generate=False
-        ).summary
-        tried.append(
-            {name: value, **{score: summary[score] for score in ("reliability", "generality", "locality", "avg")}}
-        )
-        if locality_floor is not None and summary["locality"] >= locality_floor:
-            return tried
-    best = max(tried, key=lambda trial: trial["avg"])
-    use(best[name])
-    return [*tried, best]
-
-
-def set_strength(editor: GradientEditor | SERACEditor, trial: dict[str, float]) -> None:
-    """Set how much an editor, loaded as it was saved, moves: to what a trial of :func:`choose_strength` tried."""
-    name, use = _strength(editor)
-    use(trial[name])
-
-
-def _strength(editor: GradientEditor | SERACEditor) -> tuple[str, Callable[[float], None]]:
-    """Return the name of the setting that is chosen after training, and what sets it."""
-    if isinstance(editor, SERACEditor):
-        return "threshold", lambda value: setattr(editor.config, "threshold", value)
-    sizes, trained = editor.log_step_sizes, editor.log_step_sizes.data.clone()
-    return "factor", lambda value: setattr(sizes, "data", trained + math.log(value))
-
-
-def stored_in_16_bit(editor: GradientEditor | SERACEditor) -> nn.Module:
-    """Return the part of an editor that is stored in fp16; statistics and η stay in fp32."""
-    return editor if isinstance(editor, SERACEditor) else editor.hypernetworks
-
-
-def save_in_16_bit(editor: GradientEditor | SERACEditor, folder: str | Path) -> None:
-    """Save an editor, most of it in fp16."""
-    halved = stored_in_16_bit(editor)
-    halved.half()
-    try:
-        editor.save_pretrained(folder)
-    finally:
-        halved.float()
 
 
 class _Minutes(TrainerCallback):

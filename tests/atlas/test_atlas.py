@@ -17,7 +17,6 @@ from ibke_hf.atlas.editors import (
     LOCALITY_FLOOR,
     STEP_FACTORS,
     TRAINING,
-    choose_strength,
     train_atlas_editor,
 )
 from ibke_hf.atlas.examples import CONSEQUENCES, example_records
@@ -26,6 +25,7 @@ from ibke_hf.atlas.report import NAMES, SPLITS, atlas_editors, compare_editors, 
 from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
 from ibke_hf.cli import main
 from ibke_hf.evaluation.scores import REPORTED
+from ibke_hf.training.strength import choose_strength
 
 MEGABYTE = 1e6
 
@@ -154,8 +154,8 @@ def test_the_step_size_is_the_largest_that_keeps_locality(
         scores = {"reliability": 95.0, "generality": 90.0, "locality": locality(factor), "avg": locality(factor)}
         return SimpleNamespace(summary=scores)
 
-    monkeypatch.setattr("ibke_hf.atlas.editors.evaluate_records", evaluated)
-    trials = choose_strength(editor, *load_backbone())
+    monkeypatch.setattr("ibke_hf.training.strength.evaluate_records", evaluated)
+    trials = choose_strength(editor, *load_backbone(), [], STEP_FACTORS, LOCALITY_FLOOR)
     assert trials[-1]["factor"] == chosen
     torch.testing.assert_close(editor.step_sizes.detach(), chosen * trained)
     assert [trial["factor"] for trial in trials][: len(STEP_FACTORS)] == [

@@ -27,7 +27,7 @@ from ibke_hf.atlas import (
 )
 from ibke_hf.atlas.bench import TRIALS_OF_MANY as TRIALS_OF_TRAINED
 from ibke_hf.atlas.bench import AtlasBench
-from ibke_hf.atlas.editors import LAYERS, set_strength
+from ibke_hf.atlas.editors import LAYERS
 from ibke_hf.atlas.tuning import (
     EDITS,
     TRIALS,
@@ -42,6 +42,7 @@ from ibke_hf.atlas.tuning import (
 from ibke_hf.core.layers import layers_to_edit, modules_to_edit
 from ibke_hf.editors.catalogue import KINDS, TRAINED, editor_class
 from ibke_hf.editors.locate.key_statistics import KeyStatistics
+from ibke_hf.training.strength import set_strength
 
 
 def committed(file: str) -> Any:
@@ -122,8 +123,8 @@ def test_a_trained_editor_moves_as_much_as_suits_the_number_of_edits(
     shutil.copytree(ASSETS / "mend", tmp_path / "mend-0")
     calls: list[Any] = []
 
-    def choose(editor: Any, *_: Any, edits: int, number: int) -> list[dict[str, float]]:
-        calls.append((edits, number))
+    def choose(editor: Any, model: Any, tokenizer: Any, records: Any, *_: Any, edits: int) -> list[dict[str, float]]:
+        calls.append((edits, len(records)))
         tried = [{"factor": 1.0, "avg": 1.0}, {"factor": 0.25, "avg": 2.0}]
         set_strength(editor, tried[-1])
         return tried
