@@ -121,8 +121,36 @@ def families_report(
     for family in families or all_families():
         rows[family] = try_family(family, tokenizer)
         progress(f"{family}: {'not tried' if 'not_tried' in rows[family] else _summary(rows[family])}")
-    versions = {"transformers": transformers_version, "torch": torch.__version__.partition("+")[0]}
-    return {"recipe": RECIPE, **versions, "families": rows}
+    return {**_circumstances(), "families": rows}
+
+
+def _circumstances() -> dict[str, Any]:
+    torch_version = torch.__version__.partition("+")[0]
+    return {"recipe": RECIPE, "transformers": transformers_version, "torch": torch_version}
+
+
+def status_beside(folder: str | Path) -> dict[str, Any] | None:
+    """Return the status that a folder holds, None for none.
+
+    Raises:
+        ValueError: If it was written by another recipe or with other versions, so that a part of it cannot be renewed.
+    """
+    if not (Path(folder) / FILE).is_file():
+        return None
+    report = read_report(folder)
+    for name, value in _circumstances().items():
+        if report.get(name) != value:
+            raise ValueError(
+                f"{Path(folder) / FILE}: was written with {name} {report.get(name)}, here it is {value}; try all "
+                "families again (without --families), or choose another --out"
+            )
+    return report
+
+
+def merged(report: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a status with the rows of a newer one in place of its own, in the order of :func:`all_families`."""
+    rows = {**report["families"], **newer["families"]}
+    return {**report, "families": {family: rows[family] for family in all_families() if family in rows}}
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> None:

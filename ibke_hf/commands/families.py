@@ -18,7 +18,10 @@ def add(commands: Any) -> None:
         "--families", nargs="+", metavar="TYPE", help="some model types, such as llama rwkv (default: all)"
     )
     command.add_argument(
-        "--out", metavar="DIR", help="folder of families.json and FAMILIES.md (default: print the page)"
+        "--out",
+        metavar="DIR",
+        help="folder of families.json and FAMILIES.md; the other families that it holds stay where --families names "
+        "some (default: print the page)",
     )
 
 
@@ -29,11 +32,12 @@ def _run(options: argparse.Namespace) -> None:
     from transformers.utils.logging import get_verbosity, set_verbosity
 
     from ..atlas import load_backbone
-    from ..benchmark.families import all_families, families_report, page, write_report
+    from ..benchmark.families import all_families, families_report, merged, page, status_beside, write_report
 
     unknown = sorted(set(options.families or ()) - set(all_families()))
     if unknown:
         raise ValueError(f"--families {unknown[0]}: transformers has no decoder of this model type")
+    beside = status_beside(options.out) if options.out is not None and options.families else None
     loggers, verbosity = logging.getLogger("ibke_hf"), get_verbosity()
     level = loggers.level
     try:  # toy configs are odd on purpose: no warnings of them
@@ -50,5 +54,5 @@ def _run(options: argparse.Namespace) -> None:
     if options.out is None:
         print(page(report))
         return
-    write_report(report, options.out)
+    write_report(report if beside is None else merged(beside, report), options.out)
     print(f"wrote {options.out}/FAMILIES.md and families.json")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,12 @@ from .prompt_options import prompt_changes, prompt_options
 if TYPE_CHECKING:
     from ..training.settings import TrainingSettings
 
+SAVED_PRECISIONS = ("float32", "float16")
 RECORDS = ("records", "validation", "augment", "augment_records", "without")
-TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "chat_share")
+TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "chat_share", "save_dtype")
 EDITOR_FIELDS = ("latent_dim", "edited_modules")
 PROMPTS = ("chat", "chat_options", "leading_space")
+CHOOSE = "choose_step_size"
 TRAINING = {  # flags that set fields of the training arguments
     "max_steps": "max_steps",
     "epochs": "num_train_epochs",
@@ -42,16 +46,27 @@ TRAINING = {  # flags that set fields of the training arguments
 
 def add(commands: Any) -> None:
     """Add the command."""
-    command = add_command(commands, "train", "train an editor for any backbone on record files", _run)
+    command = add_command(
+        commands,
+        "train",
+        "train an editor for any backbone, on your records or on those that ship with the package",
+        _run,
+    )
     command.add_argument(
         "--config", metavar="YAML", help="file of settings, overridden by flags; nested: editor, training"
     )
     command.add_argument("--kind", choices=TRAINED, help="kind of editor (default: ibke)")
     command.add_argument("--backbone", help="folder or Hub id of the backbone")
     command.add_argument(
-        "--records", nargs="+", metavar="FILE", help="training records: files or folders of any format, or Hub ids"
+        "--records",
+        nargs="+",
+        metavar="FILE",
+        help="training records: files or folders of any format, or Hub ids (default: edits of facts that ship with "
+        "the package, with validation records, and settings that give an editor in a few hours)",
     )
-    command.add_argument("--validation", nargs="+", metavar="FILE", help="held-out records for early stopping")
+    command.add_argument(
+        "--validation", nargs="+", metavar="FILE", help="held-out records for early stopping and the step size"
+    )
     command.add_argument(
         "--augment", nargs="+", metavar="FILE", help="other datasets, a few records of each of which are mixed in"
     )
@@ -73,7 +88,9 @@ def add(commands: Any) -> None:
         "--layers", type=count, nargs="+", help="edited layers (default: the preset's, else by depth)"
     )
     command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
-    command.add_argument("--max-steps", type=positive, help="training steps (default: the paper's 1,000,000)")
+    command.add_argument(
+        "--max-steps", type=positive, help="training steps (default: the paper's 1,000,000; 3,000 without --records)"
+    )
     command.add_argument(
         "--epochs", type=positive_float, metavar="N", help="passes over the records, in place of steps"
     )
@@ -83,7 +100,22 @@ def add(commands: Any) -> None:
     edited_modules_option(command)
     command.add_argument("--seed", type=seed, help="seed of initialisation, order and noise")
     command.add_argument(
-        "--save-steps", type=positive, metavar="N", help="steps between checkpoints and evaluations (default: 3000)"
+        "--save-steps",
+        type=positive,
+        metavar="N",
+        help="steps between checkpoints and evaluations (default: 3000; 500 without --records)",
+    )
+    command.add_argument(
+        "--choose-step-size",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="try step sizes on validation records in the end, and keep the best (default: where there are such "
+        "records, except for the paper's backbones)",
+    )
+    command.add_argument(
+        "--save-dtype",
+        choices=SAVED_PRECISIONS,
+        help="precision that the editor is saved in (default: float32; float16 without --records)",
     )
     command.add_argument(
         "--activation-cache",
@@ -113,38 +145,64 @@ def _run(options: argparse.Namespace) -> None:
         with TemporaryDirectory() as folder:
             _measure(options, folder)
         return
-    checked = _settings(options)
+    checked, ships = _settings(options)
+    prepare = partial(_lay_out, checked, keep=options.resume) if ships else None
     try:
-        report = train_editor(checked, resume=options.resume, force=options.force)
+        report = train_editor(checked, resume=options.resume, force=options.force, prepare=prepare)
     except TrainingStopped as stopped:
         print(f"{stopped}; go on with:\n  {resuming(options)}", file=sys.stderr)
         raise
     print(in_words(report, checked))
 
 
-def _settings(options: argparse.Namespace, **changes: Any) -> TrainingSettings:
+def _settings(options: argparse.Namespace, **changes: Any) -> tuple[TrainingSettings, bool]:
+    """Return the settings, and whether the records are those that ship with the package."""
+    from ..atlas.starter import starter_settings
     from ..training.settings import TrainingSettings, training_settings
 
-    flags = {name: getattr(options, name) for name in TOP_LEVEL}
+    flags = {name: getattr(options, name) for name in (*TOP_LEVEL, CHOOSE)}
     flags |= {name: getattr(options, name) or None for name in PROMPTS}
     training = {name: getattr(options, flag) for flag, name in TRAINING.items()}
     editor_fields = {name: getattr(options, name) for name in EDITOR_FIELDS}
-    settings = training_settings(options.config, flags | changes, editor_fields, training)
-    return TrainingSettings.of(settings)
+    ships = False
+
+    def defaults(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        nonlocal ships
+        ships = not settings.get("records")
+        return starter_settings(settings) if ships else {}
+
+    settings = training_settings(options.config, flags | changes, editor_fields, training, defaults)
+    return TrainingSettings.of(settings), ships
+
+
+def _lay_out(settings: TrainingSettings, *, keep: bool) -> None:
+    """Write the records that ship with the package to the output folder, and say what to expect."""
+    from ..atlas.starter import expectations, write_starter_records
+
+    counts = write_starter_records(settings, keep=keep)
+    print(expectations(settings, counts), end="\n\n", flush=True)
 
 
 def _measure(options: argparse.Namespace, folder: str) -> None:
+    from ..atlas.starter import write_starter_records
     from ..training.speed import in_words, measure_speed
 
-    print(in_words(measure_speed(_settings(options, out=folder), options.measure), options.measure))
+    settings, ships = _settings(options, out=folder)
+    if ships:
+        write_starter_records(settings, keep=False)
+    print(in_words(measure_speed(settings, options.measure), options.measure))
 
 
 def resuming(options: argparse.Namespace) -> str:
     """Return the command line that goes on with a run."""
+    from ..training.report import prompt_flags
+
     parts = ["ibke", "train"]
     for name in ("config", *TOP_LEVEL, *EDITOR_FIELDS, *TRAINING):
         value = getattr(options, name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
             parts += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return shlex.join([*parts, "--resume"])
+    chosen = getattr(options, CHOOSE)
+    parts += [] if chosen is None else ["--choose-step-size" if chosen else "--no-choose-step-size"]
+    return shlex.join([*parts, *prompt_flags(options), "--resume"])

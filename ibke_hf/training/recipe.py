@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from ..editors.catalogue import TRAINED, editor_class
 from ..io import LOCK, FileError, locked, read_json, write_json
 from ..loading import load_model
 from .checkpoints import TrainingStopped, last_complete_checkpoint, on_stop_signals
-from .report import before_and_after
+from .report import before_and_after, spread
 from .settings import SERAC_STARTS, TrainingSettings, read_settings, training_settings
+from .strength import choose_strength, in_16_bit
+from .width import fit_width
 
 if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset
@@ -38,26 +41,35 @@ PAPER_DTYPES = {  # SPEC §6
     "Qwen/Qwen3-8B": "float16",
 }
 PATIENCE = 50_000  # steps without a lower validation loss [paper]
-CHECKPOINTS, AUGMENTATION = "checkpoints", "augmentation.json"
-BESIDE = {CHECKPOINTS, AUGMENTATION, LOCK, "settings.json", "trained.json"}  # ours, and `ibke table`'s
+STEP_SIZE_RECORDS = 100  # validation records that step sizes are tried on: minutes, where all of them may take hours
+CHECKPOINTS, AUGMENTATION, LOG = "checkpoints", "augmentation.json", "training.json"
+STARTER = "starter_records"  # the folder of the records that ship with the package
+BESIDE = {CHECKPOINTS, AUGMENTATION, LOG, STARTER, LOCK, "settings.json", "trained.json"}  # ours, and `ibke table`'s
 
 
 def train_editor(
-    settings: Mapping[str, Any] | TrainingSettings, *, resume: bool = False, force: bool = False
+    settings: Mapping[str, Any] | TrainingSettings,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    prepare: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train an editor, of kind IBKE unless ``settings["kind"]`` says otherwise, and save it under ``settings["out"]``.
 
     With validation records, the checkpoint of the lowest validation loss is kept, and training stops once that has not
-    fallen for `PATIENCE` steps. The first Ctrl-C or SIGTERM saves a checkpoint and ends the run.
+    fallen for `PATIENCE` steps. The first Ctrl-C or SIGTERM saves a checkpoint and ends the run. ``training.json``
+    beside the editor keeps the settings, the step sizes that were tried, the report and the log.
 
     Args:
         settings: What :func:`training_settings` returns, or the like.
         resume: Go on from the last complete checkpoint in the output folder.
         force: Put the editor in a folder that holds something else, and forget the checkpoints of an earlier run.
+        prepare: Called once the output folder is known to be free, before records are read; in the first process.
 
     Returns:
-        ``steps``, ``train_loss`` and ``records_left_out``; with validation records the last evaluation, and the scores
-        of the model ``before`` and ``after`` an edit.
+        ``steps``, ``train_loss`` and ``records_left_out``; with validation records the last evaluation, as trained,
+        and the scores of the model ``before`` and ``after`` an edit; ``step_sizes``, where some were tried (see
+        :func:`~ibke_hf.training.strength.choose_strength`).
 
     Raises:
         ImportError: If the `train` extra is missing.
@@ -75,8 +87,11 @@ def train_editor(
     first = arguments.process_index == 0
     owned: AbstractContextManager[Any] = locked(settings.out) if first else nullcontext()
     with owned:
-        if first:
-            _require_free(Path(settings.out), resume=resume, force=force)
+        with arguments.main_process_first(desc="the output folder and its records"):
+            if first:
+                _require_free(Path(settings.out), resume=resume, force=force)
+                if prepare is not None:
+                    prepare()
         return _train(settings, arguments, resume)
 
 
@@ -88,27 +103,41 @@ def _train(settings: TrainingSettings, arguments: IBKETrainingArguments, resume:
         raise TrainingStopped(
             f"stopped after step {trainer.state.global_step}; a checkpoint is in {arguments.output_dir}"
         )
-    trainer.save_model(settings.out)
     report = {
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "records_left_out": len(trainer.unusable),
     }
-    if settings.validation is None:
-        return report
-    report |= trainer.evaluate()
-    if trainer.is_world_process_zero():
-        held_out: Any = trainer.eval_dataset
-        report |= before_and_after(trainer.editor.eval(), trainer.backbone, trainer.tokenizer, held_out)
+    if settings.validation is not None:
+        report |= trainer.evaluate()
+    first = trainer.is_world_process_zero()
+    if first and settings.chooses_step_size:
+        report["step_sizes"] = _choose_step_size(settings, trainer)
+    with in_16_bit(trainer.editor) if settings.save_dtype == "float16" else nullcontext():
+        trainer.save_model(settings.out)
+    if first and settings.validation is not None:
+        editor, held_out = trainer.editor.eval(), trainer.eval_dataset
+        report |= before_and_after(editor, trainer.backbone, trainer.tokenizer, held_out)
+    if first:
+        log = {"settings": asdict(settings), "report": report, "history": trainer.state.log_history}
+        write_json(Path(settings.out) / LOG, log, ensure_ascii=False)
     return report
+
+
+def _choose_step_size(settings: TrainingSettings, trainer: Any) -> list[dict[str, float]]:
+    """Leave the editor with the step size of the best Avg on validation records; return the trials."""
+    logger.warning("training is done; step sizes are tried on validation records")
+    records, rounded = spread(trainer.eval_dataset, STEP_SIZE_RECORDS), settings.save_dtype == "float16"
+    return choose_strength(trainer.editor, trainer.backbone, trainer.tokenizer, records, rounded=rounded)
 
 
 def new_trainer(settings: TrainingSettings, arguments: IBKETrainingArguments) -> Any:
     """Load the backbone and the records, and return the trainer of an untrained editor."""
-    from transformers import EarlyStoppingCallback, set_seed
+    from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
     from .batches import AlsoInChat
     from .serac import SERACTrainer
+    from .time_left import TimeLeft
     from .trainer import GradientEditorTrainer
 
     changes = settings.prompt_changes()
@@ -121,6 +150,7 @@ def new_trainer(settings: TrainingSettings, arguments: IBKETrainingArguments) ->
         train = AlsoInChat(train, settings.chat_share, settings.chat_options)
     patience = _patience(arguments, 0 if train is None else len(train))
     stopping = [EarlyStoppingCallback(patience)] if arguments.load_best_model_at_end else []
+    callbacks: list[TrainerCallback] = [TimeLeft(), *stopping]
     return (SERACTrainer if settings.kind == "serac" else GradientEditorTrainer)(
         editor,
         backbone=backbone,
@@ -128,7 +158,7 @@ def new_trainer(settings: TrainingSettings, arguments: IBKETrainingArguments) ->
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=validation,
-        callbacks=stopping,
+        callbacks=callbacks,
     )
 
 
@@ -259,9 +289,10 @@ def _editor(settings: TrainingSettings, arguments: IBKETrainingArguments) -> tup
     fields_of_editor = {"edited_modules": preset.get("edited_modules"), **settings.editor}
     if backbone.dtype == torch.float16:
         fields_of_editor.setdefault("capture_loss_scale", 1024.0)  # or small gradients vanish
-    editor = editor_class(kind).for_backbone(
-        backbone, settings.layers or preset.get("edited_layers"), **fields_of_editor
-    )
+    layers = settings.layers or preset.get("edited_layers")
+    if settings.fit_width:
+        fields_of_editor = fit_width(kind, backbone, layers, fields_of_editor)
+    editor = editor_class(kind).for_backbone(backbone, layers, **fields_of_editor)
     return editor, backbone, tokenizer
 
 

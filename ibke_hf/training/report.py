@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,12 +29,27 @@ def before_and_after(
     Returns:
         ``before`` and ``after``, each with the scores of `SCORES` in percent.
     """
-    chosen = [records[i] for i in range(0, len(records), -(-len(records) // number))]
-    scores = {}
+    chosen, scores = spread(records, number), {}
     for name, one in (("before", None), ("after", editor)):
         summary = evaluate_records(one, backbone, tokenizer, chosen, generate=False, progress=False).summary
         scores[name] = {score: summary[score] for score in SCORES}
     return scores
+
+
+def spread(records: Sequence[EditRecord], number: int) -> list[EditRecord]:
+    """Return up to `number` records spread evenly over all."""
+    return [records[i] for i in range(0, len(records), -(-len(records) // number))]
+
+
+def prompt_flags(settings: Any) -> list[str]:
+    """Return the flags of the commands that put prompts as a training did.
+
+    Args:
+        settings: Whatever has ``chat``, ``chat_options`` and ``leading_space``.
+    """
+    flags = ["--chat"] if settings.chat else []
+    flags += ["--chat-options", json.dumps(settings.chat_options)] if settings.chat_options else []
+    return [*flags, *(["--leading-space", settings.leading_space] if settings.leading_space else [])]
 
 
 def in_words(report: Mapping[str, Any], settings: Any) -> str:
@@ -58,12 +74,30 @@ def in_words(report: Mapping[str, Any], settings: Any) -> str:
         lines += [verdict(report["before"], report["after"])]
     else:
         lines += ["without validation records (--validation) nothing is known of what its edits are worth"]
+    if report.get("step_sizes"):
+        lines += ["", _tried(report["step_sizes"])]
     model, out = shlex.quote(settings.backbone), shlex.quote(settings.out)
+    asked = shlex.join(["", *prompt_flags(settings)]).removeprefix("''")
     lines += ["", f"saved to {settings.out}; try it, and measure it on records that it has not seen:"]
-    lines += [f'  ibke edit --model {model} --editor {out} --prompt "The capital of Australia is" --target "Sydney"']
+    lines += [
+        f'  ibke edit --model {model} --editor {out} --prompt "The capital of Australia is" --target "Sydney"{asked}'
+    ]
     dataset = shlex.quote((settings.validation or ["FILE"])[0])
-    lines += [f"  ibke eval --model {model} --editor {out} --dataset {dataset} --out results"]
+    lines += [f"  ibke eval --model {model} --editor {out} --dataset {dataset} --out results{asked}"]
     return "\n".join(lines)
+
+
+def _tried(trials: Sequence[Mapping[str, float]]) -> str:
+    """Say which step size, or threshold, was chosen among which."""
+    chosen = trials[-1]
+    name = "threshold" if "threshold" in chosen else "factor"
+    what = "threshold" if name == "threshold" else "step size, times what training gave it"
+    rows = [
+        [trial[name], *(_percent(trial[score]) for score in (*SCORES, "avg")), "chosen" * (trial == chosen)]
+        for trial in trials[:-1]
+    ]
+    head = (what, *SCORES, "Avg", "")
+    return str(tabulate(rows, head, disable_numparse=True, colalign=("left", *["right"] * 4, "left")))
 
 
 def verdict(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> str:

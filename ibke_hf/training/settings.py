@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict, validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from ..core.configuration_ibke import PRESETS
 from ..core.records import PromptFormat
 from ..data.augmentation import RECORDS_OF_EACH
 from ..editors.catalogue import TRAINED, config_class
@@ -24,6 +25,7 @@ SERAC_STARTS = ("scope", "counterfactual")  # decoders that its two parts start 
 REQUIRED = ("backbone", "records", "out")
 LISTS = ("records", "validation", "augment", "without")  # one source may stand for a list of it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SAVED_DTYPES = ("float32", "float16")
 MOST_SHOWN = 60  # names in an error; the training arguments are twice as many
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 DECIDED = {  # fields of the editors' configs that the backbone and the settings beside them decide
@@ -63,6 +65,15 @@ class TrainingSettings:
         chat_share: Share of the records that are asked in a chat beside their plain requests, where the tokenizer has
             a chat template, see :class:`~ibke_hf.training.batches.AlsoInChat`.
         without: Record files whose subjects are not trained on, such as those that are to measure the editor.
+        choose_step_size: Try step sizes (SERAC: thresholds) on validation records once training is done, and keep the
+            best Avg, see :func:`~ibke_hf.training.strength.choose_strength`. By default where there are validation
+            records, except for the paper's backbones, whose presets are to give what the paper describes: training
+            sets η for its loss, which says little of how edits and locality weigh against each other in Avg, and the
+            trials take minutes.
+        save_dtype: Precision that the editor is saved in, float32 or float16 (statistics and η stay in fp32); the
+            step size is then chosen with weights rounded to it.
+        fit_width: Choose d_m, or MEND's hidden_dim, by the size of the backbone, where it is not among `editor`, see
+            :func:`~ibke_hf.training.width.fit_width`.
         leading_space: What stands before targets, see :class:`~ibke_hf.core.records.PromptFormat`; by default as the
             records have it.
     """
@@ -83,6 +94,16 @@ class TrainingSettings:
     leading_space: str | None = None
     chat_share: float = 0.5
     without: list[str] | None = None
+    choose_step_size: bool | None = None
+    save_dtype: str = "float32"
+    fit_width: bool = False
+
+    @property
+    def chooses_step_size(self) -> bool:
+        """Whether step sizes are tried once training is done."""
+        if self.choose_step_size is None:
+            return self.validation is not None and self.backbone not in PRESETS
+        return self.choose_step_size
 
     def prompt_changes(self) -> dict[str, Any]:
         """Return the fields of :class:`~ibke_hf.core.records.PromptFormat` that the settings change."""
@@ -97,6 +118,10 @@ class TrainingSettings:
             raise ValueError(f"chat_share must be from 0 to 1, found {self.chat_share}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.save_dtype not in SAVED_DTYPES:
+            raise ValueError(f"save_dtype must be one of {', '.join(SAVED_DTYPES)}, found {self.save_dtype!r}")
+        if self.choose_step_size and not self.validation:
+            raise ValueError("choose_step_size tries step sizes on validation records; give some (--validation)")
         if self.training.get("activation_cache") is not None:
             require_reader(self.kind)
         PromptFormat(**self.prompt_changes())
@@ -147,7 +172,11 @@ TOP_LEVEL = tuple(each.name for each in fields(TrainingSettings))
 
 
 def training_settings(
-    config: str | Path | None, flags: Mapping[str, Any], editor: Mapping[str, Any], training: Mapping[str, Any]
+    config: str | Path | None,
+    flags: Mapping[str, Any],
+    editor: Mapping[str, Any],
+    training: Mapping[str, Any],
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Merge a YAML file with flags, which win; None means not given.
 
@@ -156,6 +185,7 @@ def training_settings(
         flags: Settings of `TOP_LEVEL`.
         editor: Fields of the editor's config.
         training: Fields of :class:`~ibke_hf.training.arguments.IBKETrainingArguments`.
+        defaults: Returns settings, by all that is given, over which the file and the flags win.
 
     Returns:
         What is given of :class:`TrainingSettings`, as JSON values.
@@ -166,8 +196,16 @@ def training_settings(
     settings = (read_settings(config) if config is not None else {}) | _without_none(flags)
     for name, group in (("editor", editor), ("training", training)):
         settings[name] = {**(settings.get(name) or {}), **_without_none(group)}
+    if defaults is not None:
+        settings = _over(defaults(settings), settings)
     checked = asdict(TrainingSettings.of(settings))
     return {name: checked[name] for name, value in settings.items() if value is not None}
+
+
+def _over(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with what they leave out; fields of a group count one by one."""
+    groups = {name: {**(defaults.get(name) or {}), **settings[name]} for name in ("editor", "training")}
+    return {**defaults, **_without_none(settings), **groups}
 
 
 def read_settings(config: str | Path, known: Sequence[str] = TOP_LEVEL) -> dict[str, Any]:

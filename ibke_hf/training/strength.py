@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def choose_strength(
     locality_floor: float | None = None,
     *,
     edits: int = 1,
-    in_16_bit: bool = True,
+    rounded: bool = True,
 ) -> list[dict[str, float]]:
     """Set how much an editor moves, by trials on validation records: a factor of η, or SERAC's threshold.
 
@@ -48,12 +49,12 @@ def choose_strength(
         locality_floor: Locality in percent that ends the trials; the best Avg of all is chosen where none reaches it.
             None: no floor.
         edits: Number of edits that the model carries at once.
-        in_16_bit: Round the weights first, to what :func:`save_in_16_bit` stores.
+        rounded: Round the weights first, to what :func:`save_in_16_bit` stores.
 
     Returns:
         What was tried, with validation scores in percent; the chosen one comes last.
     """
-    if in_16_bit:
+    if rounded:
         for parameter in stored_in_16_bit(editor).parameters():
             parameter.data = parameter.data.half().float()
     editor.eval()
@@ -91,11 +92,18 @@ def stored_in_16_bit(editor: GradientEditor | SERACEditor) -> nn.Module:
     return editor if isinstance(editor, SERACEditor) else editor.hypernetworks
 
 
-def save_in_16_bit(editor: GradientEditor | SERACEditor, folder: str | Path) -> None:
-    """Save an editor, most of it in fp16."""
+@contextmanager
+def in_16_bit(editor: GradientEditor | SERACEditor) -> Iterator[None]:
+    """Hold most of an editor in fp16, such as while it is saved."""
     halved = stored_in_16_bit(editor)
     halved.half()
     try:
-        editor.save_pretrained(folder)
+        yield
     finally:
         halved.float()
+
+
+def save_in_16_bit(editor: GradientEditor | SERACEditor, folder: str | Path) -> None:
+    """Save an editor, most of it in fp16."""
+    with in_16_bit(editor):
+        editor.save_pretrained(folder)

@@ -161,7 +161,7 @@ def test_an_edit_of_another_model_is_refused(
         ("hello", "expected values by name"),
         ("5", "expected values by name"),
         ("foo: 1", "unknown setting 'foo'"),
-        ("", "missing setting: backbone, records, out"),
+        ("", "missing setting: backbone, out"),
         ("editor: 5", "editor: must hold settings by name"),
         ("training: {foo: 1}", "unknown setting 'foo' under training"),
         ("editor: {foo: 1}", "unknown setting 'foo' under editor"),

@@ -36,7 +36,13 @@ def test_an_editor_is_trained_saved_and_usable(
     assert {"eval_loss", "eval_reliability", "eval_generality", "eval_locality"} <= result.keys()
     assert "left out 1: edit with an empty prompt or target" in caplog.text
     out = Path(settings["out"])
-    assert {path.name for path in out.iterdir()} == {"checkpoints", "config.json", "model.safetensors", ".lock"}
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "model.safetensors",
+        "training.json",
+        ".lock",
+    }
     assert (result["steps"], result["records_left_out"]) == (4, 0)
     assert result["before"]["locality"] == 100.0
     assert {*result["before"]} == {*result["after"]} == {"reliability", "generality", "locality"}
