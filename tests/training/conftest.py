@@ -23,6 +23,7 @@ def settings(tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any
         "records": [write_records(tmp_path / "train.json", CITIES[:4])],
         "validation": [write_records(tmp_path / "held.json", CITIES[4:])],
         "editor": {"latent_dim": 8, "latent_length": 2},
+        "choose_step_size": False,  # which takes longer than these trainings
         "training": {
             "max_steps": 4,
             "per_device_train_batch_size": 2,

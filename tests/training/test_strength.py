@@ -70,7 +70,7 @@ def test_an_editor_in_16_bit_makes_the_same_edit(tmp_path: Path, tiny_model: Any
 
 def test_a_training_chooses_saves_in_16_bit_and_keeps_its_log(settings: Json) -> None:
     settings["training"] |= {"max_steps": 2}
-    report = train_editor({**settings, "save_dtype": "float16"})
+    report = train_editor({**settings, "save_dtype": "float16", "choose_step_size": True})
     log = json.loads((Path(settings["out"]) / "training.json").read_text())
     assert [trial["factor"] for trial in report["step_sizes"][:-1]] == list(STEP_FACTORS)
     assert log["report"]["step_sizes"] == report["step_sizes"]
