@@ -120,23 +120,25 @@ def atlas_knowledge(model: Any, tokenizer: Any) -> Knowledge:
     return _ask(model, tokenizer, about, facts, _sampled(world), world)
 
 
-def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS, mistakes: int | None = None) -> Knowledge:
+def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS) -> Knowledge:
     """Ask any model the facts of a list, a JSON array of objects.
 
     An object has ``prompt``, ``answers`` (spellings of the true one) and ``target`` (the answer to change it to), and
     may have ``rephrasings``, ``consequences`` and ``neighbours``, each a list of questions as
-    :func:`~ibke_hf.app.compare.questions_of` reads them. Of a list of a model's own mistakes, the first `mistakes` are
-    asked, all by default.
+    :func:`~ibke_hf.app.compare.questions_of` reads them. A list of a model's own mistakes, found by asking it, is
+    not asked again: the page is there at once.
 
     Raises:
         ValueError: If the file holds something else; names the fact.
     """
-    facts, most = read_facts(file), MOST_MISTAKES
+    facts = read_facts(file)
     about = f"a language model of {_size(model)} parameters"
-    if Path(file) in MISTAKES.values():
-        facts = facts[:mistakes]
-        most = len(facts)
-    return _ask(model, tokenizer, about, facts, (), most_mistakes=most)
+    if Path(file) not in MISTAKES.values():
+        return _ask(model, tokenizer, about, facts, ())
+    near = (question for fact in facts for question in fact.form.fact().questions if question.role == "neighbour")
+    known = tuple(dict.fromkeys(replace(question, role="question") for question in near))
+    about += f". Asked {len(facts)} facts in plain text and in a chat, it got all of these wrong"
+    return Knowledge(about, tuple(Example(fact.form, "", False) for fact in facts), known)
 
 
 def facts_of(model: str) -> Path:
@@ -246,8 +248,6 @@ def _ask(
     facts: Sequence[StatedFact],
     sampled: Iterable[PageQuestion],
     world: World | None = None,
-    *,
-    most_mistakes: int = MOST_MISTAKES,
 ) -> Knowledge:
     """Ask all facts in one go."""
     stated = [PageQuestion("question", fact.form.prompt, fact.answers) for fact in facts]
@@ -266,7 +266,7 @@ def _ask(
         if question not in right or fact.form.target not in fact.answers  # else there is nothing to change
     ]
     knows = [one for one in examples if one.knows][:MOST_EXAMPLES]
-    mistakes = [one for one in examples if not one.knows and one.says][:most_mistakes]
+    mistakes = [one for one in examples if not one.knows and one.says][:MOST_MISTAKES]
     asked = [question for question in questions if question.role == "question"]
     known = tuple(question for question in asked if question in right)
     return Knowledge(about, (*knows, *mistakes), known, len(asked), world)

@@ -314,7 +314,7 @@ def _in_chat(reading: Mapping[str, Any]) -> bool:
     return bool(reading.get("chat"))
 
 
-def load_workbench(editor: str | None = None, backbone: str | None = None, mistakes: int | None = None) -> Workbench:
+def load_workbench(editor: str | None = None, backbone: str | None = None) -> Workbench:
     """Load a model and its editor to the accelerator, if there is one: by default Atlas's, without a download.
 
     The model is asked what it knows before it goes to the accelerator, which may be lent for single calls only.
@@ -323,7 +323,6 @@ def load_workbench(editor: str | None = None, backbone: str | None = None, mista
         editor: Folder or Hub id of a trained editor, or ``ft``, which needs no training. By default the one that
             was trained for the backbone, if it is at hand (:func:`trained_editor`), else ``ft``.
         backbone: Folder, Hub id, GGUF file or name of its model; by default the one that the editor was trained for.
-        mistakes: So many of a model's known mistakes at most, which saves asking the others; by default all.
 
     Raises:
         ValueError: If what was loaded is no editor for a page, or the two do not fit.
@@ -353,7 +352,7 @@ def load_workbench(editor: str | None = None, backbone: str | None = None, mista
     if name == ATLAS:
         knowledge, tuned = atlas_knowledge(model, tokenizer), load_editor(FINE_TUNING, backbone=model)
     else:
-        knowledge, tuned = general_knowledge(model, tokenizer, facts_of(name), mistakes), _fine_tuning(model, chosen)
+        knowledge, tuned = general_knowledge(model, tokenizer, facts_of(name)), _fine_tuning(model, chosen)
     rival = None if editor == FINE_TUNING else tuned
     called = "Atlas" if name == ATLAS else TITLES.get(name, name.rstrip("/").rpartition("/")[2])
     return Workbench(model, tokenizer, chosen, rival, called, knowledge, note)

@@ -74,7 +74,7 @@ def _showing(options: argparse.Namespace) -> Callable[[], Any]:
     how["shown"] = SHOWN if options.mistakes is None else options.mistakes
     if options.model == ATLAS:
         return lambda: run_demo(**how)
-    return lambda: run_demo(load_workbench(options.editor, options.model, how["shown"] or None), **how)
+    return lambda: run_demo(load_workbench(options.editor, options.model), **how)
 
 
 def _finding(options: argparse.Namespace) -> Callable[[], Any]:

@@ -157,6 +157,15 @@ def test_what_a_named_model_gets_wrong_is_whole():
         assert not any(contains_answer(name, fact.answers) for names in others for name in names)
 
 
+def test_known_mistakes_are_offered_at_once(bench, monkeypatch):
+    monkeypatch.setattr(knows, "read_answers", pytest.fail)
+    learnt = general_knowledge(bench.model, bench.tokenizer, MISTAKES["smollm2"])
+    assert len(learnt.examples) == len(read_facts(MISTAKES["smollm2"]))
+    assert not any(example.knows for example in learnt.examples)
+    assert learnt.asked == 0 and "it got all of these wrong" in learnt.about
+    assert all(question.answers for question in learnt.known) and learnt.placeholder[0]
+
+
 def test_a_mistake_that_a_model_does_not_make_is_not_offered(bench, monkeypatch, tmp_path):
     facts = [
         {"prompt": "France", "answers": ["Paris"], "target": "Paris", "consequences": ["The Louvre -> Paris"]},
