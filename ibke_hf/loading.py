@@ -353,7 +353,8 @@ def loading(name: str) -> Iterator[None]:
                 f"{name}: comes with code of its own, which is run only if you trust it: --trust-remote-code, in "
                 "Python trust_remote_code=True"
             ) from error
-        raise LoadingError(f"{name}: cannot be loaded ({_reason(name, error)})") from error
+        absent = "" if Path(name).exists() else "it is no folder here; "  # a mistyped one is asked of the Hub
+        raise LoadingError(f"{name}: cannot be loaded ({absent}{_reason(name, error)})") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -78,6 +79,8 @@ class IBKETrainingArguments(TrainingArguments):
             self.num_train_epochs = 3.0  # transformers' own default, which max_steps overrides
             self.max_steps = self.max_steps if self.max_steps > 0 else MAX_STEPS
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nowhere to copy to, and torch warns of it at every run
         require_choice("train_supporting_hops", self.train_supporting_hops, HOPS)
         for name, low in LOWEST.items():
             if getattr(self, name) < low:

@@ -25,7 +25,7 @@ from ibke_hf.cli import build_parser, main
         ({"--model": "/no/such/folder"}, "ibke edit: /no/such/folder: no such folder"),
         ({"--model": "./nowhere"}, "ibke edit: ./nowhere: no such folder"),
         ({"--editor": "/no/such/folder"}, "ibke edit: /no/such/folder: no such folder"),
-        ({"--model": "no/such"}, "ibke edit: no/such: cannot be loaded ("),
+        ({"--model": "no/such"}, "ibke edit: no/such: cannot be loaded (it is no folder here; "),
         ({"--model": "a/b/c"}, "ibke edit: a/b/c: cannot be loaded ("),
         ({"--device": "quantum"}, "ibke edit: --device quantum: this machine cannot compute there"),
         ({"--device": "cuda:99"}, "ibke edit: --device cuda:99: this machine cannot compute there"),

@@ -300,6 +300,11 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str, tmp_path
         arguments(tmp_path, **options)
 
 
+def test_no_memory_is_pinned_without_an_accelerator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert IBKETrainingArguments(str(tmp_path)).dataloader_pin_memory is False
+
+
 def test_an_editor_for_another_backbone_is_refused(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     editor = new_editor(tiny_model())
     with pytest.raises(ValueError, match="maps 48 to 32; the given model's maps 64 to 32"):
