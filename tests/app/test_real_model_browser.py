@@ -31,12 +31,12 @@ def test_a_visitor_corrects_a_mistake_of_smollm2_in_plain_text_and_in_a_chat(url
     facts = read_facts(MISTAKES["smollm2"])
     with chromium() as browser:
         page = session(browser, url, DESKTOP)
-        assert "SmolLM2-135M-Instruct" in page.locator("body").inner_text()
+        assert "SmolLM2-135M-Instruct" in page.locator(".ibke-head").inner_text()  # waits until the page is drawn
         offered = page.locator("button", has_text=re.compile(" → "))
         page.wait_for_function("[...document.querySelectorAll('button')].some(one => one.innerText.includes(' → '))")
         texts = offered.all_inner_texts()
         assert f"{facts[0].form.prompt} → {facts[0].form.target}" in texts
-        page.wait_for_function("!document.querySelector('#edit').disabled")
+        page.wait_for_function("document.querySelector('#edit')?.disabled === false")
         page.click("#edit")  # the first mistake, which is filled in
         page.wait_for_function("document.querySelectorAll('#results .ibke-card').length > 0")
         cards = page.locator("#results").inner_text()
