@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..core.records import EditCase, EditRecord, collides
 from ..core.tokens import RequestError, TokenBatch, encode, pad_and_label
+from ..data.chat import as_asked
 
 logger = logging.get_logger(__name__)
 PASS_TOKENS = 16  # what a forward costs beside its tokens, in tokens: on a CPU its weights are read from memory
@@ -85,7 +86,7 @@ class AlsoInChat(Dataset[EditRecord]):
     def in_chat(self, record: EditRecord) -> EditRecord:
         """Return a record of the share as it is asked."""
         repeated = tuple(EditCase(r.prompt, r.target, name="chat", format=r.format) for r in record.requests)
-        turns = replace(record, generality=(*repeated, *record.generality)).formatted(**self.format)
+        turns = as_asked(replace(record, generality=(*repeated, *record.generality)), **self.format)
         general, local = (_draw(f"{part} of {record.id}") < HALF for part in ("generality", "locality"))
         return replace(
             record,

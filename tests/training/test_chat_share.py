@@ -12,6 +12,7 @@ from record_files import CITIES, Json
 from training_runs import record
 
 from ibke_hf.core.records import EditRequest
+from ibke_hf.data.sources import read_records
 from ibke_hf.training.batches import AlsoInChat, RecordDataset
 from ibke_hf.training.recipe import new_trainer, train_editor, training_arguments
 from ibke_hf.training.settings import TrainingSettings
@@ -38,6 +39,17 @@ def test_a_share_of_the_records_is_asked_in_a_chat_too() -> None:
         assert 70 < sum(turns) < 130
         kept = [getattr(turned, part)[-1] == getattr(plain, part)[-1] for plain, turned in in_chat]
         assert kept == [not turn for turn in turns]
+
+
+def test_marks_of_teacher_forcing_are_not_said_in_a_chat(tmp_path: Path) -> None:
+    row = {**MEND, "subject": "Rome", "src": "Where is Rome?", "rephrase": "Rome is where?", "alt": "x"}
+    (tmp_path / "zsre.json").write_text(json.dumps([{**row, "loc": "nq question: who is it", "loc_ans": "y"}]))
+    (plain,) = read_records(tmp_path / "zsre.json")
+    turned = AlsoInChat([plain], 1.0, {}).in_chat(plain)
+    assert turned.requests == plain.requests and turned.requests[0].prompt == "Where is Rome? The answer is: "
+    in_chat = [case.prompt for case in (*turned.generality, *turned.locality) if case.format.chat]
+    assert "Where is Rome?" in in_chat
+    assert not any("The answer is" in prompt or "nq question" in prompt for prompt in in_chat)
 
 
 def test_every_record_or_none() -> None:
