@@ -17,6 +17,7 @@ CODE = {
     "layers.py",
     "attachment.py",
     "capture.py",
+    "composition.py",
     "edits.py",
     "edit_values.py",
     "adapter_files.py",

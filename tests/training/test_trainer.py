@@ -76,9 +76,9 @@ def test_calibration_runs_once_before_the_first_step(trainer_for: Any, monkeypat
     calls: list[int] = []
     calibrate = IBKEEditor.calibrate
 
-    def counted(self: Any, model: Any, batches: Any) -> Any:
+    def counted(self: Any, model: Any, batches: Any, *capture: Any) -> Any:
         calls.append(sum(map(len, batches)))
-        return calibrate(self, model, batches)
+        return calibrate(self, model, batches, *capture)
 
     monkeypatch.setattr(IBKEEditor, "calibrate", counted)
     trainer = trainer_for([record(i) for i in range(8)], save_strategy="steps", save_steps=2, max_steps=4)
