@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,17 @@ def whole_number(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 def place(text: str) -> str:
     """Read the name of a file or folder to write to."""
-    if not text.strip() or "\0" in text:
+    if not text.strip() or "\0" in text or not _can_be_a_name(text):
         raise argparse.ArgumentTypeError(f"the name of a file or folder is wanted, found {shown(text)}")
     return text
+
+
+def _can_be_a_name(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half of a character
+        return False
+    return True
 
 
 def shown(text: str) -> str:

@@ -60,7 +60,7 @@ def test_force_replaces_an_edit_by_an_edit_and_nothing_else(
 
 
 @pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("out", ["", " ", "a\0b"])
+@pytest.mark.parametrize("out", ["", " ", "a\0b", "\ud800"])
 def test_an_empty_name_is_no_folder(edit_arguments: list[str], misused: Run, out: str) -> None:
     assert "argument --out: the name of a file or folder is wanted, found" in misused(*edit_arguments, "--out", out)
 
