@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.build import CASE_KINDS
 from ..io import locked
-from .options import add_command, place, positive, positive_float, seed, share, shown
+from .options import add_command, place, positive, positive_float, seed, share, shown, without_option
 from .outputs import require_free
 
 RATES = {
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
         help="how often a kind of case is made beside the others of its group, such as generality.rephrase=3 "
         "(default 1 each)",
     )
-    _without_option(command)
+    without_option(command)
     command.add_argument("--seed", type=seed, default=0, help="seed of every draw (default 0)")
     command.add_argument("--force", action="store_true", help="replace the records that --out holds")
 
@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     facts.add_argument(
         "--out", type=place, required=True, metavar="DIR", help="folder of the tables, with a folder per domain"
     )
-    _without_option(facts)
+    without_option(facts)
     facts.add_argument("--force", action="store_true", help="write the tables among what --out holds")
 
 
@@ -84,16 +84,6 @@ def shares_of(weights: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, 
     return shares
 
 
-def _without_option(command: Any) -> None:
-    command.add_argument(
-        "--without",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="records whose subjects are left out, such as those that are to measure an editor",
-    )
-
-
 def _run_facts(options: argparse.Namespace) -> None:
     from ..data.public_facts import write_tables
     from ..data.subjects import edited_subjects
@@ -101,7 +91,7 @@ def _run_facts(options: argparse.Namespace) -> None:
     out = Path(options.out)
     require_free(out, "files", force=options.force)
     with locked(out):
-        subjects = edited_subjects(options.without)
+        subjects = edited_subjects(options.without or ())
         counts = write_tables(out, pararel=options.pararel, lre=options.lre, without=subjects)
     written = {name: counts.pop(name) for name in ("triples", "relations")}
     print(f"{out}: {written['triples']:,} triples of {written['relations']} relations")
@@ -125,7 +115,7 @@ def _run_build(options: argparse.Namespace) -> None:
             locality=options.locality,
             seed=options.seed,
             replace=options.force,
-            without=edited_subjects(options.without),
+            without=edited_subjects(options.without or ()),
             shares=shares_of(options.weights),
             **{name: getattr(options, name) for name in RATES},
         )

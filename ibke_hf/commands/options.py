@@ -57,6 +57,16 @@ def edited_modules_option(command: Any) -> None:
     )
 
 
+def without_option(command: Any) -> None:
+    """Add the records whose subjects have no part in what is made."""
+    command.add_argument(
+        "--without",
+        nargs="+",
+        metavar="FILE",
+        help="records whose subjects are left out, such as those that are to measure an editor",
+    )
+
+
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options as keyword arguments of :func:`~ibke_hf.loading.load_model`."""
     names = ("device", "device_map", "dtype", "revision", "trust_remote_code")

@@ -21,6 +21,7 @@ from .options import (
     positive_float,
     seed,
     share,
+    without_option,
 )
 from .prompt_options import prompt_changes, prompt_options
 
@@ -57,6 +58,13 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--kind", choices=TRAINED, help="kind of editor (default: ibke)")
     command.add_argument("--backbone", help="folder or Hub id of the backbone")
+    _record_options(command)
+    _editor_options(command)
+    _training_options(command)
+    _run_options(command)
+
+
+def _record_options(command: Any) -> None:
     command.add_argument(
         "--records",
         nargs="+",
@@ -73,9 +81,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--augment-records", type=positive, metavar="N", help="records of each of them (default: 512)"
     )
-    command.add_argument(
-        "--without", nargs="+", metavar="FILE", help="records whose subjects are not trained on, such as test records"
-    )
+    without_option(command)
     prompt_options(command)
     command.add_argument(
         "--chat-share",
@@ -83,11 +89,24 @@ def add(commands: Any) -> None:
         metavar="SHARE",
         help="share of the records that are asked in a chat too, where the tokenizer has a template (default: 0.5)",
     )
+
+
+def _editor_options(command: Any) -> None:
     command.add_argument("--out", type=place, metavar="DIR", help="folder of the trained editor")
     command.add_argument(
         "--layers", type=count, nargs="+", help="edited layers (default: the preset's, else by depth)"
     )
     command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
+    command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
+    edited_modules_option(command)
+    command.add_argument(
+        "--save-dtype",
+        choices=SAVED_PRECISIONS,
+        help="precision that the editor is saved in (default: float32; float16 without --records)",
+    )
+
+
+def _training_options(command: Any) -> None:
     command.add_argument(
         "--max-steps", type=positive, help="training steps (default: the paper's 1,000,000; 3,000 without --records)"
     )
@@ -96,8 +115,6 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--learning-rate", type=positive_float, help="learning rate of the hypernetworks")
     command.add_argument("--batch-size", type=positive, help="records per step and device")
-    command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
-    edited_modules_option(command)
     command.add_argument("--seed", type=seed, help="seed of initialisation, order and noise")
     command.add_argument(
         "--save-steps",
@@ -112,11 +129,9 @@ def add(commands: Any) -> None:
         help="try step sizes on validation records in the end, and keep the best (default: where there are such "
         "records, except for the paper's backbones)",
     )
-    command.add_argument(
-        "--save-dtype",
-        choices=SAVED_PRECISIONS,
-        help="precision that the editor is saved in (default: float32; float16 without --records)",
-    )
+
+
+def _run_options(command: Any) -> None:
     command.add_argument(
         "--activation-cache",
         type=place,

@@ -63,17 +63,14 @@ def build_folder(
             f"{facts}: {len(world.triples):,} triples make no more than {RECORDS_A_TRIPLE:,} unlike records each, and "
             f"{records:,} are asked for; add triples or ask for fewer"
         )
-    subjects = sorted({t.subject for t in world.triples})
-    random.Random(seed).shuffle(subjects)
-    held = set(subjects[: round(validation * len(subjects))])
     splits = {}
-    for name, number in (("train", records), ("validation", round(records * validation))):
-        triples = [t for t in world.triples if (t.subject in held) == (name == "validation")]
+    numbers = {"train": records, "validation": round(records * validation)}
+    for name, triples in _split_by_subject(world, validation, seed).items():
         builder = RecordBuilder(
             world, world, seed=f"{seed}-{name}", generality=generality, locality=locality, **options
         )
-        splits[name] = _records(builder, world, triples, number, random.Random(f"{seed}-{name}"))
-        if number and not splits[name]:
+        splits[name] = _records(builder, world, triples, numbers[name], random.Random(f"{seed}-{name}"))
+        if numbers[name] and not splits[name]:
             raise ValueError(
                 f"{facts}: no {name} record can be built; add triples, wordings, or a larger validation share"
             )
@@ -84,6 +81,17 @@ def build_folder(
         if built:
             write_records(built, Path(out) / name)
     return {name: len(built) for name, built in splits.items()}
+
+
+def _split_by_subject(world: World, validation: float, seed: int) -> dict[str, list[Triple]]:
+    """Return the triples to train with and, of a drawn share of the subjects, those to validate with."""
+    subjects = sorted({t.subject for t in world.triples})
+    random.Random(seed).shuffle(subjects)
+    held = set(subjects[: round(validation * len(subjects))])
+    return {
+        "train": [t for t in world.triples if t.subject not in held],
+        "validation": [t for t in world.triples if t.subject in held],
+    }
 
 
 def _require_sizes(records: int, validation: float, generality: int, locality: int) -> None:
