@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 from zlib import crc32
 
 from ..editors.catalogue import kind_of
 
 ALL = "all"
 EDITS = (ALL, "counterfactual", "unknown")
+T = TypeVar("T")
 
 
 class BenchmarkError(ValueError):
@@ -85,9 +87,22 @@ class Plan:
         Args:
             shard: i and n, 1 ≤ i ≤ n.
         """
-        index, number = shard
-        if not 1 <= index <= number:
-            raise BenchmarkError(f"shard must be i/n with 1 <= i <= n, found {index}/{number}")
-        units = list(product(range(self.seeds), self.editors))[index - 1 :: number]
+        units = share_of(list(product(range(self.seeds), self.editors)), shard)
         parts = list(product(self.splits, self.edits, self.sequential))
         return [Cell(editor, *part, seed) for seed, editor in units for part in parts]
+
+
+def share_of(units: Sequence[T], shard: tuple[int, int]) -> list[T]:
+    """Return every n-th of some units from the i-th on.
+
+    Args:
+        units: What is made in one process each, in order.
+        shard: i and n, 1 ≤ i ≤ n.
+
+    Raises:
+        BenchmarkError: For another i.
+    """
+    index, number = shard
+    if not 1 <= index <= number:
+        raise BenchmarkError(f"shard must be i/n with 1 <= i <= n, found {index}/{number}")
+    return list(units[index - 1 :: number])

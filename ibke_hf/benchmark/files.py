@@ -10,7 +10,7 @@ from ..editors.catalogue import KINDS
 from ..evaluation.report.table import CellError, require_cell
 from ..io import FileError, read_json
 
-CELL, SETTINGS, PLAN = "cell.json", "settings.json", "plan.json"
+PLAN = "plan.json"
 REMAKE_CELL = "remove its folder, and `ibke table` makes the cell again"
 REMAKE_FOLDER = "choose another --out, or remove the folder and make the table again"
 Group = tuple[str, str, int]

@@ -1,22 +1,19 @@
-"""Making cells in a folder, going on there, and joining folders.
+"""Making the cells of a table in a folder, going on there, and joining folders.
 
-The folder of a cell, under ``cells``, holds what `ibke eval` writes, and ``cell.json``, its line of the table, once it
-is done. Trained editors lie under ``editors``, named by id and seed.
+The folder of a cell holds what `ibke eval` writes beside its line of the table, see :mod:`.cell_folders`. Trained
+editors lie under ``editors``, named by id and seed.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .. import __version__
 from ..core.records import EditRecord
@@ -25,12 +22,11 @@ from ..evaluation.results import evaluate_to_folder, require_same
 from ..evaluation.scores import ANSWERED, REPORTED
 from ..io import locked, write_json
 from .benches import Bench
+from .cell_folders import CELL, CELLS, SETTINGS, cell_files, copy_cells, noting, require_none_failed
 from .cells import BenchmarkError, Cell, Plan
-from .files import CELL, PLAN, SETTINGS, read_cell, read_plan, read_settings
+from .files import PLAN, read_cell, read_plan, read_settings
 
-CELLS, EDITORS = "cells", "editors"
-FAILURES = (ValueError, ArithmeticError, OSError, ImportError, RuntimeError)  # the last for memory that runs out
-logger = logging.get_logger(__name__)
+EDITORS = "editors"
 
 
 def run_cells(
@@ -68,7 +64,7 @@ def run_cells(
         missing = [cell for cell in plan.cells(shard) if not _is_done(cell, target / CELLS / cell.name)]
         failed: dict[Cell, Exception] = {}
         for cell in missing:
-            with _noting(failed, [cell]):
+            with noting(failed, [cell], _name):
                 _require_enough(cell, bench.records(cell, plan.records))  # before anything is trained for it
         _train_missing(bench, [cell for cell in missing if cell not in failed], home, failed, progress=progress)
         editors: dict[tuple[str, int, int], Any] = {}
@@ -76,15 +72,12 @@ def run_cells(
             unit = (cell.editor, cell.seed, cell.sequential)
             if cell in failed:
                 continue
-            with _noting(failed, [cell]):
+            with noting(failed, [cell], _name):
                 if unit not in editors:
                     folder = home / f"{cell.editor}-{cell.seed}"
                     editors = {unit: bench.editor(cell.editor, folder, cell.sequential)}  # one at a time
                 _make(bench, cell, editors[unit], target / CELLS / cell.name, plan.records, batch_size)
-    if failed:
-        told = (f"{cell.editor} on {cell.split}, seed {cell.seed}: {error}" for cell, error in failed.items())
-        reasons = "; ".join(dict.fromkeys(told))
-        raise BenchmarkError(f"{len(failed)} of {len(missing)} cells failed: {reasons}")
+    require_none_failed(failed, len(missing), lambda cell: f"{cell.editor} on {cell.split}, seed {cell.seed}")
     return finished_cells(target)
 
 
@@ -96,7 +89,8 @@ def _train_missing(
     for name, seed in tqdm(units, desc="editors to train", unit="editor", disable=not (progress and units)):
         home.mkdir(parents=True, exist_ok=True)
         waiting = FileLock(home / f".{name}-{seed}.lock")  # another run that shares the folder may be training it
-        with _noting(failed, [cell for cell in missing if (cell.editor, cell.seed) == (name, seed)]), waiting:
+        cells = [cell for cell in missing if (cell.editor, cell.seed) == (name, seed)]
+        with noting(failed, cells, _name), waiting:
             bench.prepare(name, seed, home / f"{name}-{seed}")
 
 
@@ -147,7 +141,7 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
 
 def finished_cells(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of all cells that are done, in the order of the plan, of the paper's editors and of seeds."""
-    lines = [read_cell(file) for file in (Path(folder) / CELLS).glob(f"*/{CELL}")]
+    lines = [read_cell(file) for file in cell_files(folder)]
     (_, groups), editors = planned(folder), list(KINDS)
     of_lines = [(line["split"], line["edits"], line["sequential"]) for line in lines]
     order = list(dict.fromkeys([*groups, *of_lines]))  # a plan that was made anew may lack groups of the cells
@@ -171,21 +165,8 @@ def merge_cells(folders: Sequence[str | Path], out: str | Path) -> list[dict[str
             raise BenchmarkError(f"{folder}: holds no {SETTINGS}, so it is no folder of `ibke table`")
         _require_settings(target, read_settings(folder / SETTINGS))
         _add_to_plan(target, *planned(folder))
-        with locked(target):
-            for file in sorted((folder / CELLS).glob(f"*/{CELL}")):
-                _copy_cell(file, target / CELLS / file.parent.name)
+        copy_cells(folder, target, read_cell, _scores)
     return finished_cells(target)
-
-
-def _copy_cell(file: Path, there: Path) -> None:
-    """Copy the folder of a cell, the line of the table last: a copy that was cut is made again."""
-    if not (there / CELL).exists():
-        shutil.copytree(file.parent, there, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CELL))
-        write_json(there / CELL, read_cell(file))
-    elif _scores(read_cell(there / CELL)) != _scores(read_cell(file)):
-        raise BenchmarkError(
-            f"{file.parent} and {there} hold different results of one cell; remove the folder of the wrong one"
-        )
 
 
 def _scores(line: Mapping[str, Any]) -> list[Any]:
@@ -229,7 +210,7 @@ def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     Editors that are given may be added, but none of another origin under the same id.
     """
     file, sources = folder / SETTINGS, dict(settings["given"])
-    if file.exists() and any((folder / CELLS).glob(f"*/{CELL}")):
+    if file.exists() and cell_files(folder):
         earlier = read_settings(file)
         both = {name: source for name, source in earlier["given"].items() if name in sources}
         require_same(folder, {**earlier, "given": both}, {**settings, "given": {name: sources[name] for name in both}})
@@ -238,12 +219,5 @@ def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     write_json(file, {**settings, "given": sources})
 
 
-@contextmanager
-def _noting(failed: dict[Cell, Exception], cells: Iterable[Cell]) -> Iterator[None]:
-    """Note an error as the reason why cells failed, and go on."""
-    try:
-        yield
-    except FAILURES as error:
-        for cell in cells:
-            logger.warning(f"{cell.name}: {error}")
-            failed[cell] = error
+def _name(cell: Cell) -> str:
+    return cell.name

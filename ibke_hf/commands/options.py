@@ -67,6 +67,21 @@ def without_option(command: Any) -> None:
     )
 
 
+def share_options(command: Any) -> None:
+    """Add the shares that the cells of a long run are made in, here or on several machines."""
+    command.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="i/n", help="make the cells of one of n shares only"
+    )
+    command.add_argument("--merge", nargs="+", metavar="DIR", help="join the cells of these folders and run nothing")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, number = text.partition("/")
+    if not (index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)):
+        raise argparse.ArgumentTypeError(f"i/n with 1 <= i <= n is wanted, such as 1/4, found {text!r}")
+    return int(index), int(number)
+
+
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options as keyword arguments of :func:`~ibke_hf.loading.load_model`."""
     names = ("device", "device_map", "dtype", "revision", "trust_remote_code")

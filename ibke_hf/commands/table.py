@@ -20,6 +20,7 @@ from .options import (
     place,
     positive,
     read_dataset,
+    share_options,
     shown,
 )
 from .prompt_options import free_option, is_free, prompt_changes, prompt_options
@@ -39,10 +40,7 @@ def add(commands: Any) -> None:
     prompt_options(asking)
     free_option(asking)
     _editor_options(command.add_argument_group("how editors are made"))
-    command.add_argument(
-        "--shard", type=_shard, default=(1, 1), metavar="i/n", help="make the cells of one of n shares only"
-    )
-    command.add_argument("--merge", nargs="+", metavar="DIR", help="join the cells of these folders and run nothing")
+    share_options(command)
     command.add_argument(
         "--out",
         type=place,
@@ -361,10 +359,3 @@ def _editor(text: str) -> tuple[str, str]:
     if path and name not in WITH_WEIGHTS:
         raise ValueError(f"--editors {text}: only {', '.join(WITH_WEIGHTS)} have weights to be given")
     return name, path
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, _, number = text.partition("/")
-    if not (index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)):
-        raise argparse.ArgumentTypeError(f"i/n with 1 <= i <= n is wanted, such as 1/4, found {text!r}")
-    return int(index), int(number)

@@ -15,9 +15,8 @@ import torch
 from benchmark_runs import PLAN, RECORDS, run, scores
 
 from ibke_hf.benchmark import BenchmarkError, Cell, ModelBench, Plan, finished_cells, merge_cells
-from ibke_hf.benchmark.files import CELL, SETTINGS
+from ibke_hf.benchmark.cell_folders import CELL, CELLS, SETTINGS
 from ibke_hf.benchmark.files import PLAN as PLAN_FILE
-from ibke_hf.benchmark.runs import CELLS
 from ibke_hf.cli import main
 from ibke_hf.core.records import EditRecord
 from ibke_hf.editors.catalogue import build_editor, editor_class
