@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .adapter_schema import CONFIG, INFO, WEIGHTS, AdapterError, AdapterSettings, edit_info
+from .adapter_schema import CONFIG, INFO, KEYS, PARTS, WEIGHTS, AdapterError, AdapterSettings, edit_info
 from .capture import NonFiniteError
 from .edit_values import EditInfo, info_json
 from .files import read_json, written_together
 from .hub_files import NETWORK_ERRORS, MissingFileError, find_file, pinned
 from .library_internals import is_redirected_by_peft
+from .ridge import in_16_bit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +54,13 @@ def save_edit(
     max_rank: int | None = None,
     rank: int | None = None,
     transposed: bool | None = None,
+    keys: bool = True,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+    **more: Any,
 ) -> None:
     """Save one edit as a LoRA adapter: A = ĥ, B = ûᵀ, alpha = r, full module names, one rank for all layers.
+
+    Its keys lie in a file beside the adapter, in 16 bit, which PEFT does not read.
 
     Args:
         edit: A single edit; of several independent ones save ``edit[i]``.
@@ -64,6 +70,9 @@ def save_edit(
         rank: Save in this very rank: truncated if the edit's is higher, else padded with zeros. Default: the highest
             layer's.
         transposed: PEFT's `fan_in_fan_out`, true for Conv1D backbones; remembered from the backbone by default.
+        keys: Save the keys, if the edit has any: without them it cannot be solved together with others.
+        beside: Tensors of further files, by the files' names.
+        more: Further fields of ``edit.json``.
 
     Raises:
         ValueError: If this holds several independent edits, a rank is below 1 or far too high, or both are given.
@@ -75,13 +84,22 @@ def save_edit(
     _require_applied_by_peft(edit)
     weights = {}
     for name in edit.inputs:
-        weights[f"{PREFIX}{name}.lora_A.weight"] = edit.inputs[name][0].detach().cpu().contiguous()
-        weights[f"{PREFIX}{name}.lora_B.weight"] = edit.outputs[name][0].detach().cpu().T.contiguous()
+        weights[f"{PREFIX}{name}.lora_A.weight"] = edit.inputs[name][0]
+        weights[f"{PREFIX}{name}.lora_B.weight"] = edit.outputs[name][0].T
+    files = {WEIGHTS: weights, **(beside or {})}
+    if keys and edit.keys:
+        files[KEYS], more = key_tensors(edit), {"keys": KEYS, **more}
+        _require_finite({f"the key at {name}": rows for name, rows in files[KEYS].items()})
     config = _lora_config(edit, transposed)
     with written_together(folder) as scratch:
-        save_file(weights, scratch / WEIGHTS, metadata={"format": "pt"})
+        for file, tensors in files.items():  # edits may share tensors, which the format does not
+            stored = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+            save_file(stored, scratch / file, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        (scratch / INFO).write_text(info_json(edit.info, relative_error=dict(edit.relative_error)), encoding="utf-8")
+        text = info_json(edit.info, relative_error=dict(edit.relative_error), **more)
+        (scratch / INFO).write_text(text, encoding="utf-8")
+    for file in {KEYS, PARTS} - set(files):  # of an edit that was saved here before
+        (Path(folder) / file).unlink(missing_ok=True)
 
 
 def _require_applied_by_peft(edit: LowRankEdit) -> None:
@@ -145,7 +163,7 @@ def with_uniform_rank(edit: LowRankEdit, max_rank: int | None = None, rank: int 
 
 def read_edit(
     name_or_path: str | Path, **hub_arguments: Any
-) -> tuple[dict[str, Tensor], dict[str, Tensor], EditInfo, dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], EditInfo, dict[str, float], dict[str, Tensor]]:
     """Read an edit, or any LoRA adapter without DoRA, from a folder or the Hub.
 
     Args:
@@ -154,7 +172,7 @@ def read_edit(
 
     Returns:
         The fields of a :class:`~ibke_hf.LowRankEdit`: ĥ (1, r, d_in) and û (1, r, d_out) by module name, provenance,
-        and relative errors.
+        relative errors, and keys (1, l, d_in) where they were saved.
 
     Raises:
         AdapterError: If a file is missing, damaged or cannot be downloaded, or holds keys that are no LoRA factors, of
@@ -170,7 +188,31 @@ def read_edit(
         info, content = read_info(name_or_path, hub_arguments)
     except MissingFileError:
         info, content = EditInfo(backbone=settings.backbone), {}
-    return inputs, outputs, info, content.get("relative_error", {})
+    keys = _read_keys(name_or_path, content, hub_arguments)
+    return inputs, outputs, info, content.get("relative_error", {}), keys
+
+
+def key_tensors(edit: LowRankEdit, prefix: str = "") -> dict[str, Tensor]:
+    """Return the keys of a single edit by module name, (l, d_in), in 16 bit and without the rows of padding."""
+    tensors = {}
+    for name, keys in edit.keys.items():
+        rows = in_16_bit(keys.detach()[0])
+        tensors[f"{prefix}{name}"] = rows[rows.abs().amax(-1) > 0] if bool(rows.any()) else rows[:1]
+    return tensors
+
+
+def _read_keys(
+    name_or_path: str | Path, content: Mapping[str, Any], hub_arguments: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Read the keys of a saved edit, (1, l, d_in) by module name; none where ``edit.json`` lists no file of them.
+
+    Raises:
+        AdapterError: If the file is missing or damaged.
+    """
+    if not content.get("keys"):
+        return {}
+    weights = read_weights(name_or_path, KEYS, hub_arguments)
+    return {name: rows.unsqueeze(0) for name, rows in weights.items()}
 
 
 def read_weights(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, Tensor]:

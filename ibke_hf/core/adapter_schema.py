@@ -14,6 +14,7 @@ from .files import FileError
 from .records import EditRequest
 
 WEIGHTS, CONFIG, INFO = "adapter_model.safetensors", "adapter_config.json", "edit.json"
+KEYS, PARTS = "keys.safetensors", "parts.safetensors"  # beside the adapter, for composition
 FORMAT_VERSION = 1
 MATCHING_SECONDS = 0.2  # of processor time that one pattern may take on one name
 OTHER_MATHEMATICS = {  # fields of PEFT whose adapters are no sum of products
@@ -90,6 +91,13 @@ def _is_request(value: Any) -> bool:
     return True
 
 
+def _is_solved(value: Any) -> bool:
+    """Tell what :func:`ibke_hf.core.part_files.save_parts` says of edits that were solved together."""
+    if not isinstance(value, dict) or not _is_number(value.get("ridge")) or not value["ridge"] > 0:
+        return False
+    return _list_of(lambda part: isinstance(part, dict))(value.get("parts")) and bool(value["parts"])
+
+
 ADAPTER_KEYS = {
     "peft_type": Key(_is_text, "a text", required=True),
     "lora_alpha": Key(_is_number, "a finite number", default=8),  # PEFT's default
@@ -113,6 +121,8 @@ INFO_KEYS = {
     "model_type": Key(_is_text, "a text", default=""),
     "relative_error": Key(_mapping_of(_is_number), "an object of finite numbers", default={}),
     "kind": Key(_is_text, "a text", default="low-rank"),
+    "keys": Key(_is_text, "a text", default=""),
+    "solved": Key(_is_solved, "an object with a ridge above 0 and the edits in a list", default=None),
     "settings": Key(lambda v: isinstance(v, dict), "an object"),
 }
 
@@ -245,3 +255,14 @@ def edit_info(content: Mapping[str, Any], where: str) -> tuple[EditInfo, dict[st
         raise AdapterError(f"{where}: rows names a request beyond the {len(requests)} that there are")
     names = ("editor", "backbone", "fingerprint", "transposed", "scores", "model_type")
     return EditInfo(requests=requests, rows=rows, **{name: values[name] for name in names}), values
+
+
+def part_info(content: Mapping[str, Any], whole: EditInfo, where: str) -> EditInfo:
+    """Return the provenance of one of several edits, the whole's where ``edit.json`` says nothing else of it.
+
+    Raises:
+        AdapterError: As :func:`edit_info` does.
+    """
+    names = ("editor", "backbone", "fingerprint", "transposed", "scores", "model_type")
+    shared = {name: getattr(whole, name) for name in names}
+    return edit_info({"format_version": FORMAT_VERSION, **shared, **content}, where)[0]

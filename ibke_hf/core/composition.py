@@ -21,8 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter_files import AdapterError, publisher
+from .configuration_ibke import COMPOSITIONS, require_choice
 from .edit_values import EditInfo, common_length, joined_info
-from .edits import LowRankEdit, WeightEdit, recompress
+from .edits import LowRankEdit, WeightEdit
+from .part_files import read_parts, save_parts
+from .ridge import joined_rows, solve_update
 
 RIDGE = 0.1  # λ as a share of the mean diagonal
 
@@ -88,34 +92,36 @@ class SolvedEdit(WeightEdit):
         return tuple(dict.fromkeys(name for part in self.parts for name in part.layers))
 
     def matrices(self, name: str) -> tuple[Tensor, ...]:
-        """Return two matrices (n, d_in, r) and (n, r, d_out) of a layer whose product is ΔW."""
+        """Return ΔW (n, d_in, d_out) of a layer, or two matrices (n, d_in, r), (n, r, d_out) whose product it is."""
         return self._solved[name]
 
-    def _keys_and_shifts(self, name: str) -> tuple[Tensor, Tensor]:
+    def _keys_and_shifts(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [keys_and_shifts(part, name) for part in self.parts if name in part.layers]
-        keys, shifts = (_joined(rows, len(self)) for rows in zip(*pairs, strict=True))
+        keys, shifts = (list(rows) for rows in zip(*pairs, strict=True))
         return keys, shifts
 
     @cached_property
-    def _solved(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: self._solve(name) for name in self.layers}
-
-    def _solve(self, name: str) -> tuple[Tensor, Tensor]:
-        keys, shifts = self._keys_and_shifts(name)
-        covariance = self.covariance.get(name)
-        directions = keys if covariance is None else torch.linalg.solve(covariance.to(keys), keys.mT).mT
-        weights = ridge_weights(keys.double() @ directions.double().mT, shifts, self.ridge)
-        if directions.shape[1] > min(directions.shape[2], weights.shape[2]):
-            directions, weights = recompress(directions, weights)
-        return directions.mT, weights
+    def _solved(self) -> dict[str, tuple[Tensor, ...]]:
+        return {
+            name: solve_update(*self._keys_and_shifts(name), self.ridge, self.covariance.get(name))
+            for name in self.layers
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return keys and shifts of every layer, which say what the edit does before it is solved."""
         return {
-            f"{name}.{what}": rows
+            f"{name}.{what}": joined_rows(rows).expand(len(self), -1, -1)
             for name in self.layers
             for what, rows in zip(("keys", "shifts"), self._keys_and_shifts(name), strict=True)
         }
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SolvedEdit) or (self.ridge, *self.covariance) != (other.ridge, *other.covariance):
+            return False
+        metrics = ((metric.cpu(), other.covariance[name].cpu()) for name, metric in self.covariance.items())
+        return all(torch.equal(*pair) for pair in metrics) and super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> SolvedEdit:
         return replace(self, parts=tuple(part._map(change) for part in self.parts))
@@ -136,7 +142,9 @@ class SolvedEdit(WeightEdit):
         index = torch.as_tensor(rows, dtype=torch.long).flatten()
         if not len(index) or not 0 <= int(index.min()) <= int(index.max()) < number:
             raise IndexError(f"rows must name at least one of the {number} independent edits, found {index.tolist()}")
-        parts = tuple(part.select(index if len(part) == number else index * 0) for part in self.parts)
+        parts = tuple(part.select(index) if len(part) == number > 1 else part for part in self.parts)
+        if number == 1:  # parts of length 1 are shared by all rows, and one says how many rows there are
+            parts = (self.parts[0].select(index * 0), *self.parts[1:])
         chosen = replace(self, parts=parts, info=joined_info([(part.info, len(part)) for part in parts], len(index)))
         solved = {
             name: tuple(matrix.index_select(0, index.to(matrix.device)) for matrix in pair)
@@ -153,9 +161,28 @@ class SolvedEdit(WeightEdit):
 
     # --- what is special to it ----------------------------------------------------------------------------------
 
-    def compose(self, *others: LowRankEdit | SolvedEdit) -> LowRankEdit | SolvedEdit:
-        """Return the edit that does others too, solved anew for all."""
-        return SolvedEdit.of((self, *others), self.ridge, self.covariance)
+    def compose(
+        self,
+        *others: LowRankEdit | SolvedEdit,
+        how: str = "solve",
+        ridge: float | None = None,
+        covariance: Mapping[str, Tensor] | None = None,
+    ) -> LowRankEdit | SolvedEdit:
+        """Return the edit that does others too, solved anew for all, or summed as it is by now.
+
+        Args:
+            others: The other edits.
+            how: ``"solve"`` or ``"sum"``, see :meth:`LowRankEdit.compose`.
+            ridge: By default this edit's.
+            covariance: By default this edit's.
+
+        Raises:
+            ValueError: As :meth:`LowRankEdit.compose` does.
+        """
+        if how == "solve":
+            ridge = self.ridge if ridge is None else ridge
+            covariance = self.covariance if covariance is None else covariance
+        return compose((self, *others), how, ridge, covariance)
 
     def without(self, *places: int) -> LowRankEdit | SolvedEdit:
         """Return the edit as if the parts at these places had never been in it.
@@ -175,20 +202,57 @@ class SolvedEdit(WeightEdit):
 
     def low_rank(self) -> LowRankEdit:
         """Return the update as one low-rank edit, whose parts cannot be told apart any more."""
-        solved = self._solved
-        return LowRankEdit(
-            {name: left.mT for name, (left, _) in solved.items()},
-            {name: right for name, (_, right) in solved.items()},
-            self.info,
-        )
+        factors = {name: _two_factors(matrices) for name, matrices in self._solved.items()}
+        inputs = {name: left.mT for name, (left, _) in factors.items()}
+        return LowRankEdit(inputs, {name: right for name, (_, right) in factors.items()}, self.info)
+
+    # --- files --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Save as one LoRA adapter, see :meth:`LowRankEdit.save_pretrained`."""
-        self.low_rank().save_pretrained(folder, **options)
+        """Save as one LoRA adapter, as :meth:`LowRankEdit.save_pretrained` does, and what it was solved from beside it.
+
+        An adapter that is truncated (`rank`, `max_rank`) does something else than the parts, which are not saved then.
+        """
+        save_parts(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **hub_arguments: Any) -> SolvedEdit:
+        """Load a saved one with its parts, each of which can be taken out again.
+
+        Raises:
+            AdapterError: If a file is missing or damaged, or the folder holds no parts.
+        """
+        fields, ridge, covariance, info = read_parts(name_or_path, hub_arguments)
+        try:
+            parts = [LowRankEdit(**part) for part in fields]
+            edit = cls.of(parts, ridge, covariance)
+        except ValueError as error:
+            raise AdapterError(f"{name_or_path}: {error}; save or download it again") from error
+        if not isinstance(edit, SolvedEdit):
+            raise AdapterError(f"{name_or_path}: holds one edit alone; save or download it again")
+        return replace(edit, info=info)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Publish as one LoRA adapter, see :meth:`LowRankEdit.push_to_hub`."""
-        return self.low_rank().push_to_hub(repo_id, **options)
+        """Publish as one LoRA adapter with its parts beside it, see :meth:`LowRankEdit.push_to_hub`."""
+        return publisher().push_edit(self, repo_id, **options)
+
+
+def compose(
+    edits: Sequence[LowRankEdit | SolvedEdit],
+    how: str = "sum",
+    ridge: float | None = None,
+    covariance: Mapping[str, Tensor] | None = None,
+) -> LowRankEdit | SolvedEdit:
+    """Return the edit that does all of several; arguments and errors are :meth:`LowRankEdit.compose`'s."""
+    require_choice("how", how, COMPOSITIONS)
+    if how == "solve":
+        return SolvedEdit.of(edits, RIDGE if ridge is None else ridge, covariance)
+    if ridge is not None or covariance is not None:
+        raise ValueError(
+            'edits are summed without a ridge or a covariance; leave them out, or solve the edits (how="solve")'
+        )
+    first, *others = (edit.low_rank() if isinstance(edit, SolvedEdit) else edit for edit in edits)
+    return first.compose(*others)
 
 
 def keys_and_shifts(edit: LowRankEdit, name: str) -> tuple[Tensor, Tensor]:
@@ -197,21 +261,10 @@ def keys_and_shifts(edit: LowRankEdit, name: str) -> tuple[Tensor, Tensor]:
     return keys, keys @ edit.inputs[name].float().mT @ edit.outputs[name].float()
 
 
-def ridge_weights(gram: Tensor, shifts: Tensor, ridge: float) -> Tensor:
-    """Return (G + λ I)⁻¹ S with λ = ridge × the mean diagonal of G over the tokens that are none of padding.
-
-    Args:
-        gram: G, (n, l, l) in fp64, symmetric and not negative; zero where a row is padding.
-        shifts: S, (n, l, d_out); zero there too.
-        ridge: Above 0.
-    """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    tokens = (diagonal > 0).sum(-1).clamp(min=1)
-    penalty = ridge * diagonal.sum(-1) / tokens
-    system = gram + torch.diag_embed(penalty.clamp(min=1e-30)[:, None].expand_as(diagonal))
-    factor = torch.linalg.cholesky(system)
-    return torch.cholesky_solve(shifts.double(), factor).to(shifts.dtype)
-
-
-def _joined(parts: Sequence[Tensor], number: int) -> Tensor:
-    return torch.cat([part.to(parts[0].device).expand(number, -1, -1) for part in parts], 1)
+def _two_factors(matrices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    if len(matrices) == 2:
+        return matrices[0], matrices[1]
+    (update,) = matrices
+    narrow = min(update.shape[1:])
+    identity = torch.eye(narrow, dtype=update.dtype, device=update.device).expand(len(update), -1, -1)
+    return (update, identity) if update.shape[2] == narrow else (identity, update)

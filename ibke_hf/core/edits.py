@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,11 @@ from .edit_values import (
 )
 from .fingerprints import fingerprint, same_backbone
 from .layers import BackboneError, dimensions, modules_to_edit
+from .ridge import joined_rows
 from .weights import add_to_weight, require_untied, weight_of
+
+if TYPE_CHECKING:
+    from .composition import SolvedEdit
 
 __all__ = ["Edit", "EditInfo", "LowRankEdit", "MergedEdit", "WeightEdit", "recompress", "side_path"]
 
@@ -210,6 +214,13 @@ class LowRankEdit(WeightEdit):
             ):
                 shapes = f"{tuple(layer_inputs.shape)} and {tuple(self.outputs[name].shape)}"
                 raise ValueError(f"factors of {name!r} must be (n, r, d_in) and (n, r, d_out), found {shapes}")
+        for name, keys in self.keys.items():
+            layer_inputs = self.inputs.get(name)
+            if layer_inputs is None:
+                raise ValueError(f"keys of {name!r}, a layer that the edit does not change")
+            number, _, width = layer_inputs.shape
+            if keys.ndim != 3 or (keys.shape[0], keys.shape[2]) != (number, width):
+                raise ValueError(f"keys of {name!r} must be ({number}, l, {width}), found {tuple(keys.shape)}")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -244,20 +255,46 @@ class LowRankEdit(WeightEdit):
 
     # --- algebra ------------------------------------------------------------------------------------------------
 
-    def compose(self, *others: LowRankEdit) -> LowRankEdit:
-        """Return the edit that does all of them; recompressed exactly (QR) once the rank passes min(d_in, d_out).
+    def compose(
+        self,
+        *others: LowRankEdit | SolvedEdit,
+        how: str = "sum",
+        ridge: float | None = None,
+        covariance: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """Return the edit that does all of them; a single edit composes with n independent ones, joining each of them.
 
-        A single edit composes with n independent ones by joining each of them.
+        Args:
+            others: The other edits.
+            how: ``"sum"``: side paths added up, recompressed exactly (QR) once the rank passes min(d_in, d_out).
+                ``"solve"``: a :class:`~ibke_hf.SolvedEdit`, which does what each edit does where it was made, and
+                from which each can be taken out again; every edit has to carry its keys.
+            ridge: λ of the solve, as a share of the mean diagonal (0.1 by default): small, and each edit is kept where
+                it was made; large, and all else is kept.
+            covariance: Covariance of the keys of a corpus by module name, (d_in, d_in), that the solve is whitened by,
+                such as :attr:`KeyStatistics.moments`; none: not whitened.
+
+        Raises:
+            ValueError: If there is no such `how`, an edit has no keys where they are needed, lengths differ, or a ridge
+                or covariance is given for a sum.
         """
+        from .composition import compose
+
+        if how != "sum" or ridge is not None or covariance is not None:
+            return compose((self, *others), how, ridge, covariance)
+        return self._sum([edit if isinstance(edit, LowRankEdit) else edit.low_rank() for edit in others])
+
+    def _sum(self, others: Sequence[LowRankEdit]) -> LowRankEdit:
         edits = (self, *others)
         number = common_length(edits)
         inputs, outputs = {}, {}
         for name in dict.fromkeys(name for edit in edits for name in edit.inputs):
             parts = [edit for edit in edits if name in edit.inputs]
-            h = _joined_rows([part.inputs[name] for part in parts], number)
-            u = _joined_rows([part.outputs[name] for part in parts], number)
+            h = joined_rows([part.inputs[name].expand(number, -1, -1) for part in parts])
+            u = joined_rows([part.outputs[name].expand(number, -1, -1) for part in parts])
             inputs[name], outputs[name] = recompress(h, u) if h.shape[1] > min(h.shape[2], u.shape[2]) else (h, u)
-        return LowRankEdit(inputs, outputs, joined_info([(edit.info, len(edit)) for edit in edits], number))
+        info = joined_info([(edit.info, len(edit)) for edit in edits], number)
+        return LowRankEdit(inputs, outputs, info, keys={} if others else self.keys)
 
     def truncate(self, rank: int) -> LowRankEdit:
         """Return the best rank-`rank` edit in Frobenius norm, by QR and SVD of the factors; ΔW is not formed.
@@ -320,10 +357,6 @@ class MergedEdit:
         with torch.no_grad():
             for name, module in self.modules.items():
                 weight_of(module).copy_(self.saved[name])
-
-
-def _joined_rows(parts: Sequence[Tensor], number: int) -> Tensor:
-    return torch.cat([part.to(parts[0].device).expand(number, -1, -1) for part in parts], 1)
 
 
 def recompress(layer_inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from .factor_statistics import FactorStatistics, Moments
 from .hypernetworks import AdaptedFactors, IBKEHypernetwork
 from .layers import BackboneError, dimensions, layers_to_edit, modules_to_edit
 from .records import EditRequest
+from .ridge import in_16_bit
 from .tokens import TokenBatch, context_length, encode_requests
 
 logger = logging.get_logger(__name__)
@@ -178,7 +179,7 @@ class GradientEditor(EditorModel):
             inputs[name] = join_groups(factors.layer_inputs.float(), groups)
             outputs[name] = join_groups(-step_size * factors.output_gradients.float(), groups)
         named = zip(self.config.module_names(), captured, strict=False)
-        keys = {name: join_groups(factors.layer_inputs.float(), groups) for name, factors in named}
+        keys = {name: in_16_bit(join_groups(factors.layer_inputs, groups)) for name, factors in named}
         return LowRankEdit(inputs, outputs, info or EditInfo(), keys=keys)
 
     # --- with a backbone ----------------------------------------------------------------------------------------

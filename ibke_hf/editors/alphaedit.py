@@ -16,11 +16,12 @@ from ..core.capture import require_finite
 from ..core.configuration_ibke import require_range
 from ..core.edits import LowRankEdit
 from ..core.layers import device_of
+from ..core.ridge import precise
 from .locate.config import LocateConfig
 from .locate.editor import LocatingEditor
 from .locate.key_statistics import KeyStatistics
 from .locate.search import ValueSearch
-from .locate.states import HIDDEN, last_block, precise, read_states
+from .locate.states import HIDDEN, last_block, read_states
 from .locate.texts import SearchTexts
 
 IN_NULL_SPACE = (

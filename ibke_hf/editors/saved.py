@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapter_files import CONFIG, AdapterError, MissingFileError, read_info
+from ..core.composition import SolvedEdit
 from ..core.edits import LowRankEdit, WeightEdit
 from ..core.hub_files import find_file
 
@@ -38,7 +39,20 @@ def load_edit(name_or_path: str | Path, **hub_arguments: Any) -> Any:
             ) from error
         module, name = CLASSES[kind]
         return getattr(import_module(module, __package__), name).from_pretrained(name_or_path, **hub_arguments)
-    return LowRankEdit.from_pretrained(name_or_path, **hub_arguments)
+    return load_low_rank_edit(name_or_path, **hub_arguments)
+
+
+def load_low_rank_edit(name_or_path: str | Path, **hub_arguments: Any) -> LowRankEdit | SolvedEdit:
+    """Load a saved low-rank edit, edits that were solved together with their parts, or any LoRA adapter.
+
+    Raises:
+        AdapterError: If a file is missing or damaged.
+    """
+    try:
+        solved = read_info(name_or_path, hub_arguments)[1].get("solved")
+    except MissingFileError:  # a LoRA adapter of others
+        solved = None
+    return (SolvedEdit if solved else LowRankEdit).from_pretrained(name_or_path, **hub_arguments)
 
 
 def load_weight_edit(name_or_path: str | Path, **hub_arguments: Any) -> WeightEdit:

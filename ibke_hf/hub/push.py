@@ -14,13 +14,15 @@ from huggingface_hub import CommitInfo, ModelCard
 
 from ..core.adapter_files import CONFIG as ADAPTER_CONFIG
 from ..core.adapter_files import INFO as EDIT_INFO
-from ..core.adapter_files import save_edit, with_uniform_rank
+from ..core.adapter_files import with_uniform_rank
+from ..core.adapter_schema import KEYS, PARTS
+from ..core.composition import SolvedEdit
 from ..core.edits import LowRankEdit
 from ..data.files import record_files
 from ..data.rows import records_dataset
 from ..data.sources import SPLITS
 from ..editors.catalogue import TRAINED
-from ..editors.saved import unmergeable
+from ..editors.saved import load_low_rank_edit, unmergeable
 from ..io import read_json
 from ..loading import load_editor
 from .cards.dataset import ROWS, dataset_card
@@ -128,7 +130,7 @@ def push_edit_folder(folder: str | Path, repo_id: str, **options: Any) -> Commit
         AdapterError: If it cannot be read as an edit.
         UploadError: If the upload is cut; another call finishes it.
     """
-    return push_edit(LowRankEdit.from_pretrained(folder), repo_id, **options)
+    return push_edit(load_low_rank_edit(folder), repo_id, **options)
 
 
 # --- editors and edits ---------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ def push_editor(
 
 
 def push_edit(
-    edit: LowRankEdit,
+    edit: LowRankEdit | SolvedEdit,
     repo_id: str,
     *,
     max_rank: int | None = None,
@@ -188,7 +190,7 @@ def push_edit(
     metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> CommitInfo:
-    """Publish an edit as a LoRA adapter with a card, in one commit.
+    """Publish an edit as a LoRA adapter with a card, in one commit; its keys and parts lie beside the adapter.
 
     Args:
         edit: A single edit; of several independent ones push ``edit[i]``.
@@ -205,14 +207,21 @@ def push_edit(
         ValueError: As :func:`~ibke_hf.core.adapter_files.save_edit` does.
         UploadError: If the upload is cut; another call finishes it.
     """
-    edit = with_uniform_rank(edit, max_rank, rank)
-    edit = replace(
-        edit, info=replace(edit.info, editor=public_name(edit.info.editor), backbone=public_name(edit.info.backbone))
-    )
+    public = _with_public_names(edit)
+    adapter = with_uniform_rank(public.low_rank() if isinstance(public, SolvedEdit) else public, max_rank, rank)
     with tempfile.TemporaryDirectory() as folder:
-        save_edit(edit, folder)
-        edit_card(edit, repo_id, **(metadata or {})).save(Path(folder) / CARD)
-        return upload(folder, repo_id, **{"commit_message": "Add the edit", **options})
+        public.save_pretrained(folder, max_rank=max_rank, rank=rank)
+        parts = (Path(folder) / PARTS).exists()
+        edit_card(adapter, repo_id, parts=parts, **(metadata or {})).save(Path(folder) / CARD)
+        replaced = {"replaces": [KEYS, PARTS], "commit_message": "Add the edit"}
+        return upload(folder, repo_id, **{**replaced, **options})
+
+
+def _with_public_names(edit: Any) -> Any:
+    """Return an edit that says of no folder of this machine that it was made by or for."""
+    info = replace(edit.info, editor=public_name(edit.info.editor), backbone=public_name(edit.info.backbone))
+    parts = {"parts": tuple(map(_with_public_names, edit.parts))} if isinstance(edit, SolvedEdit) else {}
+    return replace(edit, info=info, **parts)
 
 
 # --- records ------------------------------------------------------------------------------------------------------

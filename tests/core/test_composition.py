@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from saved_edits import change
 
 from ibke_hf import EditRequest, IBKEEditor
+from ibke_hf.core.adapter_schema import CONFIG, INFO, KEYS, WEIGHTS, AdapterError
 from ibke_hf.core.composition import SolvedEdit, keys_and_shifts
 from ibke_hf.core.edit_values import EditInfo
 from ibke_hf.core.edits import LowRankEdit
+from ibke_hf.editors.saved import load_edit, load_weight_edit
 
 NAME, WIDE = "layer", "other"
 D_IN, D_OUT = 7, 5
@@ -197,3 +202,114 @@ def test_edits_are_summed_unless_the_config_says_otherwise(tiny_model: Any, tiny
     assert isinstance(both, LowRankEdit) and not both.keys
     with pytest.raises(StrictDataclassError, match="composition must be one of sum, solve, found 'mean'"):
         IBKEEditor.for_backbone(tiny_model(), [1], latent_dim=8, composition="mean")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_saved_beside_the_adapter_and_old_files_have_none(
+    editor: Any, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    one, two = (editor.edit(model, tiny_tokenizer, [request]) for request in CITIES)
+    one.save_pretrained(tmp_path / "one")
+    two.save_pretrained(tmp_path / "two", keys=False)
+    back = LowRankEdit.from_pretrained(tmp_path / "one")
+    assert back == one and back.keys.keys() == one.keys.keys()
+    for name, keys in one.keys.items():
+        assert keys.itemsize == 2 and torch.equal(back.keys[name], keys)
+    assert json.loads((tmp_path / "one" / INFO).read_text())["keys"] == KEYS
+    assert not (tmp_path / "two" / KEYS).exists() and not LowRankEdit.from_pretrained(tmp_path / "two").keys
+    expected, again = one.compose(two, how="solve"), back.compose(two, how="solve")
+    assert expected == again and all(update(again, name=n).equal(update(expected, name=n)) for n in again.layers)
+    (tmp_path / "one" / KEYS).unlink()
+    with pytest.raises(AdapterError, match=r"no keys\.safetensors"):
+        LowRankEdit.from_pretrained(tmp_path / "one")
+
+
+def test_keys_without_padding_in_16_bit_whatever_their_size(tmp_path: Path) -> None:
+    for size, dtype in ((1.0, torch.float16), (1e6, torch.bfloat16), (1e-6, torch.bfloat16)):
+        keys = {NAME: edit(1).keys[NAME] * size}
+        padded = {NAME: torch.nn.functional.pad(keys[NAME], (0, 0, 2, 0))}
+        replace(edit(1), keys=padded).save_pretrained(tmp_path)
+        stored = LowRankEdit.from_pretrained(tmp_path).keys[NAME]
+        assert stored.dtype is dtype and torch.equal(stored, keys[NAME].to(dtype))
+
+
+@pytest.mark.parametrize("covariance", [None, {NAME: torch.eye(D_IN) + 0.5}])
+def test_a_solved_edit_comes_back_with_parts_that_can_be_taken_out(tmp_path: Path, covariance: Any) -> None:
+    edits = [edit(seed, tokens=seed) for seed in (2, 3, 4)]
+    solved = SolvedEdit.of(edits, 0.2, covariance)
+    solved.save_pretrained(tmp_path)
+    back = SolvedEdit.from_pretrained(tmp_path)
+    assert (
+        back.info == solved.info
+        and back.ridge == 0.2
+        and [part.info for part in back.parts] == [one.info for one in edits]
+    )
+    assert load_edit(tmp_path) == back and load_weight_edit(tmp_path) == back
+    torch.testing.assert_close(update(back), update(solved), rtol=1e-2, atol=5e-3)  # keys in 16 bit
+    adapter = LowRankEdit.from_pretrained(tmp_path)
+    torch.testing.assert_close(update(adapter), update(back), rtol=1e-5, atol=1e-6)
+    for place in range(3):
+        rest = SolvedEdit.of([one for i, one in enumerate(back.parts) if i != place], 0.2, covariance)
+        torch.testing.assert_close(update(back.without(place)), update(rest), rtol=1e-4, atol=1e-4)
+    assert back.without(0, 1) == edits[2]
+    again = back.without(1).compose(edits[1])
+    torch.testing.assert_close(update(again), update(solved), rtol=1e-2, atol=5e-3)
+
+
+def test_an_edit_saved_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
+    SolvedEdit.of([edit(1), edit(2)]).save_pretrained(tmp_path)
+    edit(3).save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {WEIGHTS, CONFIG, INFO, KEYS}
+    with pytest.raises(AdapterError, match="load it with LowRankEdit"):
+        SolvedEdit.from_pretrained(tmp_path)
+    SolvedEdit.of([edit(1), edit(2)]).save_pretrained(tmp_path, rank=2)
+    assert {file.name for file in tmp_path.iterdir()} == {WEIGHTS, CONFIG, INFO}
+    assert isinstance(load_edit(tmp_path), LowRankEdit)
+
+
+@pytest.mark.parametrize(
+    "solved",
+    [{"ridge": 0, "parts": [{}]}, {"ridge": 0.1, "parts": []}, {"ridge": 0.1}, [], {"ridge": 1, "parts": [1]}],
+)
+def test_a_damaged_description_of_the_parts_is_refused(tmp_path: Path, solved: Any) -> None:
+    SolvedEdit.of([edit(1), edit(2)]).save_pretrained(tmp_path)
+    change(tmp_path / INFO, solved=solved)
+    with pytest.raises(AdapterError, match="solved must be an object with a ridge above 0 and the edits in a list"):
+        SolvedEdit.from_pretrained(tmp_path)
+
+
+def test_parts_that_the_description_does_not_know_are_refused(tmp_path: Path) -> None:
+    SolvedEdit.of([edit(1), edit(2)]).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / INFO).read_text())["solved"]
+    change(tmp_path / INFO, solved={**content, "parts": content["parts"][:1]})
+    with pytest.raises(AdapterError, match=r"is of none of the 1 edits"):
+        SolvedEdit.from_pretrained(tmp_path)
+    change(tmp_path / INFO, solved={**content, "parts": [*content["parts"], content["parts"][0]]})
+    with pytest.raises(AdapterError, match="an edit needs both factors"):
+        SolvedEdit.from_pretrained(tmp_path)
+
+
+def test_keys_that_do_not_belong_to_the_edit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"keys of 'layer' must be \(1, l, 7\)"):
+        replace(edit(1), keys={NAME: torch.zeros(1, 3, 6)})
+    with pytest.raises(ValueError, match="keys of 'other', a layer that the edit does not change"):
+        replace(edit(1), keys={WIDE: torch.zeros(1, 3, 7)})
+
+
+def test_edits_compose_as_they_are_told_to() -> None:
+    one, two = edit(1), edit(2)
+    solved = one.compose(two, how="solve", ridge=0.3)
+    assert solved == SolvedEdit.of([one, two], 0.3) and solved != SolvedEdit.of([one, two], 0.2)
+    assert one.compose(how="solve") is one
+    torch.testing.assert_close(update(solved.compose(two, how="sum")), update(solved) + update(two))
+    torch.testing.assert_close(update(one.compose(solved)), update(one) + update(solved))
+    assert one.compose(two).keys == {} and one.compose().keys is one.keys
+    metric = {NAME: torch.eye(D_IN) * 2}
+    assert one.compose(two, how="solve", covariance=metric) == SolvedEdit.of([one, two], covariance=metric)
+    with pytest.raises(ValueError, match="how must be one of sum, solve, found 'mean'"):
+        one.compose(two, how="mean")
+    with pytest.raises(ValueError, match="summed without a ridge"):
+        one.compose(two, ridge=0.1)

@@ -19,6 +19,7 @@ from saved_edits import CONFIG, INFO, WEIGHTS, change, make_edit
 from ibke_hf.cli import main
 from ibke_hf.core import adapter_files
 from ibke_hf.core.adapter_files import AdapterError
+from ibke_hf.core.composition import SolvedEdit
 from ibke_hf.core.edits import EditInfo, LowRankEdit
 from ibke_hf.core.records import EditRequest
 
@@ -197,3 +198,21 @@ def test_the_command_pushes_a_saved_edit(hub: LoopbackHub, tmp_path: Path, capsy
         torch.testing.assert_close(small.weight_update(name), expected.weight_update(name), rtol=1e-5, atol=1e-5)
     assert main(["push", str(tmp_path / "edit"), ID, "--results", "somewhere"]) == 2
     assert "--results belongs to an editor" in capsys.readouterr().err
+
+
+def test_edits_solved_together_are_pulled_with_their_parts(hub: LoopbackHub) -> None:
+    first = replace(make_edit(), keys={name: rows + 1 for name, rows in make_edit().inputs.items()})
+    second = replace(
+        first, outputs={name: rows * 2 for name, rows in first.outputs.items()}, keys={**first.keys, **first.inputs}
+    )
+    solved = first.compose(second, how="solve")
+    solved.push_to_hub(ID)
+    assert set(hub[ID].files()) == {".gitattributes", "README.md", WEIGHTS, CONFIG, INFO, "parts.safetensors"}
+    back = SolvedEdit.from_pretrained(ID)
+    assert [part.info for part in back.parts] == [first.info, second.info]
+    for name in back.layers:
+        assert torch.equal(pulled().weight_update(name), back.low_rank().weight_update(name))
+    assert "SolvedEdit.from_pretrained" in (text := hub[ID].files()["README.md"].decode()) and "without(0)" in text
+    first.push_to_hub(ID)
+    assert set(hub[ID].files()) == {".gitattributes", "README.md", WEIGHTS, CONFIG, INFO, "keys.safetensors"}
+    assert pulled().keys.keys() == first.keys.keys()

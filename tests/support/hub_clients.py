@@ -28,6 +28,8 @@ CODE = {
     "hub_files.py",
     "library_internals.py",
     "offload.py",
+    "part_files.py",
+    "ridge.py",
     "weights.py",
 }
 

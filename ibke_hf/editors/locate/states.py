@@ -67,8 +67,3 @@ def last_block(model: Any, config: LocateConfig) -> nn.Module:
     template = config.edited_modules
     name = template[: template.index("{i}") + 3].format(i=max(config.edited_layers))
     return next(module for path, module in model.named_modules() if plain_name(path) == name)
-
-
-def precise(tensor: Tensor) -> Tensor:
-    """Return the tensor in fp64, on the CPU where its device has none."""
-    return tensor.to(device="cpu" if tensor.device.type == "mps" else tensor.device, dtype=torch.float64)

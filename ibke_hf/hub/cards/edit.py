@@ -12,12 +12,13 @@ from .text import base_model_metadata, fenced, page, public_name
 MOST_REQUESTS = 20  # that a card lists
 
 
-def edit_card(edit: Any, repo_id: str, **metadata: Any) -> ModelCard:
+def edit_card(edit: Any, repo_id: str, *, parts: bool = False, **metadata: Any) -> ModelCard:
     """Write the card of a low-rank edit: requests, backbone, editor, scores, how to load it with PEFT and with us.
 
     Args:
         edit: A :class:`~ibke_hf.LowRankEdit`, as it is published.
         repo_id: Where it is published.
+        parts: Whether the edits that it was solved from lie beside it.
         metadata: Metadata of the card.
     """
     info, rank = edit.info, max(edit.ranks.values())
@@ -49,6 +50,7 @@ def edit_card(edit: Any, repo_id: str, **metadata: Any) -> ModelCard:
     if edit.relative_error:
         layer, worst = max(edit.relative_error.items(), key=lambda item: item[1])
         facts["truncation"] = f"by SVD to rank {rank}; relative error of the update at most {worst:.2g} ({layer})"
+    kind = "SolvedEdit" if parts else "LowRankEdit"
     blocks = [
         f"# {repo_id.rpartition('/')[2]}",
         "A knowledge edit of a language model as a LoRA adapter. The edited model answers:",
@@ -58,8 +60,13 @@ def edit_card(edit: Any, repo_id: str, **metadata: Any) -> ModelCard:
         fenced(f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{repo_id}")'),
         "With `ibke_hf`, for the length of a block and undone exactly after it:",
         fenced(
-            f'from ibke_hf import LowRankEdit\n\nedit = LowRankEdit.from_pretrained("{repo_id}")\nwith '
+            f'from ibke_hf import {kind}\n\nedit = {kind}.from_pretrained("{repo_id}")\nwith '
             f"edit.attached(model):\n    ..."
         ),
     ]
+    if parts:
+        blocks += [
+            "The requests were edited one by one and solved together; any of them can be taken out again:",
+            fenced("edit = edit.without(0)  # all but the first request"),
+        ]
     return ModelCard(page(data, blocks))
