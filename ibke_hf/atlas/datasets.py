@@ -33,6 +33,21 @@ def write_evaluation_records(split: Split, out: str | Path) -> dict[str, int]:
     return counts
 
 
+def write_training_records(split: Split, out: str | Path, number: int, seed: int, **cases: int) -> int:
+    """Write training records, one UniEdit file per domain, for an editor of another backbone; return their number.
+
+    Args:
+        split: The world.
+        out: Folder of the files.
+        number: Number of records, of the train side only.
+        seed: Seed of every draw.
+        cases: ``generality`` and ``locality`` cases of a record, instead of :data:`TRAINING_CASES`.
+    """
+    records = build_records(split, "train", number, seed=seed, **{**TRAINING_CASES, **cases}, **TRAINING_OPTIONS)
+    write_records(records, out)
+    return len(records)
+
+
 def training_records(split: Split, number: int, seed: int) -> list[EditRecord]:
     """Build training records: subjects, relations and withheld triples of the train side only."""
     built = build_records(split, "train", number, seed=seed, **TRAINING_CASES, **TRAINING_OPTIONS)

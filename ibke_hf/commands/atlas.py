@@ -28,8 +28,17 @@ def add(commands: Any) -> None:
     actions = commands.add_parser("atlas", help="rebuild the embedded world").add_subparsers(
         dest="action", required=True, metavar="action"
     )
-    command = add_command(actions, "build-data", "write the evaluation records of the embedded world", _run_build_data)
+    command = add_command(
+        actions,
+        "build-data",
+        "write the evaluation records of the embedded world, or training records",
+        _run_build_data,
+    )
     command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
+    command.add_argument("--training", type=positive, metavar="N", help="write N training records to --out instead")
+    command.add_argument("--generality", type=positive, default=4, help="generality cases of these (default 4)")
+    command.add_argument("--locality", type=positive, default=2, help="locality cases of these (default 2)")
+    command.add_argument("--seed", type=seed, default=0, help="seed of these (default 0)")
     command = add_command(actions, "build-backbone", "pretrain the embedded language model", _run_build_backbone)
     command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
     command.add_argument("--epochs", type=positive, help="passes over the taught facts")
@@ -80,9 +89,17 @@ def add(commands: Any) -> None:
 
 def _run_build_data(options: argparse.Namespace) -> None:
     from ..atlas import ASSETS, load_split
-    from ..atlas.datasets import write_evaluation_records
+    from ..atlas.datasets import write_evaluation_records, write_training_records
 
-    print(json.dumps(write_evaluation_records(load_split(), options.out or ASSETS / "records"), indent=2))
+    if options.training is None:
+        counts = write_evaluation_records(load_split(), options.out or ASSETS / "records")
+    elif options.out is None:
+        raise ValueError("--training writes records that the package doesn't hold: say where to with --out")
+    else:
+        cases = {"generality": options.generality, "locality": options.locality}
+        written = write_training_records(load_split(), options.out, options.training, options.seed, **cases)
+        counts = {"train": written}
+    print(json.dumps(counts, indent=2))
 
 
 def _run_build_backbone(options: argparse.Namespace) -> None:

@@ -60,6 +60,12 @@ def add(commands: Any) -> None:
         "--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on"
     )
     edited_modules_option(what)
+    what.add_argument(
+        "--rounding-noise",
+        type=positive,
+        metavar="BITS",
+        help="add noise to --model as large as rounding its weights to so many bits makes, as in another file of it",
+    )
     _selection_options(command.add_argument_group("which records"))
     _asking_options(command.add_argument_group("how they are asked"))
     command.add_argument(
@@ -135,6 +141,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         edited_modules=options.edited_modules,
         **load_options(options),
     )
+    noise = _add_noise(options, model)
     changes = prompt_changes(options, tokenizer)
     records = [as_asked(record, **changes) for record in records]
     settings = {name: getattr(options, name) for name in SELECTION}
@@ -161,10 +168,21 @@ def _evaluate(options: argparse.Namespace) -> None:
             "editor": options.editor or "ibke",
             "corpus": options.corpus,
             **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
+            **noise,
         },
     )
     print(score_table(results))
     print("\nwritten: " + ", ".join(str(Path(options.out) / name) for name in (RESULTS, ROWS, PAGE)))
+
+
+def _add_noise(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Add the noise that is asked for; return what the results say of it."""
+    if options.rounding_noise is None:
+        return {}
+    from ..evaluation.rounding_noise import add_rounding_noise
+
+    share = add_rounding_noise(model, options.rounding_noise)
+    return {"rounding_noise": {"bits": options.rounding_noise, "share": share}}
 
 
 # --- what is evaluated --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ibke_hf.atlas.near import near_records
 from ibke_hf.atlas.report import NAMES, SPLITS, atlas_editors, compare_editors, keep_near, markdown_table
 from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
 from ibke_hf.cli import main
+from ibke_hf.data.sources import read_records
 from ibke_hf.evaluation.scores import REPORTED
 from ibke_hf.training.strength import choose_strength
 
@@ -70,6 +71,18 @@ def test_evaluation_records_are_rebuilt_byte_by_byte(tmp_path: Path) -> None:
             assert file.read_bytes() == (ASSETS / "records" / name / file.name).read_bytes(), (
                 f"{name}/{file.name} differs"
             )
+
+
+def test_training_records_for_another_backbone_are_of_the_train_side(tmp_path: Path, capsys) -> None:
+    command = ["atlas", "build-data", "--training", "60", "--generality", "2", "--locality", "1"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    records = list(read_records(tmp_path))
+    assert len(records) == 60 and {len(record.locality) for record in records} <= {0, 1}
+    split = load_split()
+    trained = {t.subject for t in (*split.counterfactual["train"], *split.unknown["train"])}
+    assert {subject for record in records for subject in record.subjects} <= trained
+    assert main(command) == 2
+    assert "say where to with --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["ibke", "mend"])
