@@ -24,6 +24,7 @@ from ibke_hf.atlas.near import near_records
 from ibke_hf.atlas.report import NAMES, SPLITS, atlas_editors, compare_editors, keep_near, markdown_table
 from ibke_hf.atlas.splits import HELD_OUT_DOMAINS, RECORDS
 from ibke_hf.cli import main
+from ibke_hf.core.records import subject_key
 from ibke_hf.data.sources import read_records
 from ibke_hf.evaluation.scores import REPORTED
 from ibke_hf.training.strength import choose_strength
@@ -79,7 +80,7 @@ def test_training_records_for_another_backbone_are_of_the_train_side(tmp_path: P
     records = list(read_records(tmp_path))
     assert len(records) == 60 and {len(record.locality) for record in records} <= {0, 1}
     split = load_split()
-    trained = {t.subject for t in (*split.counterfactual["train"], *split.unknown["train"])}
+    trained = {subject_key(t.subject) for t in (*split.counterfactual["train"], *split.unknown["train"])}
     assert {subject for record in records for subject in record.subjects} <= trained
     assert main(command) == 2
     assert "say where to with --out" in capsys.readouterr().err
