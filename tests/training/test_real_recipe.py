@@ -48,10 +48,7 @@ def test_no_subject_that_is_measured_is_trained_on(tmp_path: Path, monkeypatch: 
     native = [places[source] for source in dict.fromkeys(given["records"]) if source.startswith("data/")]
     assert len(native) == 5
     trained = {
-        subject
-        for source in native
-        for record in read_records(source, without=without)
-        for subject in record.subjects
+        subject for source in native for record in read_records(source, without=without) for subject in record.subjects
     }
     assert trained and not trained & set(without)
 
