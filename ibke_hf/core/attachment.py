@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 SidePath = Callable[[Tensor], Tensor]
 LayerHook = Callable[[Tensor, Tensor], Tensor]
 CallHook = Callable[[Mapping[str, Any], Any], Any]
+EntryHook = Callable[[Mapping[str, Any]], None]
 OUTSIDE = (
     "a model was run in a thread outside of the block that attached an edit to it, and answered unedited. Streaming "
     "(TextIteratorStreamer with Thread(target=model.generate)) needs edit.attached(model, all_threads=True), or "
@@ -56,6 +57,7 @@ class Block:
 
 _running: ContextVar[tuple[Block, ...]] = ContextVar("ibke_hf_attached", default=())
 _columns: ContextVar[MovedColumns | None] = ContextVar("ibke_hf_columns", default=None)
+_prompts: ContextVar[Tensor | None] = ContextVar("ibke_hf_prompts", default=None)
 _attached: dict[int, list[Block]] = {}
 _registry = Lock()  # torch hands out hook ids without one
 _eager: list[Any] = []  # the compiler's stance, set by the first open block and put back by the last one
@@ -132,6 +134,25 @@ def columns_moved(columns: MovedColumns | None) -> Iterator[None]:
         _columns.reset(token)
 
 
+@contextmanager
+def prompts_marked(mask: Tensor | None) -> Iterator[None]:
+    """Tell hooks which tokens of a batch are prompts, in the caller's columns; the others are targets that are judged.
+
+    Args:
+        mask: (b, l) True on the tokens of prompts.
+    """
+    token = _prompts.set(mask)
+    try:
+        yield
+    finally:
+        _prompts.reset(token)
+
+
+def marked_prompts() -> Tensor | None:
+    """Return the mask (b, l) of :func:`prompts_marked`, None where the caller told nothing."""
+    return _prompts.get()
+
+
 def _gathered(x: Tensor, columns: Tensor) -> Tensor:
     """Rearrange the columns of (b, l, d) or of (b·l, d); what has other columns, such as the last ones only, stays."""
     flat = x.ndim == 2 and len(x) == columns.numel()
@@ -158,13 +179,33 @@ def call_hooked(model: nn.Module, hook: CallHook, *, all_threads: bool = False) 
     It is an edit; see :func:`hooked`.
     """
     called = getattr(model, "_orig_mod", model)  # what torch.compile wraps, and calls while a block is open
-    signature = inspect.signature(called.forward)
+    named = _named_arguments(called)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-        return hook({**arguments, **arguments.get("kwargs", {})}, output)
+        return hook(named(args, kwargs), output)
 
     return _open({"": called}, {"": run}, Block(True, all_threads), with_kwargs=True)
+
+
+def call_preceded(model: nn.Module, hook: EntryHook, *, all_threads: bool = False) -> AbstractContextManager[None]:
+    """Call ``hook(arguments)``, arguments by name, before each run of a module while the block runs."""
+    called = getattr(model, "_orig_mod", model)
+    named = _named_arguments(called)
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hook(named(args, kwargs))
+
+    return _open({"": called}, {"": run}, Block(False, all_threads), with_kwargs=True, before=True)
+
+
+def _named_arguments(module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]]:
+    signature = inspect.signature(module.forward)
+
+    def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        return {**arguments, **arguments.get("kwargs", {})}
+
+    return named
 
 
 @contextmanager
@@ -174,6 +215,7 @@ def _open(
     block: Block,
     *,
     with_kwargs: bool = False,
+    before: bool = False,
 ) -> Iterator[None]:
     handles = []
     with _registry:
@@ -181,7 +223,9 @@ def _open(
         if not _attached:
             _eager.append(torch.compiler.set_stance("force_eager"))
         for name, hook in hooks.items():
-            handles.append(modules[name].register_forward_hook(_hook(block, hook), with_kwargs=with_kwargs))
+            module = modules[name]
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            handles.append(register(_hook(block, hook), with_kwargs=with_kwargs))
             _attached.setdefault(id(modules[name]), []).append(block)
     token = _running.set((*_running.get(), block))
     try:

@@ -18,9 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .attachment import MovedColumns, columns_moved, detached
+from .attachment import MovedColumns, columns_moved, detached, prompts_marked
 from .layers import BackboneError, input_device
-from .tokens import TokenBatch
+from .tokens import IGNORED, TokenBatch
 
 SHORT, LONG = 7, 16  # tokens of the two texts of the trial; an odd shift tells windows that are counted in columns
 Padding = Literal["left", "right", "none"]
@@ -36,8 +36,15 @@ def target_logits(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     Raises:
         BackboneError: If the batch is padded and the model answers padded texts otherwise than single ones.
     """
-    logits = _last_columns(model, batch, batch.kept)
+    with prompts_marked(_prompts(batch)):
+        logits = _last_columns(model, batch, batch.kept)
     return logits, batch.labels[:, -batch.kept :].to(logits.device)
+
+
+def _prompts(batch: TokenBatch) -> Tensor:
+    """Return the mask (b, l) of the tokens before the first target: what a model is given when it answers freely."""
+    judged = (batch.labels != IGNORED).int()
+    return batch.attention_mask.bool() & (judged.cumsum(-1) - judged == 0)
 
 
 def last_states(model: Any, batch: TokenBatch) -> Tensor:

@@ -1,0 +1,1 @@
+"""Many edits of one model: a library of them on disk, and a router that finds those that a prompt is about."""
