@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .core.edits import Edit, LowRankEdit
     from .core.modeling_ibke import IBKEEditor
     from .core.records import EditCase, EditRecord, EditRequest
+    from .lifelong.library import EditLibrary
     from .loading import load_editor, load_model
     from .training.trainer import IBKETrainer, IBKETrainingArguments
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Edit": "core.edits",
     "EditCase": "core.records",
+    "EditLibrary": "lifelong.library",
     "EditRecord": "core.records",
     "EditRequest": "core.records",
     "IBKEConfig": "core.configuration_ibke",
@@ -36,6 +38,7 @@ _HOME = {
 __all__ = [
     "Edit",
     "EditCase",
+    "EditLibrary",
     "EditRecord",
     "EditRequest",
     "IBKEConfig",

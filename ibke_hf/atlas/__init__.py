@@ -35,6 +35,13 @@ def load_editor(name: str = "ibke") -> Any:
     return editor
 
 
+def load_router() -> Any:
+    """Return the router that was trained for the Atlas editors, in eval mode."""
+    from ..lifelong.router import Router
+
+    return Router.from_pretrained(ASSETS / "router", dtype="float32").eval()
+
+
 def load_rival(name: str, model: Any = None, statistics: Any = None, *, edits: int = 1, **settings: Any) -> Any:
     """Return an editor without weights for the Atlas backbone, its hyper-parameters as chosen on validation records.
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from ..benchmark import Bench, BenchmarkError
 from ..core.records import EditRecord
-from ..editors.catalogue import kind_of
+from ..editors.catalogue import ARRANGEMENTS, kind_of
 from ..io import read_json, write_json
+from ..lifelong.router import Router
 from ..loading import load_editor
 from ..training.strength import choose_strength, set_strength
 from ..training.trainer import last_complete_checkpoint
-from . import atlas_statistics, chosen_settings, load_backbone, load_records, load_rival, tuned_at
+from . import atlas_statistics, chosen_settings, load_backbone, load_records, load_rival, load_router, tuned_at
 from .editors import LOG, TRAINING, train_atlas_editor
 from .tuning import TUNING_RECORDS
 
@@ -96,9 +97,13 @@ class AtlasBench(Bench):
         statistics = self._keys if kind_of(name).needs_statistics else None
         return load_rival(name, self.loaded[0], statistics, edits=edits)
 
+    def router(self, folder: Path) -> Router:
+        """Return the shipped router, which finds the edits of any editor of these layers."""
+        return load_router()
+
     def tuned_at(self, name: str, edits: int) -> int | None:
         """Return the number of edits at once that an editor's settings for `edits` were chosen at."""
-        if name == "none":
+        if name == "none" or name in ARRANGEMENTS:
             return None
         return edits if kind_of(name).trained else tuned_at(name, edits)
 

@@ -15,6 +15,7 @@ from ..core.modeling_ibke import GradientEditor, IBKEEditor
 from ..editors.mend import MENDConfig, MENDEditor
 from ..editors.serac import SERACEditor
 from ..io import write_json
+from ..training.router import RouterTraining, train_router
 from ..training.serac import SERACTrainer
 from ..training.strength import choose_strength, save_in_16_bit
 from ..training.trainer import GradientEditorTrainer, IBKETrainingArguments, RecordDataset
@@ -54,6 +55,7 @@ TRAINING_OF = {
 }  # a whole language model has to learn to read a request; 5e-4 takes too long for that
 STEP_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 LOCALITY_FLOOR = 97.0  # percent
+ROUTER_STEPS, ROUTER_RECORDS = 1500, 6000
 LOG = "log.json"  # written last, once all else of a run is
 
 
@@ -132,6 +134,28 @@ def train_atlas_editor(
     }
     write_json(target / LOG, log)
     return report
+
+
+def train_atlas_router(
+    out: str | Path, *, steps: int = ROUTER_STEPS, records: int = ROUTER_RECORDS, seed: int = 0, resume: bool = False
+) -> dict[str, Any]:
+    """Train the router of the Atlas editors on Atlas train records; validation records choose its threshold.
+
+    Args:
+        out: Folder of the result.
+        steps: Training steps.
+        records: Number of training records.
+        seed: Seeds records, initialisation and batches.
+        resume: Go on from the last checkpoint.
+
+    Returns:
+        The report of :func:`~ibke_hf.training.router.train_router`.
+    """
+    backbone, tokenizer = load_backbone()
+    layers = new_editor("ibke", backbone).config.module_names()
+    drawn, validation = training_records(load_split(), records, seed), load_records("validation")
+    settings = RouterTraining(steps=steps, seed=seed)
+    return train_router(backbone, tokenizer, layers, drawn, validation, out, settings, resume=resume)
 
 
 def _trainer(

@@ -11,9 +11,12 @@ from typing import Any
 
 from ..core.records import EditRecord
 from ..data.sources import select
-from ..editors.catalogue import build_editor, editor_class, kind_of
+from ..editors.catalogue import ARRANGEMENTS, build_editor, editor_class, kind_of
 from ..evaluation.results import require_same
 from ..io import read_json, write_json
+from ..lifelong.context import ContextEditor
+from ..lifelong.routed import RoutedEditor
+from ..lifelong.router import Router
 from .cells import ALL, BenchmarkError, Cell
 
 SETTINGS, DONE = "settings.json", "trained.json"  # in the folder of a trained editor
@@ -66,6 +69,37 @@ class Bench(ABC):
             edits: Number of edits that the model will carry at once.
         """
 
+    def arranged(self, name: str, folder: Path, edits: int = 1) -> Any:
+        """Return what makes the edits of a row of a table: an editor, or its edits as the row arranges them.
+
+        Args:
+            name: Id of the row, one of :data:`~ibke_hf.editors.catalogue.COMPARED`.
+            folder: Where the editor is, if it is trained.
+            edits: Number of edits that the model will carry at once.
+
+        Raises:
+            BenchmarkError: If the row needs a router and there is none.
+        """
+        arrangement = ARRANGEMENTS.get(name)
+        if arrangement is None:
+            return self.editor(name, folder, edits)
+        router = self.router(folder) if arrangement.routed else None
+        if arrangement.editor == "none":
+            return ContextEditor(router)
+        assert router is not None
+        return RoutedEditor(self.editor(arrangement.editor, folder, 1), router)  # a row carries few edits at once
+
+    def router(self, folder: Path) -> Router:
+        """Return the router that finds the edits of a prompt.
+
+        Args:
+            folder: Of the editor.
+
+        Raises:
+            BenchmarkError: If there is none.
+        """
+        raise BenchmarkError("this table has no router; leave out the rows that are routed")
+
     def tuned_at(self, name: str, edits: int) -> int | None:
         """Return the number of edits at once that an editor's settings for `edits` were chosen at; None: unknown."""
         return None
@@ -110,6 +144,7 @@ class ModelBench(Bench):
         layers: Edited layers of the editors that edit several; by default each editor's own choice.
         hyper_parameters: Fields of the editors' configs, by id.
         settings: See :class:`Bench`.
+        router: Folder or Hub id of the router; by default the one in the folder ``router`` of an editor.
     """
 
     def __init__(
@@ -125,7 +160,9 @@ class ModelBench(Bench):
         layers: Sequence[int] | None = None,
         hyper_parameters: Mapping[str, Mapping[str, Any]] | None = None,
         settings: Mapping[str, Any] | None = None,
+        router: str | None = None,
     ) -> None:
+        self._router = router
         self._load, self._read, self._saved, self._load_saved = load, read, dict(saved), load_saved
         self._training, self._train = training, train
         self._statistics, self._layers = statistics, layers
@@ -177,6 +214,18 @@ class ModelBench(Bench):
         fields = dict(self._hyper_parameters.get(name, {}))
         layers = fields.pop("layers", self._layers if kind_of(name).several_layers else None)
         return build_editor(name, model, layers, statistics=statistics, **fields)
+
+    def router(self, folder: Path) -> Router:
+        """Return the router that is given, else the one that lies beside an editor."""
+        beside = [Path(path) / "router" for path in (folder, *self._saved.values())]
+        place = self._router or next((str(path) for path in beside if (path / "config.json").exists()), None)
+        if place is None:
+            raise BenchmarkError(
+                "routed rows need a router: give one (--router; `ibke train-router` trains it), or leave them out"
+            )
+        router: Router = Router.from_pretrained(place).eval()
+        router.require_backbone(self.loaded[0])
+        return router
 
     def source(self, name: str) -> str | None:
         """Return the folder or Hub id of an editor that is given."""

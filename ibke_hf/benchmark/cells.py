@@ -8,7 +8,7 @@ from itertools import product
 from typing import TypeVar
 from zlib import crc32
 
-from ..editors.catalogue import kind_of
+from ..editors.catalogue import editor_of
 
 ALL = "all"
 EDITS = (ALL, "counterfactual", "unknown")
@@ -52,7 +52,7 @@ class Plan:
     """All cells of a table.
 
     Attributes:
-        editors: Ids of the editors, see :data:`~ibke_hf.editors.catalogue.KINDS`.
+        editors: Ids of the editors, see :data:`~ibke_hf.editors.catalogue.COMPARED`.
         splits: Names of the datasets.
         edits: Kinds of edits, a table of its own each.
         sequential: Numbers of edits that the model carries at once, likewise.
@@ -70,7 +70,7 @@ class Plan:
     def __post_init__(self) -> None:
         """Check the fields; a bad value names the field and what is allowed."""
         for name in self.editors:
-            kind_of(name)
+            editor_of(name)
         for name in ("editors", "splits", "edits", "sequential"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

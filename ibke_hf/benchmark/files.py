@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..editors.catalogue import KINDS
+from ..editors.catalogue import COMPARED
 from ..evaluation.report.table import CellError, require_cell
 from ..io import FileError, read_json
 
@@ -41,8 +41,8 @@ def read_plan(file: Path) -> tuple[list[str], list[Group]]:
     """
     plan = read_json(file, cure=REMAKE_FOLDER)
     editors, groups = plan.get("editors"), plan.get("groups")
-    if not isinstance(editors, list) or not all(isinstance(name, str) and name in KINDS for name in editors):
-        raise FileError(f"{file}: editors must be some of {', '.join(KINDS)}, found {editors!r}; {REMAKE_FOLDER}")
+    if not isinstance(editors, list) or not all(isinstance(name, str) and name in COMPARED for name in editors):
+        raise FileError(f"{file}: editors must be some of {', '.join(COMPARED)}, found {editors!r}; {REMAKE_FOLDER}")
     if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
         raise FileError(
             f"{file}: groups must be lists of split, edits and a number, found {groups!r}; {REMAKE_FOLDER}"

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..core.records import EditRecord
-from ..editors.catalogue import KINDS, kind_of
+from ..editors.catalogue import COMPARED, editor_of, kind_of
 from ..evaluation.results import evaluate_to_folder, require_same
 from ..evaluation.scores import ANSWERED, REPORTED
 from ..io import locked, write_json
@@ -74,8 +74,8 @@ def run_cells(
                 continue
             with noting(failed, [cell], _name):
                 if unit not in editors:
-                    folder = home / f"{cell.editor}-{cell.seed}"
-                    editors = {unit: bench.editor(cell.editor, folder, cell.sequential)}  # one at a time
+                    folder = home / "{}-{}".format(*_unit(cell))
+                    editors = {unit: bench.arranged(cell.editor, folder, cell.sequential)}  # one at a time
                 _make(bench, cell, editors[unit], target / CELLS / cell.name, plan.records, batch_size)
     require_none_failed(failed, len(missing), lambda cell: f"{cell.editor} on {cell.split}, seed {cell.seed}")
     return finished_cells(target)
@@ -85,13 +85,18 @@ def _train_missing(
     bench: Bench, missing: Sequence[Cell], home: Path, failed: dict[Cell, Exception], *, progress: bool
 ) -> None:
     """Train the editors of the missing cells before any of these is made: one backbone is loaded at a time."""
-    units = list(dict.fromkeys((cell.editor, cell.seed) for cell in missing if kind_of(cell.editor).trained))
+    units = list(dict.fromkeys(_unit(cell) for cell in missing if kind_of(editor_of(cell.editor)).trained))
     for name, seed in tqdm(units, desc="editors to train", unit="editor", disable=not (progress and units)):
         home.mkdir(parents=True, exist_ok=True)
         waiting = FileLock(home / f".{name}-{seed}.lock")  # another run that shares the folder may be training it
-        cells = [cell for cell in missing if (cell.editor, cell.seed) == (name, seed)]
+        cells = [cell for cell in missing if _unit(cell) == (name, seed)]
         with noting(failed, cells, _name), waiting:
             bench.prepare(name, seed, home / f"{name}-{seed}")
+
+
+def _unit(cell: Cell) -> tuple[str, int]:
+    """Return id and seed of the editor that a cell is made with."""
+    return editor_of(cell.editor), cell.seed
 
 
 def _require_enough(cell: Cell, records: Sequence[EditRecord]) -> None:
@@ -142,7 +147,7 @@ def _make(bench: Bench, cell: Cell, editor: Any, folder: Path, number: int, batc
 def finished_cells(folder: str | Path) -> list[dict[str, Any]]:
     """Return the lines of all cells that are done, in the order of the plan, of the paper's editors and of seeds."""
     lines = [read_cell(file) for file in cell_files(folder)]
-    (_, groups), editors = planned(folder), list(KINDS)
+    (_, groups), editors = planned(folder), list(COMPARED)
     of_lines = [(line["split"], line["edits"], line["sequential"]) for line in lines]
     order = list(dict.fromkeys([*groups, *of_lines]))  # a plan that was made anew may lack groups of the cells
     return sorted(

@@ -86,6 +86,25 @@ def add(commands: Any) -> None:
         )
         command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
+    command = add_command(
+        actions, "train-router", "train the router that finds the edits of the embedded editors", _run_train_router
+    )
+    command.add_argument("--out", type=place, metavar="DIR", help="default: the package's own assets")
+    command.add_argument("--seed", type=seed, default=0)
+    command.add_argument("--max-steps", type=positive, help="training steps (default: the recipe's)")
+    command.add_argument("--records", type=positive, help="number of training records (default: the recipe's)")
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def _run_train_router(options: argparse.Namespace) -> None:
+    from ..atlas import ASSETS
+    from ..atlas.editors import train_atlas_router
+
+    chosen = {"steps": options.max_steps, "records": options.records}
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    out = options.out or ASSETS / "router"
+    print(json.dumps(train_atlas_router(out, seed=options.seed, resume=options.resume, **settings), indent=2))
+
 
 def _run_build_data(options: argparse.Namespace) -> None:
     from ..atlas import ASSETS, load_split

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..editors.catalogue import KINDS, WITH_WEIGHTS, edits_projections, kind_of
+from ..editors.catalogue import ARRANGEMENTS, KINDS, WITH_WEIGHTS, editor_of, edits_projections, kind_of
 from ..io import locked
 from .options import (
     add_command,
@@ -64,7 +64,8 @@ def _compared_options(group: Any) -> None:
         nargs="+",
         metavar="ID[=PATH]",
         help=f"some of {', '.join(KINDS)} (default: all, ibke_paper on atlas only: elsewhere ibke is that network "
-        "unless --config says more); a trained one may be given, as in ibke=my-editor",
+        "unless --config says more); a trained one may be given, as in ibke=my-editor; "
+        f"{', '.join(ARRANGEMENTS)}: edits that a router finds for each prompt, and requests in front of it",
     )
     group.add_argument(
         "--edits", nargs="+", metavar="KIND", help="counterfactual, unknown or all (default: all; atlas: both kinds)"
@@ -99,6 +100,11 @@ def _editor_options(group: Any) -> None:
         "--corpus",
         metavar="FILE|ID",
         help="texts that ROME and AlphaEdit measure the model's keys on (atlas: its own)",
+    )
+    group.add_argument(
+        "--router",
+        metavar="PATH|ID",
+        help="router of the rows that are routed (default: beside their editor; atlas: its own)",
     )
     edited_modules_option(group)
     group.add_argument(
@@ -184,7 +190,17 @@ def _atlas_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
 
     named = [
         f"--{name.replace('_', '-')}"
-        for name in ("records", "validation", "corpus", "edited_modules", "config", "device", "device_map", "revision")
+        for name in (
+            "records",
+            "validation",
+            "corpus",
+            "edited_modules",
+            "config",
+            "router",
+            "device",
+            "device_map",
+            "revision",
+        )
         if getattr(options, name)
     ]
     named += ["--dtype"] * (options.dtype != "auto")
@@ -211,7 +227,7 @@ def _model_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
         lambda name: (
             as_asked(record, **recipes.prompt_changes) for source in options.datasets[name] for record in _read(source)
         ),
-        saved={name: path for name, path in editors.items() if path},
+        saved={editor_of(name): path for name, path in editors.items() if path},
         load_saved=load_editor,
         training=recipes.training if options.records else None,
         train=_train,
@@ -219,6 +235,7 @@ def _model_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
         layers=recipes.layers,
         hyper_parameters=fields,
         settings=recipes.settings(),
+        router=options.router,
     )
 
 
@@ -272,6 +289,7 @@ class _Recipes:
             "corpus": self.corpus,
             **({"sources": named} if (named := _renamed(options.datasets)) else {}),
             **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
+            **({"router": options.router} if options.router else {}),
             **self.prompt_changes,
             **({"free": True} if is_free(options) else {}),
         }
@@ -356,6 +374,9 @@ def _default_datasets(atlas: bool) -> tuple[str, ...]:
 def _editor(text: str) -> tuple[str, str]:
     """Return id and path of ``ID=PATH``; no path where there is none."""
     name, _, path = text.partition("=")
-    if path and name not in WITH_WEIGHTS:
+    if path and name not in (
+        *WITH_WEIGHTS,
+        *(row for row, kind in ARRANGEMENTS.items() if kind.editor in WITH_WEIGHTS),
+    ):
         raise ValueError(f"--editors {text}: only {', '.join(WITH_WEIGHTS)} have weights to be given")
     return name, path

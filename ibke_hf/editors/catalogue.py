@@ -58,6 +58,30 @@ KINDS = {
     ),
     "ibke": Kind("IBKE (ours)", "..core.modeling_ibke", "IBKEEditor", trained=True, several_layers=True),
 }
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How many edits are carried together where a table compares that, beside what each editor does by itself.
+
+    Attributes:
+        title: As tables write it.
+        editor: Id of the editor that makes the edits, ``"none"`` where the requests stand in front of the prompt.
+        routed: Whether a router picks the edits of each prompt.
+    """
+
+    title: str
+    editor: str
+    routed: bool = True
+
+
+ARRANGEMENTS = {
+    "ibke_routed": Arrangement("IBKE routed", "ibke"),
+    "mend_routed": Arrangement("MEND routed", "mend"),
+    "context": Arrangement("true request in front", "none", routed=False),
+    "context_routed": Arrangement("nearest request in front", "none"),
+}
+COMPARED = (*KINDS, *ARRANGEMENTS)  # ids of the rows of a table
 WITH_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.trained)
 WITHOUT_WEIGHTS = tuple(name for name, kind in KINDS.items() if kind.module and not kind.trained)
 TRAINED = tuple(name for name, kind in KINDS.items() if kind.trained and not kind.variant_of)  # also their model types
@@ -74,6 +98,19 @@ def kind_of(name: str) -> Kind:
     if name not in KINDS:
         raise ValueError(f"there is no editor {name!r}; editors are {', '.join(KINDS)}")
     return KINDS[name]
+
+
+def editor_of(name: str) -> str:
+    """Return the id of the editor that a row of a table is made with: its own, or that of its arrangement.
+
+    Raises:
+        ValueError: If there is no such id.
+    """
+    if name in ARRANGEMENTS:
+        return ARRANGEMENTS[name].editor
+    if name not in KINDS:
+        raise ValueError(f"there is no editor {name!r}; editors are {', '.join(COMPARED)}")
+    return name
 
 
 def editor_class(name: str) -> Any:

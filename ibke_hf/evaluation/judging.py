@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core.capture import target_logits
 from ..core.edit_values import Edit
 from ..core.records import EditCase
-from ..core.tokens import IGNORED, pad_and_label
+from ..core.tokens import IGNORED, context_length, encode, pad_and_label
 from . import scores
 from .generation import FREE_TOKENS, MORE_TOKENS, answer_text, generate_ids
 from .questions import RecordQuestion, Tokens
@@ -158,9 +158,10 @@ class Judge:
             carried: The members' edits.
             edited_hops: Number of supporting hops that were edited in for a question, where there are any.
         """
-        answers = self._answers(questions, carried)
+        put = self._put(questions, carried)
+        answers = self._answers(put, carried)
         rows: dict[int, Row] = {}
-        for members, logits, parts in self._batches({i: questions[i].tokens for i in carried.rows}, carried):
+        for members, logits, parts in self._batches({i: put[i].tokens for i in carried.rows}, carried):
             expected = torch.cat([_expected(questions[i], before[i]) for i in members])
             ranks = scores.token_ranks(logits, expected.to(logits.device)).cpu()
             top = logits.float().argmax(-1).cpu()
@@ -181,6 +182,26 @@ class Judge:
                     "edited_hops": edited_hops.get(i, 0),
                 }
         return rows
+
+    def _put(self, questions: Sequence[RecordQuestion], carried: Carried) -> Sequence[RecordQuestion]:
+        """Return the questions as they are put where an edit stands in front of the prompt, else as they are."""
+        edit: Any = carried.edit
+        if not hasattr(edit, "in_front"):
+            return questions
+        members = list(carried.rows)
+        texts = edit.in_front(
+            self.model,
+            self.tokenizer,
+            [(questions[i].asked.prompt, questions[i].asked.format) for i in members],
+            [carried.rows[i] for i in members],
+            [questions[i].record.requests for i in members],
+        )
+        put, limit = list(questions), context_length(self.model)
+        for i, text in zip(members, texts, strict=True):
+            asked = replace(questions[i].asked, prompt=text)
+            how = {"name": questions[i].name, "max_length": limit, "prompt_format": asked.format}
+            put[i] = replace(questions[i], asked=asked, tokens=encode(self.tokenizer, text, asked.target, **how))
+        return put
 
     def _unedited_logits(
         self, questions: Sequence[RecordQuestion], before: Sequence[Prediction], members: Sequence[int]

@@ -10,7 +10,7 @@ rows are those of the pass before with one token more is such a step too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -300,17 +300,7 @@ class Routing:
         return Route(keys, pooled, picks, ids=ids)
 
     def _picked(self, vectors: Tensor) -> Picks:
-        # an edit of several requests stands on the shelf once for each of them
-        similarities, places = self.shelf.nearest(vectors, SPARE * self.most_edits)
-        return tuple(map(self._distinct, places.tolist(), similarities.tolist()))
-
-    def _distinct(self, places: Sequence[int], similarities: Sequence[float]) -> tuple[int, ...]:
-        """Return the places above the threshold, each edit once, at most k of them."""
-        near: dict[str, int] = {}
-        for place, similarity in zip(places, similarities, strict=True):
-            if similarity > self.threshold:
-                near.setdefault(self.shelf.key(place), place)
-        return tuple(near.values())[: self.most_edits]
+        return distinct_places(self.shelf, vectors, self.threshold, self.most_edits)
 
     # --- what they add ------------------------------------------------------------------------------------------
 
@@ -354,3 +344,17 @@ def decoder_of(model: nn.Module) -> nn.Module:
     called: Any = getattr(model, "_orig_mod", model)
     called = called.get_base_model() if hasattr(called, "get_base_model") else called
     return getattr(called, "base_model", called)
+
+
+def distinct_places(shelf: Shelf, vectors: Tensor, threshold: float, most_edits: int) -> Picks:
+    """Return for each vector the places of the edits nearer than the threshold, each edit once, at most k of them."""
+    # an edit of several requests stands on the shelf once for each of them
+    similarities, places = shelf.nearest(vectors, SPARE * most_edits)
+    picks = []
+    for row, near in zip(places.tolist(), similarities.tolist(), strict=True):
+        by_key: dict[str, int] = {}
+        for place, similarity in zip(row, near, strict=True):
+            if similarity > threshold:
+                by_key.setdefault(shelf.key(place), place)
+        picks.append(tuple(by_key.values())[:most_edits])
+    return tuple(picks)

@@ -99,7 +99,8 @@ class EditShelf:
 def together(edits: Sequence[LowRankEdit]) -> Matrices:
     """Return by layer the factors of what several edits do together: solved, or summed where one carries no keys."""
     edit = whole(edits)
-    return {name: (left[0].float(), right[0].float()) for name in edit.layers for left, right in [edit.matrices(name)]}
+    factors = edit.low_rank() if isinstance(edit, SolvedEdit) else edit
+    return {name: (factors.inputs[name][0].float().T, factors.outputs[name][0].float()) for name in factors.layers}
 
 
 def whole(edits: Sequence[LowRankEdit]) -> LowRankEdit | SolvedEdit:

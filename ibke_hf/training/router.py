@@ -19,7 +19,7 @@ from ..core.configuration_ibke import require_range
 from ..core.records import EditRecord
 from ..core.tokens import TokenBatch, context_length
 from ..io import write_json
-from ..lifelong.reading import read_states
+from ..lifelong.reading import Sources, read_states
 from ..lifelong.router import Router
 from .checkpoints import last_complete_checkpoint
 from .router_batches import NONE, RoutedRecord, RouterBatch, RouterBatches, batch_of, padded, routed_records
@@ -27,6 +27,7 @@ from .router_batches import NONE, RoutedRecord, RouterBatch, RouterBatches, batc
 logger = logging.get_logger(__name__)
 CHECKPOINTS, LOG = "checkpoints", "log.json"
 NEVER = -1e4  # logit of a request that is neither right nor wrong
+ROOM = 2 << 30  # bytes of states that are kept while a router is trained
 READ_AT_ONCE = 64  # texts of a forward pass when nothing is learnt
 THRESHOLDS = 81  # tried between -1 and 1
 
@@ -62,21 +63,60 @@ class RouterTraining:
         require_range(self, "learning_rate", 1e-8, 1.0)
 
 
+class StateCache:
+    """What a backbone computes of texts, kept in 16 bit: the same prompts come again and again.
+
+    Args:
+        backbone: The model.
+        sources: What is read of it.
+        room: Bytes; texts that do not fit are computed every time.
+    """
+
+    def __init__(self, backbone: Any, sources: Sources, room: int = ROOM) -> None:
+        self.backbone, self.sources, self.room = backbone, sources, room
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    def read(self, batch: TokenBatch) -> tuple[list[Tensor], Tensor]:
+        """Return the states (b, l, d) at each source and the mask (b, l), as :func:`read_states` does."""
+        mask = batch.attention_mask.bool()
+        texts = [tuple(ids[real].tolist()) for ids, real in zip(batch.input_ids, mask, strict=True)]
+        rows = {text: self._kept[text] for text in texts if text in self._kept}
+        if missing := [text for text in dict.fromkeys(texts) if text not in rows]:
+            states, real = read_states(self.backbone, self.sources, padded(missing))
+            joined = torch.cat(states, -1).half().cpu()
+            for text, row, kept in zip(missing, joined, real.cpu(), strict=True):
+                rows[text] = row[kept].clone()
+                if rows[text].nbytes <= self.room:
+                    self.room -= rows[text].nbytes
+                    self._kept[text] = rows[text]
+        whole = torch.zeros(*mask.shape, sum(self.sources.dims))
+        for place, text in enumerate(texts):
+            whole[place, mask[place]] = rows[text].float()
+        return list(whole.split(list(self.sources.dims), -1)), mask
+
+
 class RouterTrainer(Trainer):
     """A `transformers.Trainer` whose model is the router; the backbone is held beside it and never changed."""
 
     def __init__(self, router: Router, backbone: Any, args: TrainingArguments, batches: RouterBatches) -> None:
         super().__init__(router, args, train_dataset=batches, data_collator=lambda batch: {"batch": batch[0]})
-        self.backbone = backbone
+        self.cache = StateCache(backbone, router.sources)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:  # type: ignore[override]
         """Return the loss of one batch of prompts and requests."""
         router = self.accelerator.unwrap_model(model)
         batch: RouterBatch = inputs["batch"]
-        prompts = vectors_of(router, self.backbone, batch.prompts)
-        requests = vectors_of(router, self.backbone, batch.requests, requests=True)
+        prompts, requests = (
+            router(*self._read(router, texts), requests=is_request)
+            for texts, is_request in ((batch.prompts, False), (batch.requests, True))
+        )
         loss = routing_loss(router, prompts, requests, batch.owner, batch.ignored)
         return (loss, {}) if return_outputs else loss
+
+    def _read(self, router: Router, batch: TokenBatch) -> tuple[list[Tensor], Tensor]:
+        states, mask = self.cache.read(batch)
+        device = router.log_scale.device
+        return [state.to(device) for state in states], mask.to(device)
 
 
 def vectors_of(router: Router, backbone: Any, batch: TokenBatch, *, requests: bool = False) -> Tensor:

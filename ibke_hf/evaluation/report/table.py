@@ -13,10 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...editors.catalogue import KINDS
+from ...editors.catalogue import ARRANGEMENTS, KINDS, kind_of
 
 Cell = Mapping[str, Any]
 EDITORS = {name: ("ET" if kind.trained else "DE", kind.title) for name, kind in KINDS.items()}  # in the paper's order
+EDITORS |= {
+    name: ("ET" if row.routed or kind_of(row.editor).trained else "DE", row.title)
+    for name, row in ARRANGEMENTS.items()
+}
 UNEDITED = "none"
 METRICS = {  # the strict ones first; what counts an answer among the five most probable tokens says so
     "exact_match": "Exact match",
