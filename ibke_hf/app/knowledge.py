@@ -21,6 +21,7 @@ from ..data.facts import Triple, World
 from ..evaluation.generation import FREE_TOKENS, answer_text, generate_ids
 from ..evaluation.wording import contains_answer
 from ..io import FileError, read_json_list
+from ..loading import short_name
 from .compare import BATCH, PageQuestion, format_of, is_right, read_answers, typed_lines
 from .forms import Form
 from .rephrasings import english_rephrasings, template_of, template_rephrasings
@@ -143,7 +144,7 @@ def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS) -> K
 
 def facts_of(model: str) -> Path:
     """Return the list of facts that a named model is asked: its own mistakes where they are known."""
-    return MISTAKES.get(model, FACTS)
+    return MISTAKES.get(short_name(model), FACTS)
 
 
 def find_mistakes(model: Any, tokenizer: Any, facts: Sequence[StatedFact]) -> list[tuple[StatedFact, dict[str, str]]]:

@@ -39,7 +39,6 @@ AUTOMATIC = 3  # questions of a kind that are asked of a fact for which nobody t
 ARCHIVE = "ibke-edit"
 FINE_TUNING = "ft"
 CARDS = {"smollm2": "smollm2-135m-instruct"}  # folders of published editors, by the name of their model
-TITLES = {"smollm2": "SmolLM2-135M-Instruct"}
 Report = Callable[[tuple[int, int]], Any]  # told how many of how many edits are made, as `gradio.Progress` is
 
 
@@ -329,7 +328,7 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
         OSError: If one cannot be loaded.
     """
     from ..editors.catalogue import ATLAS, WITHOUT_WEIGHTS
-    from ..loading import backbone_name, load_editor, load_model, placed
+    from ..loading import backbone_name, hub_id, load_editor, load_model, placed
 
     note = ""
     if editor is None and backbone not in (None, ATLAS):
@@ -354,13 +353,15 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
     else:
         knowledge, tuned = general_knowledge(model, tokenizer, facts_of(name)), _fine_tuning(model, chosen)
     rival = None if editor == FINE_TUNING else tuned
-    called = "Atlas" if name == ATLAS else TITLES.get(name, name.rstrip("/").rpartition("/")[2])
+    called = "Atlas" if name == ATLAS else hub_id(name).rstrip("/").rpartition("/")[2]
     return Workbench(model, tokenizer, chosen, rival, called, knowledge, note)
 
 
 def trained_editor(backbone: str) -> str | None:
     """Return the folder of the editor that was trained for a named model, if it lies here or beside this package."""
-    name = CARDS.get(backbone)
+    from ..loading import short_name
+
+    name = CARDS.get(short_name(backbone))
     if name is None:
         return None
     places = (Path("model_cards") / name, Path(__file__).parents[2] / "model_cards" / name)

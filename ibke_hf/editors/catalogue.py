@@ -212,5 +212,5 @@ def next_steps(model: Any) -> str:
     measured = " or ".join(name for name in WITHOUT_WEIGHTS if KINDS[name].needs_statistics)
     return (
         f"for {model} give --editor {plain}, or {measured} with a --corpus, or the folder or Hub id of an editor "
-        f"trained for it: ibke train --backbone {model} --records FILE --out DIR"
+        f"trained for it: ibke train --backbone {model} --out DIR"
     )

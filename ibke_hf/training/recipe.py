@@ -67,8 +67,8 @@ def train_editor(
         prepare: Called once the output folder is known to be free, before records are read; in the first process.
 
     Returns:
-        ``steps``, ``train_loss`` and ``records_left_out``; with validation records the last evaluation, as trained,
-        and the scores of the model ``before`` and ``after`` an edit; ``step_sizes``, where some were tried (see
+        ``steps``, ``parameters``, ``train_loss`` and ``records_left_out``; with validation records the last
+        evaluation, as trained, and the scores of the model ``before`` and ``after`` an edit; ``step_sizes``, where some were tried (see
         :func:`~ibke_hf.training.strength.choose_strength`).
 
     Raises:
@@ -105,6 +105,7 @@ def _train(settings: TrainingSettings, arguments: IBKETrainingArguments, resume:
         )
     report = {
         "steps": trainer.state.global_step,
+        "parameters": sum(parameter.numel() for parameter in trainer.editor.parameters()),
         "train_loss": result.training_loss,
         "records_left_out": len(trainer.unusable),
     }

@@ -144,6 +144,7 @@ def test_the_command_asks_and_writes_what_it_found(folder, tmp_path, capsys):
 def test_what_a_named_model_gets_wrong_is_whole():
     facts = read_facts(MISTAKES["smollm2"])
     assert facts_of("smollm2") == MISTAKES["smollm2"] != facts_of("gpt2")
+    assert facts_of("HuggingFaceTB/SmolLM2-135M-Instruct") == MISTAKES["smollm2"]  # the same model, from the Hub
     assert len(facts) >= 20
     assert len({fact.form.prompt for fact in facts}) == len(facts)
     for fact in facts:

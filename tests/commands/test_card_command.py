@@ -59,7 +59,10 @@ def test_needs_are_those_of_the_card(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpt3"], "ibke card: no card 'gpt3'; the cards are atlas, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b"),
+        (
+            ["gpt3"],
+            "no card 'gpt3'; the cards are atlas, smollm2-135m-instruct, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b",
+        ),
         (["gpt3", "--check"], "no card 'gpt3'; the cards are atlas"),
         (["/no/such/folder"], "no card '/no/such/folder'; the cards are atlas"),
         (

@@ -216,7 +216,7 @@ def test_unusable_records_are_left_out_and_counted(settings: Json, tmp_path: Pat
 
 def test_without_validation_the_training_loss_is_returned(settings: Json) -> None:
     settings |= {"validation": None, "training": {**settings["training"], "max_steps": 1}}
-    assert train_editor(settings).keys() == {"steps", "train_loss", "records_left_out"}
+    assert train_editor(settings).keys() == {"steps", "parameters", "train_loss", "records_left_out"}
 
 
 def test_records_that_are_none_are_an_error(settings: Json, tmp_path: Path) -> None:

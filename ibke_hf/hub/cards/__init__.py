@@ -12,7 +12,8 @@ from ...io import write_text
 
 ATLAS = "atlas"
 BACKBONES = {backbone.rpartition("/")[2].lower(): backbone for backbone in PRESETS}  # by the name of their card
-CARDS = (ATLAS, *BACKBONES)
+REAL = ("smollm2-135m-instruct",)  # whose weights and measurements lie in the card's folder
+CARDS = (ATLAS, *REAL, *BACKBONES)
 
 
 def render_card(name: str) -> dict[str, str]:
@@ -25,6 +26,10 @@ def render_card(name: str) -> dict[str, str]:
         from .atlas import atlas_card
 
         return atlas_card()
+    if name in REAL:
+        from .real import real_card
+
+        return real_card(name)
     from .presets import preset_card
 
     return preset_card(name, backbone_of(name))

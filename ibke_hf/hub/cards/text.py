@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...loading import hub_id
+
 CARD = "README.md"
 LIBRARY, TAGS = "ibke-hf", ("knowledge-editing", "model-editing")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -33,6 +35,7 @@ def public_name(name: str) -> str:
 
 def base_model_metadata(backbone: str) -> dict[str, str]:
     """Return the fields that name a backbone of the Hub, none for a folder."""
+    backbone = hub_id(backbone)
     return {"base_model": backbone, "base_model_relation": "adapter"} if public_name(backbone) else {}
 
 
