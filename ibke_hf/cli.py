@@ -6,7 +6,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import app, atlas, card, data, demo, edit, evaluate, families, library, push, spaces, table, train
+from .commands import (
+    app,
+    atlas,
+    card,
+    data,
+    demo,
+    edit,
+    evaluate,
+    families,
+    library,
+    push,
+    spaces,
+    sweep,
+    table,
+    train,
+)
 
 USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
 # of libraries that are not loaded yet, or that derive from no class of the above
@@ -50,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; tests parse every command of the documentation with it."""
     parser = argparse.ArgumentParser(prog="ibke", description="Correct facts inside language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for group in (demo, edit, library, train, evaluate, table, data, push, card, app, spaces, families, atlas):
+    for group in (demo, edit, library, train, evaluate, table, sweep, data, push, card, app, spaces, families, atlas):
         group.add(commands)
     return parser
 

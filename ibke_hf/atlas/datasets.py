@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.records import EditRecord
+from ..data.facts import Triple
 from ..data.folders import write_records
 from ..data.uniedit import parse_record
 from .splits import RECORDS, Split, build_records
@@ -48,9 +50,37 @@ def write_training_records(split: Split, out: str | Path, number: int, seed: int
     return len(records)
 
 
-def training_records(split: Split, number: int, seed: int) -> list[EditRecord]:
-    """Build training records: subjects, relations and withheld triples of the train side only."""
-    built = build_records(split, "train", number, seed=seed, **TRAINING_CASES, **TRAINING_OPTIONS)
+def training_records(
+    split: Split, number: int, seed: int, *, domain: str | None = None, **options: Any
+) -> list[EditRecord]:
+    """Build training records: subjects, relations and withheld triples of the train side only.
+
+    Args:
+        split: Of :func:`~ibke_hf.atlas.load_split`.
+        number: Of records.
+        seed: Of all draws.
+        domain: Edit facts of this domain alone; the cases may lead to any fact.
+        options: What differs from `TRAINING_OPTIONS`, such as ``unknown_share``.
+
+    Raises:
+        ValueError: If no fact of the domain may be edited in training.
+    """
+    if domain is not None:
+        split = _only(split, domain)
+    built = build_records(split, "train", number, seed=seed, **TRAINING_CASES, **{**TRAINING_OPTIONS, **options})
     skipped: Counter[str] = Counter()
-    parsed = [parse_record(record, f"{domain}-{i}", domain, skipped) for i, (domain, record) in enumerate(built)]
+    parsed = [parse_record(record, f"{part}-{i}", part, skipped) for i, (part, record) in enumerate(built)]
     return [record for record in parsed if record is not None]
+
+
+def _only(split: Split, domain: str) -> Split:
+    """Return the split with the training facts of one domain."""
+
+    def kept(triples: tuple[Triple, ...]) -> tuple[Triple, ...]:
+        return tuple(triple for triple in triples if split.world.relations[triple.relation].domain == domain)
+
+    counterfactual, unknown = kept(split.counterfactual["train"]), kept(split.unknown["train"])
+    if not (counterfactual and unknown):
+        domains = sorted({split.world.relations[triple.relation].domain for triple in split.unknown["train"]})
+        raise ValueError(f"no fact of {domain!r} may be edited in training; domains are {', '.join(domains)}")
+    return replace(split, counterfactual={"train": counterfactual}, unknown={"train": unknown})

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..core.modeling_ibke import GradientEditor, IBKEEditor
+from ..core.records import EditRecord
 from ..editors.mend import MENDConfig, MENDEditor
 from ..editors.serac import SERACEditor
 from ..io import write_json
@@ -87,11 +88,13 @@ def train_atlas_editor(
     out: str | Path,
     *,
     seed: int = 0,
-    records: int = 48_000,
+    records: int | Sequence[EditRecord] = 48_000,
+    validation: int | None = None,
     options: dict[str, Any] | None = None,
     resume: bool = False,
     trials: Sequence[float] = STEP_FACTORS,
     locality_floor: float | None = LOCALITY_FLOOR,
+    callbacks: Sequence[TrainerCallback] = (),
     **training: Any,
 ) -> dict[str, Any]:
     """Train an editor on Atlas train records and save it in 16 bit (statistics in fp32) with its log.
@@ -100,11 +103,14 @@ def train_atlas_editor(
         name: One of :func:`new_editor`.
         out: Folder of the result; checkpoints lie in its sub-folder ``checkpoints`` until the end.
         seed: Seeds records, initialisation and order.
-        records: Number of training records.
+        records: Number of training records, or these.
+        validation: Number of validation records that are evaluated; by default all.
         options: Fields of the editor's config that differ from the recipe, and ``layers``.
         resume: Go on from the last checkpoint.
-        trials: What :func:`~ibke_hf.training.strength.choose_strength` tries once the editor is trained.
+        trials: What :func:`~ibke_hf.training.strength.choose_strength` tries once the editor is trained;
+            empty: the step sizes stay as trained.
         locality_floor: See there.
+        callbacks: Told of the training's steps.
         training: Fields of :class:`IBKETrainingArguments` that differ from the recipe.
 
     Returns:
@@ -115,20 +121,34 @@ def train_atlas_editor(
     torch.manual_seed(seed)
     editor = new_editor(name, backbone, **(options or {}))
     settings = {**TRAINING, **TRAINING_OF.get(name, {}), **training}
-    trainer = _trainer(name, editor, backbone, tokenizer, target / "checkpoints", seed, records, settings)
+    drawn = training_records(load_split(), records, seed) if isinstance(records, int) else records
+    datasets = {
+        "train_dataset": RecordDataset(drawn),
+        "eval_dataset": RecordDataset(load_records("validation")[:validation]),
+    }
+    arguments = _arguments(target / "checkpoints", seed, settings)
+    kind: Any = SERACTrainer if name == "serac" else GradientEditorTrainer
+    trainer = kind(
+        editor,
+        backbone=backbone,
+        args=arguments,
+        processing_class=tokenizer,
+        callbacks=[_Minutes(), *callbacks],
+        **datasets,
+    )
     trainer.train(resume_from_checkpoint=resume or None)
     report = trainer.evaluate()
-    tried = choose_strength(editor, backbone, tokenizer, load_records("validation"), trials, locality_floor)
+    tried = _choose_strength(name, editor, backbone, tokenizer, trials, locality_floor)
     report |= {"minutes": round((time.monotonic() - started) / 60, 1), "parameters": editor.num_parameters()}
     save_in_16_bit(editor, target)
     shutil.rmtree(target / "checkpoints", ignore_errors=True)
     log = {
         "editor": name,
         "seed": seed,
-        "records": records,
+        "records": len(drawn),
         "options": options or {},
         "training": settings,
-        "threshold_trials" if name == "serac" else "step_size_trials": tried,
+        **tried,
         "report": report,
         "history": trainer.state.log_history,
     }
@@ -158,17 +178,18 @@ def train_atlas_router(
     return train_router(backbone, tokenizer, layers, drawn, validation, out, settings, resume=resume)
 
 
-def _trainer(
-    name: str,
-    editor: Any,
-    backbone: Any,
-    tokenizer: Any,
-    checkpoints: Path,
-    seed: int,
-    records: int,
-    settings: dict[str, Any],
-) -> Any:
-    """Return the trainer of an editor, which evaluates and saves half-way unless the settings say otherwise."""
+def _choose_strength(
+    name: str, editor: Any, backbone: Any, tokenizer: Any, trials: Sequence[float], locality_floor: float | None
+) -> dict[str, Any]:
+    """Return what the log says of the trials, which leave the editor with the chosen strength; nothing without any."""
+    if not trials:
+        return {}
+    tried = choose_strength(editor, backbone, tokenizer, load_records("validation"), trials, locality_floor)
+    return {"threshold_trials" if name == "serac" else "step_size_trials": tried}
+
+
+def _arguments(checkpoints: Path, seed: int, settings: dict[str, Any]) -> IBKETrainingArguments:
+    """Return the arguments of a trainer that evaluates and saves half-way unless the settings say otherwise."""
     every = max(settings["max_steps"] // 2, 1)
     checkpointing = {
         "eval_strategy": "steps",
@@ -177,18 +198,8 @@ def _trainer(
         "save_steps": every,
         "save_total_limit": 1,
     }
-    arguments = IBKETrainingArguments(
+    return IBKETrainingArguments(
         str(checkpoints), seed=seed, use_cpu=not torch.accelerator.is_available(), **{**checkpointing, **settings}
-    )
-    kind: Any = SERACTrainer if name == "serac" else GradientEditorTrainer
-    return kind(
-        editor,
-        backbone=backbone,
-        args=arguments,
-        processing_class=tokenizer,
-        train_dataset=RecordDataset(training_records(load_split(), records, seed)),
-        eval_dataset=RecordDataset(load_records("validation")),
-        callbacks=[_Minutes()],
     )
 
 

@@ -164,8 +164,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     domains = sorted({row["domain"] for row in rows})
     return {
         **_scores(rows),
-        "by_criterion": {role: _cells(judged[role], "criteria") for role in CASES},
-        "by_hops": {role: _cells(judged[role], "hops") for role in CASES},
+        "by_criterion": {role: scores_by(judged[role], "criteria") for role in CASES},
+        "by_hops": {role: scores_by(judged[role], "hops") for role in CASES},
         "by_domain": {domain: _scores([row for row in rows if row["domain"] == domain]) for domain in domains},
     }
 
@@ -196,8 +196,16 @@ def _scores(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _cells(rows: Sequence[Row], field: str) -> dict[str, dict[str, Any]]:
-    """Score the rows of each value of a field; a row with several values (criteria) counts for each of them."""
+def scores_by(rows: Sequence[Row], field: str) -> dict[str, dict[str, Any]]:
+    """Score the rows of each value of a field; a row with several values (criteria) counts for each of them.
+
+    Args:
+        rows: Of one role.
+        field: Whose values part the rows, such as ``"hops"``.
+
+    Returns:
+        By value, as text, ``score``, ``top1``, ``exact_match`` (and ``answered``) in percent, and ``cases``.
+    """
     parts: dict[Any, list[Row]] = {}
     for row in rows:
         values = row[field] if isinstance(row[field], (list, tuple)) else [row[field]]

@@ -1,0 +1,1 @@
+"""The paper's figures: what is measured, then how it is drawn, and what it says of the paper's claims."""
