@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from .commands import (
     app,
     atlas,
+    bench,
     card,
     data,
     demo,
@@ -65,7 +66,23 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; tests parse every command of the documentation with it."""
     parser = argparse.ArgumentParser(prog="ibke", description="Correct facts inside language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for group in (demo, edit, library, train, evaluate, table, sweep, data, push, card, app, spaces, families, atlas):
+    for group in (
+        demo,
+        edit,
+        library,
+        train,
+        evaluate,
+        table,
+        sweep,
+        data,
+        push,
+        card,
+        app,
+        spaces,
+        families,
+        bench,
+        atlas,
+    ):
         group.add(commands)
     return parser
 

@@ -77,9 +77,17 @@ class IBKEHypernetwork(nn.Module):
         self.residual = nn.Linear(dim, width)
         self.gate = nn.Linear(dim, 1) if config.use_scale_factor else None
 
-    def forward(self, x: Tensor, mask: Tensor, *, sample: bool = False, gates: Tensor | None = None) -> AdaptedFactors:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        *,
+        sample: bool = False,
+        gates: Tensor | None = None,
+        with_variance: bool = True,
+    ) -> AdaptedFactors:
         """Adapt standardised factors x (b, l_e, d_in + d_out); `gates` (b, l_e) override the pre-sigmoid gates."""
-        latent, mean, log_variance = self.encode(x, mask, sample=sample)
+        latent, mean, log_variance = self.encode(x, mask, sample=sample, with_variance=with_variance)
         state = self.readout(x, latent)  # Eq. 31
         if self.skip is not None:
             state = state + self.skip(x)
@@ -94,11 +102,13 @@ class IBKEHypernetwork(nn.Module):
         layer_inputs, output_gradients = adapted.split([self.d_in, adapted.shape[-1] - self.d_in], -1)
         return AdaptedFactors(layer_inputs, output_gradients, gates, latent, mean, log_variance)
 
-    def encode(self, x: Tensor, mask: Tensor, *, sample: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return z, μ and log v² (Eq. 26-30); every request draws its own ε."""
+    def encode(
+        self, x: Tensor, mask: Tensor, *, sample: bool, with_variance: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return z, μ and log v² (Eq. 26-30); every request draws its own ε, and without one v² may be left out."""
         queries = self.queries.expand(len(x), -1, -1)
         mean = self.mean(queries, x, mask)
-        if self.log_variance is None:
+        if self.log_variance is None or not (sample or with_variance):
             return mean, mean, None
         log_variance = self.log_variance(queries, x, mask).clamp(*self.config.log_variance_range)
         if not sample:

@@ -72,8 +72,16 @@ class MENDHypernetwork(nn.Module):
         self.d_in = d_in
         self.blocks = nn.Sequential(*(MENDBlock(d_in + d_out, config.hidden_dim) for _ in range(config.blocks)))
 
-    def forward(self, x: Tensor, mask: Tensor, *, sample: bool = False, gates: Tensor | None = None) -> AdaptedFactors:
-        """Adapt factors x (b, l_e, d_in + d_out), zero on padding; `sample` changes nothing, MEND draws no latent.
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        *,
+        sample: bool = False,
+        gates: Tensor | None = None,
+        with_variance: bool = True,
+    ) -> AdaptedFactors:
+        """Adapt factors x (b, l_e, d_in + d_out), zero on padding; MEND draws no latent, of which some options speak.
 
         Raises:
             ValueError: If gates are given.

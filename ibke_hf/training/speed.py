@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+from torch import Tensor
+
 from .activations import ActivationCache
 from .batches import EditCollator, UsableRecords
 from .recipe import new_trainer, training_arguments
@@ -79,13 +81,26 @@ def _measured(trainer: GradientEditorTrainer, cache: ActivationCache, steps: int
 
 def _time_step(trainer: Any, batch: Mapping[str, Any], cache: ActivationCache | None) -> tuple[float, float]:
     """Run one step of the optimizer; return its seconds, and those of the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run_step(trainer, batch, cache)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def run_step(trainer: Any, batch: Mapping[str, Any], cache: ActivationCache | None) -> Tensor:
+    """Run one step of the optimizer on a batch, with a cache of activations or without; return the loss.
+
+    Args:
+        trainer: Of a gradient editor, with its optimizer.
+        batch: What the trainer's collator returns.
+        cache: What is kept of the texts; None where all is computed.
+    """
     trainer.activations = cache
     trainer.model.train()
-    wall, cpu = time.perf_counter(), time.process_time()
-    trainer.compute_loss(trainer.model, batch).backward()
+    loss: Tensor = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return loss.detach()
 
 
 def in_words(report: Mapping[str, Any], steps: int) -> str:

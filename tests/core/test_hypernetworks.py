@@ -156,3 +156,12 @@ def test_an_edit_is_differentiable_in_the_editors_weights(captured: tuple[IBKEEd
     assert all(
         parameter.grad is not None for name, parameter in editor.named_parameters() if "log_variance" not in name
     )
+
+
+def test_edits_compute_no_variance(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = tiny_model("qwen3")
+    editor = make_editor(model, tiny_tokenizer)
+    for network in editor.hypernetworks:
+        network.log_variance.register_forward_hook(lambda *_: pytest.fail("v² is computed"))
+    for mode in ("joint", "sequential", "independent"):
+        editor.edit(model, tiny_tokenizer, REQUESTS, mode=mode)
