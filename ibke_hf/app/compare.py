@@ -17,11 +17,9 @@ from ..core.capture import target_logits
 from ..core.edits import Edit
 from ..core.records import PLAIN, EditCase, EditRecord, EditRequest, PromptFormat
 from ..core.tokens import (
-    IGNORED,
     RequestError,
     context_length,
     encode_prompt,
-    encode_requests,
     pad_and_label,
     with_leading_space,
 )
@@ -279,49 +277,3 @@ def read_answers(
 
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
-# --- inside of the editor -----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def scale_factors(
-    editor: Any, model: Any, tokenizer: PreTrainedTokenizerBase, request: EditRequest, previous: Edit | None = None
-) -> dict[str, Any] | None:
-    """Return the scale factor σ(W_s s̃) of each token of a request at each edited layer (Eq. 32), between 0 and 1.
-
-    Args:
-        editor: Any editor; one without a scale factor gives None.
-        model: The backbone.
-        tokenizer: Its tokenizer.
-        request: The fact.
-        previous: The edit that the model carries already.
-
-    Returns:
-        ``tokens``, the l_e texts that were read (the last target token is not); ``judged``, whether the token after
-        each is part of the target; ``layers``, l_e values by module name.
-    """
-    if not hasattr(editor, "capture"):
-        return None
-    batch = encode_requests(tokenizer, [request], max_length=context_length(model))
-    adapted = editor(editor.capture(model, batch, previous))
-    if any(factors.gates is None for factors in adapted):
-        return None
-    values = [torch.sigmoid(factors.gates[0].float()).tolist() for factors in adapted]
-    return {
-        "tokens": token_texts(tokenizer, batch.input_ids[0].tolist()),
-        "judged": (batch.labels[0] != IGNORED).tolist(),
-        "layers": dict(zip(editor.config.module_names(), values, strict=True)),
-    }
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Decode each token; a character that several tokens share stands at the last of them, ``·`` at the others."""
-    texts, pending = [], []
-    for i in ids:
-        pending.append(i)
-        text = str(tokenizer.decode(pending))
-        whole = not text.endswith("\ufffd")
-        texts.append(text if whole else "·")
-        pending = [] if whole else pending
-    return texts

@@ -141,7 +141,7 @@ def scale_factor_figure(factors: Mapping[str, Any] | None) -> str:
     """Draw the scale factor of each token at each edited layer as a heat map: one line of text for each layer.
 
     Args:
-        factors: Of :func:`~ibke_hf.app.compare.scale_factors`; None where the editor has none.
+        factors: Of :func:`~ibke_hf.analysis.scale_factors.scale_factors`; None where the editor has none.
     """
     if factors is None:
         return '<p class="ibke-faint">This editor has no scale factor.</p>'

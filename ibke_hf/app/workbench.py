@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..analysis.scale_factors import scale_factors
 from ..core.layers import input_device
 from ..core.records import EditRequest
 from ..core.tokens import RequestError, context_length, encode
@@ -29,7 +30,6 @@ from .compare import (
     is_right,
     read_answers,
     require_askable,
-    scale_factors,
 )
 from .forms import Fact
 from .knowledge import Knowledge, atlas_knowledge, facts_of, general_knowledge

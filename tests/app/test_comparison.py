@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_workbench import FORM, small_workbench
 
+from ibke_hf.analysis.scale_factors import scale_factors, token_texts
 from ibke_hf.app import compare as comparison
 from ibke_hf.app.compare import (
     PageQuestion,
@@ -13,8 +14,6 @@ from ibke_hf.app.compare import (
     is_right,
     questions_of,
     require_askable,
-    scale_factors,
-    token_texts,
 )
 from ibke_hf.app.forms import Form
 from ibke_hf.atlas.examples import NEIGHBOURS, RELATIONS, example_records
