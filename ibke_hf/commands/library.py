@@ -79,7 +79,7 @@ def _run_add(options: argparse.Namespace) -> None:
     from ..core.records import EditRequest, PromptFormat
     from ..editors.catalogue import ATLAS
     from ..lifelong.index import LibraryError
-    from ..loading import load_all
+    from ..loading import load_all, router_beside
 
     given = [bool(options.prompt or options.target), bool(options.edit), bool(options.records)]
     if sum(given) != 1:
@@ -95,7 +95,8 @@ def _run_add(options: argparse.Namespace) -> None:
     requests = _requests(options, EditRequest, PromptFormat(**prompt_changes(options, tokenizer)))
     if hasattr(getattr(editor, "config", None), "composition"):
         editor.config.composition = "solve"  # edits carry the inputs that they were made for
-    library = _library(options, tokenizer, _shipped(options, atlas=model.config.name_or_path == ATLAS))
+    router = router_beside(options.editor, atlas=model.config.name_or_path == ATLAS)
+    library = _library(options, tokenizer, router)
     ids = _edited(library, editor, model, tokenizer, requests)
     if library.router is None:
         raise LibraryError(
@@ -132,7 +133,7 @@ def _counted(ids: Sequence[str]) -> str:
     return f"edit {ids[0][:ID]}" if len(ids) == 1 else f"{len(set(ids))} edits"
 
 
-def _library(options: argparse.Namespace, tokenizer: Any = None, router: str | None = None) -> Any:
+def _library(options: argparse.Namespace, tokenizer: Any = None, router: Path | None = None) -> Any:
     """Open the library that was named, with the router that was named or, where it has none, the shipped one."""
     from ..lifelong.library import ROUTER, EditLibrary
     from ..lifelong.router import Router
@@ -151,20 +152,6 @@ def _existing(options: argparse.Namespace, tokenizer: Any = None) -> Any:
             f"{options.library}: no library; make one: ibke library add {options.library} --prompt …"
         )
     return _library(options, tokenizer)
-
-
-def _shipped(options: argparse.Namespace, *, atlas: bool) -> str | None:
-    """Return where the router of an editor lies: beside it, or with the embedded model."""
-    from ..lifelong.library import ROUTER
-
-    editor = Path(getattr(options, "editor", None) or "")
-    if (editor / ROUTER / "config.json").exists():
-        return str(editor / ROUTER)
-    if not atlas:
-        return None
-    from ..atlas import ASSETS
-
-    return str(ASSETS / ROUTER)
 
 
 # --- the others -----------------------------------------------------------------------------------------------------

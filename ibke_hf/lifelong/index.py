@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy
@@ -175,6 +176,7 @@ class Index:
         self.entries: dict[str, Entry] = {}
         self.removed: set[str] = set()
         self._read, self._inode = 0, 0
+        self._lock = Lock()
         self.refresh()
 
     def refresh(self) -> bool:
@@ -183,6 +185,10 @@ class Index:
         Raises:
             LibraryError: If a whole line is no entry.
         """
+        with self._lock:
+            return self._read_on()
+
+    def _read_on(self) -> bool:
         file = self.folder / INDEX
         if not file.exists():
             return False

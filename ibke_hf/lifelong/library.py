@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter_schema import AdapterError
 from ..core.edits import LowRankEdit
-from ..core.fingerprints import fingerprint
-from ..core.layers import modules_to_edit
 from ..core.records import EditRequest
 from ..io import read_json, write_json, written_file
 from .edit_files import edit_bytes, packed_bytes, read_edit_file, single_edits
+from .faults import faults_of
 from .index import Entry, Index, LibraryError, append, rewrite, writing
 from .routed import request_vectors
 from .router import Router, digest_of
@@ -33,6 +31,8 @@ from .shelf import EditShelf, whole
 
 EDITS, SETTINGS, ROUTER = "edits", "library.json", "router"
 FORMAT = 1
+Entries, Names = list[Entry], list[str]  # a library has a method of the name `list`
+Near = list[tuple[float, Entry]]
 SHORTEST = 6  # letters of an id that may stand for it
 
 
@@ -82,7 +82,7 @@ class EditLibrary:
 
     # --- what is in it ----------------------------------------------------------------------------------------------
 
-    def list(self) -> list[Entry]:
+    def list(self) -> Entries:
         """Return what the index says of each edit, in the order in which they were added."""
         self._index.refresh()
         return [*self._index.entries.values()]
@@ -126,7 +126,7 @@ class EditLibrary:
 
     # --- changes ----------------------------------------------------------------------------------------------------
 
-    def add(self, *edits: Any, model: Any = None) -> list[str]:
+    def add(self, *edits: Any, model: Any = None) -> Names:
         """Add edits; once this returns, they are there whatever happens to the process.
 
         Args:
@@ -169,7 +169,7 @@ class EditLibrary:
         digest = hashlib.sha256(content).hexdigest()
         return Entry(digest, info.requests, info.editor, info.backbone, edit.layers, len(content))
 
-    def edit(self, editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[str]:
+    def edit(self, editor: Any, model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> Names:
         """Edit each request on the unedited model and add what comes of it; return the ids."""
         self.tokenizer = self.tokenizer or tokenizer
         made = editor.edit(model, tokenizer, requests, mode="independent")
@@ -237,14 +237,14 @@ class EditLibrary:
         """Publish the library as one repository, see :func:`ibke_hf.hub.library.push_library`."""
         return import_module("ibke_hf.hub.library").push_library(self, repo_id, **options)
 
-    def pull(self, repo_id: str, **options: Any) -> list[str]:
+    def pull(self, repo_id: str, **options: Any) -> Names:
         """Add what a repository holds, see :func:`ibke_hf.hub.library.pull_library`; return the ids that are new."""
-        ids: list[str] = import_module("ibke_hf.hub.library").pull_library(self, repo_id, **options)
+        ids: Names = import_module("ibke_hf.hub.library").pull_library(self, repo_id, **options)
         return ids
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
-    def search(self, text: str, model: Any, number: int = 5) -> list[tuple[float, Entry]]:
+    def search(self, text: str, model: Any, number: int = 5) -> Near:
         """Return the edits nearest to a prompt with their similarity, the best first, also those below the threshold.
 
         Raises:
@@ -307,7 +307,7 @@ class EditLibrary:
         for entry in {entry.layers: entry for entry in entries}.values():
             read_edit_file(self.file(entry.id)).modules(model)
 
-    def _read_requests(self, model: Any, router: str) -> list[Entry]:
+    def _read_requests(self, model: Any, router: str) -> Entries:
         """Read the requests that this router has not read yet, and keep what it knows of them."""
         entries = self.list()
         unread = [entry for entry in entries if entry.router != router or entry.vectors is None]
@@ -321,7 +321,7 @@ class EditLibrary:
             entries = [*self._index.entries.values()]
         return entries
 
-    def _with_vectors(self, model: Any, entries: Sequence[Entry]) -> list[Entry]:
+    def _with_vectors(self, model: Any, entries: Sequence[Entry]) -> Entries:
         router = self._require_router()
         nameless = next((entry for entry in entries if not entry.requests), None)
         if nameless is not None:
@@ -365,31 +365,14 @@ class EditLibrary:
             self._index.refresh()
         return len(unknown)
 
-    def check(self, model: Any = None) -> list[str]:
+    def check(self, model: Any = None) -> Names:
         """Return what is wrong with the library, one line each; nothing if it can be served.
 
         Args:
             model: The backbone that it is to be served with; its weights are compared with those that each edit was
                 made on.
         """
-        faults, seen = [], {}
-        for entry in self.list():
-            try:
-                content = self.file(entry.id).read_bytes()
-                if hashlib.sha256(content).hexdigest() != entry.id:
-                    faults.append(f"{entry.id[:12]}: its file was changed; pull or add it again")
-                    continue
-                edit = read_edit_file(self.file(entry.id))
-            except (OSError, LibraryError, AdapterError) as error:
-                faults.append(f"{entry.id[:12]}: {error}")
-                continue
-            if model is not None:
-                faults += _misfit(edit, entry, model, seen)
-            if not entry.requests:
-                faults.append(f"{entry.id[:12]}: does not say which request it was made for, so no prompt finds it")
-        if self.router is None:
-            faults.append("no router, which finds the edits of a prompt: ibke train-router")
-        return faults
+        return faults_of(self, model)
 
 
 def _same(one: Router, two: Router) -> bool:
@@ -397,17 +380,3 @@ def _same(one: Router, two: Router) -> bool:
     return digest_of(one) == digest_of(two) and all(
         getattr(one.config, name) == getattr(two.config, name) for name in settings
     )
-
-
-def _misfit(edit: LowRankEdit, entry: Entry, model: Any, seen: dict[tuple[str, ...], Any]) -> list[str]:
-    from ..core.fingerprints import same_backbone
-
-    try:
-        edit.modules(model)
-        if edit.layers not in seen:
-            seen[edit.layers] = fingerprint(modules_to_edit(model, edit.layers))
-    except ValueError as error:
-        return [f"{entry.id[:12]}: {error}"]
-    if edit.info.fingerprint and not same_backbone(edit.info.fingerprint, seen[edit.layers]):
-        return [f"{entry.id[:12]}: was made on {edit.info.backbone or 'another model'}, whose weights differ"]
-    return []

@@ -96,7 +96,7 @@ class Side(nn.Module):
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.score = nn.Linear(config.width, config.heads)
+        self.score = nn.Linear(config.width, config.heads, bias=False)  # a softmax takes no notice of one
         self.value = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width)
         self.hidden = nn.Linear(config.width, 2 * config.width)
@@ -139,7 +139,8 @@ class Router(EditorModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -190,20 +191,22 @@ class Router(EditorModel):
                 )
         self.warn_of_other_backbone(model)
 
-    def features(self, states: Sequence[Tensor]) -> Tensor:
-        """Return the features (b, l, width) of tokens from their states (b, l, d) at each source."""
+    def features(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+        """Return the features (b, l, width) of tokens from their states (b, l, d) at each source; zero on padding."""
         parts = [
-            reader(norm(state.float())) for norm, reader, state in zip(self.norms, self.readers, states, strict=True)
+            reader(norm(state[mask].float()))
+            for norm, reader, state in zip(self.norms, self.readers, states, strict=True)
         ]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return functional.gelu(total)
+        features = functional.gelu(total)
+        return features.new_zeros(*mask.shape, features.shape[-1]).index_put(mask.nonzero(as_tuple=True), features)
 
     def forward(self, states: Sequence[Tensor], mask: Tensor, *, requests: bool = False) -> Tensor:
         """Return the vectors (b, dim) of prompts, or of requests, whose real tokens the mask (b, l) tells."""
         side: Any = self.request if requests else self.question
-        vectors: Tensor = side(side.pool(self.features(states), mask))
+        vectors: Tensor = side(side.pool(self.features(states, mask), mask))
         return vectors
 
 

@@ -220,8 +220,8 @@ class Routing:
 
     def _reader(self, name: str) -> Callable[[Tensor, Tensor], Tensor]:
         def read(_: Tensor, output: Tensor) -> Tensor:
-            call = self._call()
-            if not call.keeps:
+            call: Call | None = getattr(self._of_thread, "call", None)
+            if call is not None and not call.keeps:
                 call.states[name] = output
             return output
 
@@ -279,11 +279,11 @@ class Routing:
         columns = call.shape[1]
         mask = call.mask().to(device)
         states = [
-            by_token((layer_inputs if name == self.lowest else call.states[name]).detach().to(device), mask)
+            by_token((layer_inputs if name == self.lowest else self._state(call, name)).detach().to(device), mask)
             for name in self.sources
         ]
         side: Any = self.router.question
-        new = side.pool(self.router.features(states), mask)
+        new = side.pool(self.router.features(states, mask), mask)
         picks = self._picked(side(new))
         pooled = new
         if call.earlier is not None:  # a prompt that goes on, or another turn
@@ -298,6 +298,15 @@ class Routing:
         keys = tuple(tuple(map(self.shelf.key, places)) for places in picks)
         ids = None if call.ids is None else (call.ids.detach(), columns)
         return Route(keys, pooled, picks, ids=ids)
+
+    def _state(self, call: Call, name: str) -> Tensor:
+        """Return what was computed at a source; embeddings may have been given in its place."""
+        state = call.states.get(name, call.arguments.get("inputs_embeds"))
+        if state is None:
+            raise BackboneError(
+                f"{type(self.model).__name__} does not call {name} before {self.lowest}, so it cannot be read"
+            )
+        return state
 
     def _picked(self, vectors: Tensor) -> Picks:
         return distinct_places(self.shelf, vectors, self.threshold, self.most_edits)

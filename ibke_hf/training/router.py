@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 CHECKPOINTS, LOG = "checkpoints", "log.json"
 NEVER = -1e4  # logit of a request that is neither right nor wrong
 ROOM = 2 << 30  # bytes of states that are kept while a router is trained
-READ_AT_ONCE = 64  # texts of a forward pass when nothing is learnt
+READ_AT_ONCE = 32  # texts of a forward pass when nothing is learnt
 THRESHOLDS = 81  # tried between -1 and 1
 
 
@@ -81,11 +81,12 @@ class StateCache:
         mask = batch.attention_mask.bool()
         texts = [tuple(ids[real].tolist()) for ids, real in zip(batch.input_ids, mask, strict=True)]
         rows = {text: self._kept[text] for text in texts if text in self._kept}
-        if missing := [text for text in dict.fromkeys(texts) if text not in rows]:
-            states, real = read_states(self.backbone, self.sources, padded(missing))
-            joined = torch.cat(states, -1).half().cpu()
-            for text, row, kept in zip(missing, joined, real.cpu(), strict=True):
-                rows[text] = row[kept].clone()
+        missing = sorted((text for text in dict.fromkeys(texts) if text not in rows), key=len)
+        for start in range(0, len(missing), READ_AT_ONCE):  # texts of like lengths pad each other less
+            some = missing[start : start + READ_AT_ONCE]
+            states, real = read_states(self.backbone, self.sources, padded(some))
+            for text, row, kept in zip(some, torch.cat(states, -1).half().cpu(), real.cpu(), strict=True):
+                rows[text] = row[kept]
                 if rows[text].nbytes <= self.room:
                     self.room -= rows[text].nbytes
                     self._kept[text] = rows[text]

@@ -16,7 +16,7 @@ from ..core.tokens import RequestError, TokenBatch, encode, encode_prompt, pad_a
 
 ALIKE = 4  # records of one relation that a batch has together, and half as many of one subject
 NONE = -1  # the request that a prompt is about, where it is about none
-PREFIX_SHARE = 0.15  # of the prompts that stand behind another text, as in a chat
+PREFIX_SHARE = 0.1  # of the prompts that stand behind another text, as in a chat
 
 
 @dataclass(frozen=True)

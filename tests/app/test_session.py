@@ -18,6 +18,8 @@ from ibke_hf.app.workbench import Session, forget, load_workbench
 from ibke_hf.core.capture import NonFiniteError
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError
+from ibke_hf.lifelong.routed import RoutedEdit
+from ibke_hf.lifelong.router import Router
 
 FACTS = tuple(
     Form(prompt, target, neighbours="Berlin is in").fact() for prompt, target in zip(PROMPTS, TARGETS, strict=False)
@@ -254,3 +256,25 @@ def test_what_does_not_fit_is_said(bench, tmp_path, editor, backbone, message):
     bench.editor.save_pretrained(tmp_path / "editor")
     with pytest.raises(ValueError, match=message):
         load_workbench(editor and str(tmp_path / editor), backbone)
+
+
+def test_with_a_router_the_list_is_a_library_of_which_a_prompt_carries_its_own(tiny_model, tiny_tokenizer):
+    plain = small_workbench(tiny_model, tiny_tokenizer)
+    torch.manual_seed(0)
+    layers = plain.editor.config.module_names()
+    router = Router.for_backbone(plain.model, layers, width=16, heads=2, dim=16, threshold=1.0).eval()
+    routed = small_workbench(tiny_model, tiny_tokenizer, router=router)
+    one = edited(routed, FACTS[:1])
+    assert torch.equal(logits(routed, one.edit), logits(plain, edited(plain, FACTS[:1]).edit))  # one acts always
+    three = edited(routed, FACTS[:3])
+    assert isinstance(three.edit, RoutedEdit) and len(three.edit.parts) == 3
+    assert torch.equal(logits(routed, three.edit), logits(routed))  # nothing is as near as 1
+    router.config.threshold, router.config.most_edits = -1.0, 3
+    solved = LowRankEdit.compose(*three.edit.parts, how="solve")
+    torch.testing.assert_close(logits(routed, three.edit), logits(routed, solved), rtol=1e-4, atol=1e-4)
+    left = routed.remove(three, 1)
+    assert left.edit.parts == (three.edit.parts[0], three.edit.parts[2]) and left.facts == (FACTS[0], FACTS[2])
+    assert pickle.loads(pickle.dumps(three)).edit.parts == three.edit.parts
+    saved, archive = routed.save(three)
+    assert archive.exists()
+    forget(saved)

@@ -97,6 +97,16 @@ def test_generation_without_a_cache_keeps_the_prompt_s_choice(world: SimpleNames
     assert beams == alone(world, use_cache=False, num_beams=3)
 
 
+def test_a_prompt_that_is_given_as_embeddings_is_routed_too(world: SimpleNamespace) -> None:
+    picks: list[Any] = []
+    ids = torch.tensor([world.tokenizer(PROMPTS[1])["input_ids"]])
+    with torch.no_grad(), world.routed.attached(world.model, on_route=picks.append):
+        embeddings = world.model.get_input_embeddings()(ids)
+        given = world.model(inputs_embeds=embeddings).logits
+        torch.testing.assert_close(given, world.model(ids).logits)
+    assert picks == [((1,),)] * 2
+
+
 def test_a_longer_text_than_by_one_token_is_another_prompt_without_a_cache(world: SimpleNamespace) -> None:
     picks: list[Any] = []
     ids = torch.tensor([world.tokenizer(PROMPTS[0])["input_ids"]])
