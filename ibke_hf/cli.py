@@ -15,6 +15,7 @@ from .commands import (
     demo,
     edit,
     evaluate,
+    export,
     families,
     library,
     push,
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     for group in (
         demo,
         edit,
+        export,
         library,
         train,
         evaluate,

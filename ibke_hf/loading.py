@@ -124,6 +124,16 @@ def _place(name: str | Path | None, gguf: str | None) -> tuple[str, str | None]:
     return str(name), gguf
 
 
+def gguf_file(name: str | Path) -> Path | None:
+    """Return the GGUF file that a model's name stands for; None for a folder or id of another kind.
+
+    Raises:
+        LoadingError, FileNotFoundError, ImportError: As :func:`load_model` does.
+    """
+    place, file = _place(name, None)
+    return None if file is None else Path(place) / file
+
+
 def _installed(name: str) -> Path:
     """Return the GGUF file of a model that lies in a package, which is found and not imported."""
     module, requirement = INSTALLABLE[name]

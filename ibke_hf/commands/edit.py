@@ -1,4 +1,4 @@
-"""`ibke edit` and `ibke merge`."""
+"""`ibke edit`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ WIDTH = 46  # of a column of answers
 
 
 def add(commands: Any) -> None:
-    """Add both commands."""
+    """Add the command."""
     _edit(add_command(commands, "edit", "edit one fact of a model and save the edit as a LoRA adapter", _run_edit))
-    _merge(add_command(commands, "merge", "write a full model with an edit merged into its weights", _run_merge))
 
 
 def _edit(command: argparse.ArgumentParser) -> None:
@@ -121,27 +120,3 @@ def _answers(model: Any, tokenizer: Any, edit: Any, questions: Sequence[tuple[st
 
 def _first_line(text: str) -> str:
     return next(iter(text.splitlines()), "")
-
-
-def _merge(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--edit", required=True, help="folder or Hub id of a saved edit")
-    command.add_argument("--out", type=place, required=True, metavar="DIR", help="folder of the full model")
-    model_options(command)
-    command.add_argument(
-        "--force", action="store_true", help="merge also where the weights are not those that the edit was made on"
-    )
-
-
-def _run_merge(options: argparse.Namespace) -> None:
-    from ..core.files import written_together
-    from ..editors.saved import load_weight_edit
-    from ..loading import load_model
-
-    edit = load_weight_edit(options.edit)
-    out = require_free(options.out, "a model")
-    model, tokenizer = load_model(options.model, **load_options(options))
-    edit.merge_into(model, force=options.force)
-    with written_together(out) as scratch:  # a merge that is cut leaves no half of a model
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-    print(f"saved the edited model to {options.out}")

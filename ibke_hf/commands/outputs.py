@@ -15,6 +15,7 @@ CONTENTS = {  # what a folder holds, by a file that every such folder has
     "trainer_state.json": "a checkpoint",
     "config.json": "a model",
     "train": "records",
+    "adapter.gguf": "an export",
 }
 MOST_NAMES = 3  # that an error lists
 

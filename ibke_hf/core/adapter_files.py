@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .adapter_schema import CONFIG, INFO, KEYS, PARTS, WEIGHTS, AdapterError, AdapterSettings, edit_info
 from .capture import NonFiniteError
-from .edit_values import EditInfo, info_json
+from .edit_values import EditInfo, info_json, whole_package
 from .files import read_json, written_together
 from .hub_files import NETWORK_ERRORS, MissingFileError, find_file, pinned
 from .library_internals import is_redirected_by_peft
@@ -260,15 +259,7 @@ def publisher() -> Any:
     Raises:
         ImportError: Where `ibke_hf` is not installed.
     """
-    try:
-        return import_module("ibke_hf.hub.push")
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] == "ibke_hf":
-            raise ImportError(
-                "publishing needs the package ibke_hf itself; install it, or save and upload the folder with `hf "
-                "upload`"
-            ) from error
-        raise
+    return whole_package("hub.push", "publishing")
 
 
 def _read_json(name_or_path: str | Path, name: str, hub_arguments: Mapping[str, Any]) -> dict[str, Any]:

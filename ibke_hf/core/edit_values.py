@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -182,9 +184,34 @@ class EditValue(ABC):
         """Memory that the edit takes, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    def export(self, to: str, out: str | Path, **options: Any) -> Any:
+        """Write the edit as what a serving engine takes; see :func:`ibke_hf.delivery.export.export_edit`."""
+        return whole_package("delivery.export", "exporting").export_edit(self, to, out, **options)
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the edit on another device or in another dtype, as `torch.Tensor.to` would."""
         return self._map(lambda t: t.to(*args, **kwargs))
+
+
+def whole_package(module: str, what: str) -> Any:
+    """Return a module of `ibke_hf` that does not travel with this code.
+
+    Args:
+        module: Its name within the package.
+        what: What it is needed for, as errors call it.
+
+    Raises:
+        ImportError: Where `ibke_hf` is not installed.
+    """
+    try:
+        return import_module(f"ibke_hf.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] == "ibke_hf":
+            raise ImportError(
+                f"{what} needs the package ibke_hf itself; install it, or save the edit, whose folder "
+                f"PEFT and `hf upload` take"
+            ) from error
+        raise
 
 
 def common_length(edits: Sequence[EditValue]) -> int:
