@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.adapter_files import AdapterError
-
 ENGINES = ("vllm", "sglang", "peft", "gguf", "ollama", "merged")
 # last parts of the names of linear layers of the decoders that both engines serve adapters for
 LLAMA_NAMES = frozenset(
     "q_proj k_proj v_proj o_proj qkv_proj gate_proj up_proj gate_up_proj down_proj".split()  # noqa: SIM905
 )
 GGUF_ADAPTER, MODELFILE = "adapter.gguf", "Modelfile"
+
+
+class ExportError(ValueError):
+    """An edit that an engine cannot serve in the form asked for; the message says why, and what can be done."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class LoraEngine:
         """Refuse layers that the engine has no adapters for.
 
         Raises:
-            AdapterError: Names the layer, says why, and what to do.
+            ExportError: Names the layer, says why, and what to do.
         """
         if not self.layers:
             return
@@ -66,12 +68,12 @@ class LoraEngine:
         for name in names:
             parts = name.split(".")
             if "experts" in parts:
-                raise AdapterError(
+                raise ExportError(
                     f"{name} is one of a mixture's routed experts, which {self.name} fuses into one weight and serves "
                     f"no adapter of this form for; {cure}"
                 )
             if parts[-1] not in self.layers:
-                raise AdapterError(
+                raise ExportError(
                     f"{name}: {self.name} serves adapters of layers named {', '.join(sorted(self.layers))} "
                     f"and refuses an adapter with any other; {cure}"
                 )

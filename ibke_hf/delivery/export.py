@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..core.adapter_files import AdapterError, save_edit, with_uniform_rank
+from ..core.adapter_files import save_edit, with_uniform_rank
 from ..core.edits import LowRankEdit, WeightEdit
 from ..core.files import written_together
 from ..core.layers import input_device
@@ -19,7 +19,7 @@ from ..core.tokens import encode_prompt
 from ..editors.saved import unmergeable
 from ..io import write_text
 from ..loading import gguf_file, load_model
-from .engines import ENGINES, GGUF_ADAPTER, LORA_ENGINES, MODELFILE, serving_line
+from .engines import ENGINES, GGUF_ADAPTER, LORA_ENGINES, MODELFILE, ExportError, serving_line
 from .gguf_adapter import BaseFile, modelfile, write_gguf_adapter
 from .merged import write_merged
 
@@ -149,7 +149,7 @@ def _lost(served: LowRankEdit, edit: LowRankEdit) -> dict[str, float]:
 
 def _read_back(edit: LowRankEdit, folder: Path) -> str:
     if LowRankEdit.from_pretrained(folder) != edit.to("cpu"):
-        raise AdapterError(f"{folder}: reads back otherwise than it was written; export it again")
+        raise ExportError(f"{folder}: reads back otherwise than it was written; export it again")
     return "the adapter reads back as written"
 
 
@@ -158,7 +158,7 @@ def _same_through_peft(edit: LowRankEdit, folder: Path, model: Any, tokenizer: A
     """Attach the adapter by PEFT, and compare logits with those of the attached edit.
 
     Raises:
-        AdapterError: If they differ by more than rounding.
+        ExportError: If they differ by more than rounding.
     """
     from peft import PeftModel
 
@@ -174,7 +174,7 @@ def _same_through_peft(edit: LowRankEdit, folder: Path, model: Any, tokenizer: A
         adapted.unload()
     effect, rounding = float((expected - plain).abs().max()), ROUNDING * torch.finfo(model.dtype).eps
     if not error <= max(SAME_EFFECT * effect, rounding * float(expected.abs().max())):
-        raise AdapterError(
+        raise ExportError(
             f"{folder}: the edit moves logits by up to {effect:.2g}, and through PEFT they differ from that by "
             f"{error:.2g}; the adapter does not serve this model"
         )

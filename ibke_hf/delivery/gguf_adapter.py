@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from ..core.adapter_files import AdapterError
 from ..core.edits import LowRankEdit
 from ..core.files import written_file
-from .engines import GGUF_ADAPTER
+from .engines import GGUF_ADAPTER, ExportError
 
 # architectures that llama.cpp calls otherwise; of the rest the names differ in punctuation at most
 ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "phi": "phi2", "cohere": "commandr"}
@@ -49,20 +48,18 @@ class BaseFile:
             self.architecture = str(reader.get_field("general.architecture").contents())
             self.shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}  # (d_in, d_out)
         except (ValueError, AttributeError, IndexError) as error:
-            raise AdapterError(
-                f"{file}: no readable GGUF file ({error}); give the file of the served model"
-            ) from error
+            raise ExportError(f"{file}: no readable GGUF file ({error}); give the file of the served model") from error
 
     def require(self, tensor: str, layer: str, width: tuple[int, int]) -> None:
         """Check that the file has a weight of this shape (d_in, d_out).
 
         Raises:
-            AdapterError: Says what was expected and found.
+            ExportError: Says what was expected and found.
         """
         shape = self.shapes.get(tensor)
         if shape != width:
             what = "has no such tensor" if shape is None else f"maps {shape[0]} to {shape[1]} there"
-            raise AdapterError(
+            raise ExportError(
                 f"{layer} is {tensor} in llama.cpp and maps {width[0]} to {width[1]}, and {self.file.name} {what}; "
                 f"the edit was made for another model"
             )
@@ -72,13 +69,13 @@ def architecture_of(model_type: str) -> str:
     """Return what llama.cpp calls an architecture of transformers.
 
     Raises:
-        AdapterError: If the library knows none of that name.
+        ExportError: If the library knows none of that name.
     """
     plain = re.sub(r"[^a-z0-9]", "", model_type.lower().removesuffix("_text"))
     plain = ARCHITECTURES.get(plain, plain)
     names = {re.sub(r"[^a-z0-9]", "", name): str(name) for name in library().MODEL_ARCH_NAMES.values()}
     if plain not in names:
-        raise AdapterError(
+        raise ExportError(
             f"the backbone is {f'a {model_type} model' if model_type else 'of an unknown architecture'}, for which "
             f"llama.cpp has no name; give the GGUF file of the served model (--model FILE.gguf)"
         )
@@ -89,12 +86,12 @@ def tensor_names(architecture: str, layers: Sequence[str]) -> dict[str, str]:
     """Return llama.cpp's name of the weight of each layer, by the library's own map.
 
     Raises:
-        AdapterError: If a layer has none, is fused with others, or its rows stand in another order in a GGUF file.
+        ExportError: If a layer has none, is fused with others, or its rows stand in another order in a GGUF file.
     """
     gguf = library()
     codes = {name: code for code, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in codes:
-        raise AdapterError(f"the gguf library knows no architecture {architecture!r}; update it: pip install -U gguf")
+        raise ExportError(f"the gguf library knows no architecture {architecture!r}; update it: pip install -U gguf")
     blocks = 1 + max((int(part) for name in layers for part in name.split(".") if part.isdigit()), default=0)
     names = gguf.get_tensor_name_map(codes[architecture], blocks)
     plain = {getattr(gguf.MODEL_TENSOR, name) for name in PLAIN}
@@ -103,10 +100,10 @@ def tensor_names(architecture: str, layers: Sequence[str]) -> dict[str, str]:
         known = names.get_type_and_name(layer)
         cure = "write the edited model (--to merged) and convert that"
         if known is None:
-            raise AdapterError(f"{layer}: a {architecture} model of llama.cpp has no tensor for it; {cure}")
+            raise ExportError(f"{layer}: a {architecture} model of llama.cpp has no tensor for it; {cure}")
         if known[0] not in plain:
             reason = "fuses the experts of a mixture" if "_exps" in known[1] else "reorders the rows of that tensor"
-            raise AdapterError(f"{layer} is {known[1]} in llama.cpp, which {reason}: no adapter of it fits; {cure}")
+            raise ExportError(f"{layer} is {known[1]} in llama.cpp, which {reason}: no adapter of it fits; {cure}")
         tensors[layer] = f"{known[1]}.weight"
     return tensors
 
@@ -123,7 +120,7 @@ def write_gguf_adapter(edit: LowRankEdit, folder: str | Path, base: BaseFile | N
         The file.
 
     Raises:
-        AdapterError: If a layer has no tensor in llama.cpp, or does not fit `base`.
+        ExportError: If a layer has no tensor in llama.cpp, or does not fit `base`.
     """
     gguf = library()
     architecture = architecture_of(edit.info.model_type) if base is None else base.architecture
@@ -164,7 +161,7 @@ def _require_same(file: Path, factors: Mapping[str, torch.Tensor]) -> None:
     """Read back what was written: a full disk, or a library that orders axes otherwise, is told here."""
     stored = read_gguf_adapter(file)
     if stored.keys() != factors.keys() or not all(torch.equal(stored[name], factors[name]) for name in factors):
-        raise AdapterError(f"{file}: reads back otherwise than it was written; write it again, or update gguf")
+        raise ExportError(f"{file}: reads back otherwise than it was written; write it again, or update gguf")
 
 
 def modelfile(file: str | Path, model: str = "") -> str:

@@ -14,12 +14,12 @@ from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM
 
 from ibke_hf.cli import main
-from ibke_hf.core.adapter_files import AdapterError
 from ibke_hf.core.edit_values import EditInfo, describe
 from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.core.layers import BackboneError, dimensions, modules_to_edit
 from ibke_hf.core.records import EditRequest
 from ibke_hf.delivery import export as exporting
+from ibke_hf.delivery.engines import ExportError
 from ibke_hf.delivery.gguf_adapter import read_gguf_adapter
 from ibke_hf.editors.dense import DenseEdit
 from ibke_hf.editors.grace import GRACEEditor
@@ -104,7 +104,7 @@ def test_peft_has_the_effect_of_the_attached_edit_and_is_found_out_where_it_has_
     weaker = replace(edit, outputs={name: 0.9 * factor for name, factor in edit.outputs.items()})
     monkeypatch.setattr(exporting, "save_edit", lambda _, out: weaker.save_pretrained(out))
     monkeypatch.setattr(exporting, "_read_back", lambda *_: "")
-    with pytest.raises(AdapterError, match="through PEFT they differ"):
+    with pytest.raises(ExportError, match="through PEFT they differ"):
         edit.export("peft", tmp_path / "bad", model=model, tokenizer=tiny_tokenizer)
     assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)  # PEFT is taken off again
 
@@ -120,7 +120,7 @@ def test_peft_has_the_effect_of_the_attached_edit_and_is_found_out_where_it_has_
 )
 def test_layers_that_an_engine_does_not_serve_are_refused_with_the_reason(tmp_path, engine, layer, reason):
     edit = LowRankEdit({layer: torch.ones(1, 1, 4)}, {layer: torch.ones(1, 1, 4)}, EditInfo())
-    with pytest.raises(AdapterError, match=reason):
+    with pytest.raises(ExportError, match=reason):
         edit.export(engine, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -184,7 +184,7 @@ def test_a_gguf_adapter_holds_the_update_under_llama_cpps_own_names(tiny_model, 
 )
 def test_tensors_that_no_gguf_adapter_fits_are_refused(tmp_path, layer, model_type, error):
     edit = LowRankEdit({layer: torch.ones(1, 1, 4)}, {layer: torch.ones(1, 1, 4)}, EditInfo(model_type=model_type))
-    with pytest.raises(AdapterError, match=error):
+    with pytest.raises(ExportError, match=error):
         edit.export("gguf", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 
@@ -197,11 +197,11 @@ def test_an_adapter_is_held_against_the_file_that_it_is_served_beside(llama, edi
     name = OUTPUT["llama"].format(i=9)
     other = LowRankEdit({name: torch.ones(1, 1, 48)}, {name: torch.ones(1, 1, 32)}, EditInfo())
     with pytest.raises(
-        AdapterError, match=r"blk.9.ffn_down.weight .*has no such tensor; the edit was made for another"
+        ExportError, match=r"blk.9.ffn_down.weight .*has no such tensor; the edit was made for another"
     ):
         other.export("gguf", tmp_path / "no", base=tmp_path / "model.gguf")
     narrow = LowRankEdit({edit.layers[0]: torch.ones(1, 1, 47)}, {edit.layers[0]: torch.ones(1, 1, 32)}, EditInfo())
-    with pytest.raises(AdapterError, match=r"maps 47 to 32, and model.gguf maps 48 to 32 there"):
+    with pytest.raises(ExportError, match=r"maps 47 to 32, and model.gguf maps 48 to 32 there"):
         narrow.export("gguf", tmp_path / "no", base=tmp_path / "model.gguf")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+import torch
 from llama_server import llama_server, with_llama_cpp
 from quick_edits import quick_edit
 from tiny_gguf import write_gguf
@@ -14,23 +15,28 @@ from tiny_gguf import write_gguf
 from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import encode_prompt
-from ibke_hf.evaluation.generation import generate_ids
 from ibke_hf.loading import gguf_file, load_model
 
 PROMPTS = ("The capital of France is", "Marie Curie was born in", "A sparrow is a", "An oak is")
 TOKENS = 8
+NEAR = 0.7  # of logits: llama.cpp multiplies 4-bit weights by activations of 8 bits, we by whole ones
 
 
 def scaled(edit: LowRankEdit, scale: float) -> LowRankEdit:
     return replace(edit, outputs={name: scale * factor for name, factor in edit.outputs.items()})
 
 
-def greedy(model, tokenizer, prompts, edit=None, tokens=TOKENS):
-    asked = {i: (prompt, tokens) for i, prompt in enumerate(prompts)}
-    ids = generate_ids(
-        model, tokenizer, asked, 1, lambda model, _: nullcontext() if edit is None else edit.attached(model)
-    )
-    return [ids[i] for i in asked]
+def greedy(model, tokenizer, prompt, edit=None, *, tokens=TOKENS, margin=0.0):
+    """Our own greedy tokens, up to a place where the best two lie so near that rounding may choose between them."""
+    ids = encode_prompt(tokenizer, prompt)
+    answer = []
+    for _ in range(tokens):
+        with torch.no_grad(), nullcontext() if edit is None else edit.attached(model):
+            best = model(input_ids=torch.tensor([[*ids, *answer]]), logits_to_keep=1).logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < margin:
+            break
+        answer.append(int(best.indices[0]))
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +52,38 @@ def test_two_edits_of_a_tiny_model_are_served_alone_together_scaled_and_taken_of
     model, tokenizer = load_model(tiny_file)
     first = quick_edit(model, tokenizer, [EditRequest(PROMPTS[0], "Rome")], [1, 2])
     second = quick_edit(model, tokenizer, [EditRequest(PROMPTS[1], "Oslo")], [1])
-    exports = [
-        edit.export("gguf", tmp_path / name, base=tiny_file) for edit, name in ((first, "first"), (second, "second"))
-    ]
-    plain, one = greedy(model, tokenizer, PROMPTS), greedy(model, tokenizer, PROMPTS, first)
-    other = greedy(model, tokenizer, PROMPTS, second)
-    both = greedy(model, tokenizer, PROMPTS, first.compose(second))
-    mixed = greedy(model, tokenizer, PROMPTS, scaled(first, 0.5).compose(scaled(second, 2.0)))
-    assert len({str(answers) for answers in (plain, one, other, both, mixed)}) == 5
-    with llama_server(tiny_file, [export.folder / "adapter.gguf" for export in exports], 0.0) as server:
+    folders = [edit.export("gguf", tmp_path / str(i), base=tiny_file).folder for i, edit in enumerate((first, second))]
+    carried = {
+        (0.0, 0.0): None,
+        (1.0, 0.0): first,
+        (0.0, 1.0): second,
+        (1.0, 1.0): first.compose(second),
+        (0.5, 2.0): scaled(first, 0.5).compose(scaled(second, 2.0)),
+    }
+    ours = {
+        scales: [greedy(model, tokenizer, prompt, edit, margin=0.01) for prompt in PROMPTS]
+        for scales, edit in carried.items()
+    }
+    assert len(set(map(str, ours.values()))) == len(carried)
+    assert sum(len(answer) for answers in ours.values() for answer in answers) > 0.8 * 5 * 4 * TOKENS
+    with llama_server(tiny_file, [folder / "adapter.gguf" for folder in folders], 0.0) as server:
 
-        def served(*lora):
-            scales = [{"id": i, "scale": scale} for i, scale in enumerate(lora)]
-            return [server.answer(encode_prompt(tokenizer, prompt), TOKENS, scales or None) for prompt in PROMPTS]
+        def served(lora=None):
+            asked = zip(PROMPTS, ours[(0.0, 0.0)] if lora is None else ours[lora], strict=True)
+            scales = None if lora is None else [{"id": i, "scale": scale} for i, scale in enumerate(lora)]
+            return [
+                server.answer(encode_prompt(tokenizer, prompt), TOKENS, scales)[: len(answer)]
+                for prompt, answer in asked
+            ]
 
-        assert served() == plain
-        assert served(1.0, 0.0) == one
-        assert served(0.0, 1.0) == other
-        assert served(1.0, 1.0) == both
-        assert served(0.5, 2.0) == mixed
-        server.scale(_0=1.0, _1=1.0)
-        assert served() == both
+        for scales, answers in ours.items():  # of each request
+            assert served(scales) == answers
+        server.scale(_0=1.0, _1=1.0)  # of the server
+        assert [server.answer(encode_prompt(tokenizer, prompt), 1) for prompt in PROMPTS] == [
+            answer[:1] for answer in ours[(1.0, 1.0)]
+        ]
         server.scale(_0=0.0, _1=0.0)
-        assert served() == plain
+        assert served() == ours[(0.0, 0.0)]
 
 
 @with_llama_cpp
@@ -78,18 +93,23 @@ def test_an_edit_of_smollm2_is_served_by_llama_cpp_as_it_answers_here(tmp_path):
     model, tokenizer = load_model("smollm2")
     asked = ("The capital of Australia is", "The capital of Turkey is", "The capital of France is")
     first, second = (
-        quick_edit(model, tokenizer, [EditRequest(prompt, target)], [14, 15], steps=5, size=0.05)
+        quick_edit(model, tokenizer, [EditRequest(prompt, target)], [14, 15], steps=4, size=0.05)
         for prompt, target in zip(asked, ("Canberra", "Ankara"), strict=False)
     )
     folders = [edit.export("ollama", tmp_path / name).folder for edit, name in ((first, "one"), (second, "two"))]
-    edits = {(0.0, 0.0): None, (1.0, 0.0): first, (0.5, 0.5): scaled(first, 0.5).compose(scaled(second, 0.5))}
-    ours = {scales: greedy(model, tokenizer, asked, edit, 3) for scales, edit in edits.items()}
+    edits = {(0.0, 0.0): None, (1.0, 0.0): first, (0.5, 0.7): scaled(first, 0.5).compose(scaled(second, 0.7))}
+    ours = {
+        scales: [greedy(model, tokenizer, prompt, edit, tokens=3, margin=NEAR) for prompt in asked]
+        for scales, edit in edits.items()
+    }
     texts = [[tokenizer.decode(ids) for ids in answers] for answers in ours.values()]
-    assert "Canberra" not in texts[0][0] and "Canberra" in texts[1][0] and texts[2] not in texts[:2]
+    assert "Sydney" in texts[0][0] and "Canberra" in texts[1][0] and "Paris" in texts[1][2], texts
+    assert texts[2][1] not in (texts[0][1], ""), texts
     with llama_server(gguf_file("smollm2"), [folder / "adapter.gguf" for folder in folders], 0.0) as server:
         for scales in (*edits, (0.0, 0.0)):  # last taken off again
             server.scale(_0=scales[0], _1=scales[1])
-            assert [server.answer(encode_prompt(tokenizer, prompt), 3) for prompt in asked] == ours[scales], texts
+            for prompt, answer in zip(asked, ours[scales], strict=True):
+                assert server.answer(encode_prompt(tokenizer, prompt), 3)[: len(answer)] == answer, (scales, texts)
     assert (folders[0] / "Modelfile").read_text().splitlines()[1:] == [
         f"FROM {gguf_file('smollm2')}",
         "ADAPTER ./adapter.gguf",
