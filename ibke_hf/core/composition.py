@@ -24,9 +24,9 @@ from torch import Tensor
 from .adapter_files import AdapterError, publisher
 from .configuration_ibke import COMPOSITIONS, require_choice
 from .edit_values import EditInfo, common_length, joined_info
-from .edits import LowRankEdit, WeightEdit
+from .edits import LowRankEdit, WeightEdit, join_groups
 from .part_files import read_parts, save_parts
-from .ridge import joined_rows, solve_update
+from .ridge import joined_rows, solve_by_keys, solve_update
 
 RIDGE = 0.1  # λ as a share of the mean diagonal
 
@@ -253,6 +253,25 @@ def compose(
         )
     first, *others = (edit.low_rank() if isinstance(edit, SolvedEdit) else edit for edit in edits)
     return first.compose(*others)
+
+
+def solve_groups(edits: LowRankEdit, groups: Tensor, ridge: float) -> LowRankEdit:
+    """Solve the edits of each group together, as training does, which has to differentiate it.
+
+    Args:
+        edits: b independent edits with keys.
+        groups: (b,) index of the group that each belongs to, 0…n-1.
+        ridge: λ as a share of the mean diagonal, above 0.
+
+    Returns:
+        The n edits.
+    """
+    inputs, outputs = {}, {}
+    for name in edits.layers:
+        keys, shifts = (join_groups(rows, groups) for rows in keys_and_shifts(edits, name))
+        directions, weights = solve_by_keys([keys], [shifts], ridge)
+        inputs[name], outputs[name] = directions.mT, weights
+    return LowRankEdit(inputs, outputs)
 
 
 def keys_and_shifts(edit: LowRankEdit, name: str) -> tuple[Tensor, Tensor]:

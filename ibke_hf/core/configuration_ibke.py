@@ -51,6 +51,9 @@ class GradientEditorConfig(EditorConfig):
             those before it [paper, UniEdit]; or ``"solve"``, each made on the unedited model, see
             :mod:`~ibke_hf.core.composition` [ours].
         ridge: λ of the solve, as a share of the mean diagonal.
+        size_by_gradient: κ: an edit is multiplied by r / (r + κ), where r is the size of the request's gradient beside
+            that of the calibration set, so that what a model knows already is hardly edited; 0 for edits whose size
+            does not depend on it [ours, off].
         trained_edits_per_group: Records that training edited jointly (`edits_per_group`), 0 where that is not known;
             an edit of more requests is beyond what the editor has learnt.
     """
@@ -65,6 +68,7 @@ class GradientEditorConfig(EditorConfig):
     trained_edits_per_group: int = 0
     composition: str = "sum"
     ridge: float | int = 0.1
+    size_by_gradient: float | int = 0.0
 
     def module_names(self) -> list[str]:
         """Return the full names of the edited projections."""
@@ -90,6 +94,7 @@ class GradientEditorConfig(EditorConfig):
         require_range(self, "trained_edits_per_group", 0, 1_000_000_000)
         require_choice("composition", self.composition, COMPOSITIONS)
         require_range(self, "ridge", 1e-8, 1e8)
+        require_range(self, "size_by_gradient", 0.0, 100.0)
 
 
 @strict
@@ -106,6 +111,7 @@ class IBKEConfig(GradientEditorConfig):
         second_stage_heads: Attention heads of the second stage [1 as in Eq. 31; more are ours].
         second_stage_skip: Add a token-wise linear map of x to s̃ [ours, off in the paper's presets].
         second_stage_mlp: Width of an MLP block on s̃, 0 for none [ours, off in the paper's presets].
+        dropout: Share of s̃ that is dropped in training [ours, off].
     """
 
     model_type = "ibke"
@@ -119,6 +125,7 @@ class IBKEConfig(GradientEditorConfig):
     second_stage_heads: int = 1
     second_stage_skip: bool = False
     second_stage_mlp: int = 0
+    dropout: float | int = 0.0
 
     def validate_sizes(self) -> None:
         """Check the sizes of the hypernetwork."""
@@ -126,6 +133,7 @@ class IBKEConfig(GradientEditorConfig):
         require_range(self, "latent_dim", 1, 65536)
         require_range(self, "second_stage_heads", 1, 1024)
         require_range(self, "second_stage_mlp", 0, 1_000_000)
+        require_range(self, "dropout", 0.0, 0.9)
         bounds = self.log_variance_range
         if len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise ValueError(

@@ -365,3 +365,19 @@ def recompress(layer_inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(narrow.float())
     merged = q.mT @ wide.float()
     return (r, merged) if narrow is layer_inputs else (merged, r)
+
+
+def join_groups(rows: Tensor, groups: Tensor | None) -> Tensor:
+    """Concatenate the token rows of each group: (b, l, d) and groups (b,) -> (n, m·l, d), zero-padded to equal m."""
+    if groups is None:
+        return rows.reshape(1, -1, rows.shape[-1])
+    groups = groups.to(rows.device)
+    sizes = torch.bincount(groups)
+    if int(sizes.max()) == 1 and torch.equal(groups, torch.arange(len(groups), device=groups.device)):
+        return rows
+    order = torch.argsort(groups, stable=True)
+    starts = sizes.cumsum(0) - sizes
+    slots = torch.empty_like(groups)
+    slots[order] = torch.arange(len(groups), device=groups.device) - starts[groups[order]]
+    joined = rows.new_zeros(len(sizes), int(sizes.max()), *rows.shape[1:])
+    return joined.index_put((groups, slots), rows).flatten(1, 2)

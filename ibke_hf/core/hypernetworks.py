@@ -74,6 +74,7 @@ class IBKEHypernetwork(nn.Module):
             if hidden
             else None
         )
+        self.dropout = nn.Dropout(config.dropout)
         self.residual = nn.Linear(dim, width)
         self.gate = nn.Linear(dim, 1) if config.use_scale_factor else None
 
@@ -93,6 +94,7 @@ class IBKEHypernetwork(nn.Module):
             state = state + self.skip(x)
         if self.mlp is not None:
             state = state + self.mlp(state)
+        state = self.dropout(state)
         if gates is None and self.gate is not None:
             gates = self.gate(state).squeeze(-1)
         adapted = x + self.residual(state)  # Eq. 32

@@ -23,7 +23,7 @@ from .composition import SolvedEdit
 from .configuration_ibke import GradientEditorConfig, IBKEConfig, Mode, require_mode
 from .edit_values import EditInfo, EditValue, describe, described
 from .editor_model import EditorModel
-from .edits import LowRankEdit
+from .edits import LowRankEdit, join_groups
 from .factor_statistics import FactorStatistics, Moments
 from .hypernetworks import AdaptedFactors, IBKEHypernetwork
 from .layers import BackboneError, dimensions, layers_to_edit, modules_to_edit
@@ -159,7 +159,19 @@ class GradientEditor(EditorModel):
         factors = factors.to(self.log_step_sizes.device)
         network: Any = self.hypernetworks[index]
         x = self.standardise(index, factors).to(next(network.parameters()).dtype)
-        return replace(network(x, factors.mask, **options), step_size=self.step_sizes[index])
+        adapted = replace(network(x, factors.mask, **options), step_size=self.step_sizes[index])
+        if self.config.size_by_gradient:
+            size = self._relative_sizes(index, factors).to(x.dtype)
+            share = size / (size + self.config.size_by_gradient)
+            adapted = replace(adapted, output_gradients=adapted.output_gradients * share[:, None, None])
+        return adapted
+
+    def _relative_sizes(self, index: int, factors: GradientFactors) -> Tensor:
+        """Return the size (b,) of each request's u beside that of the calibration set, where a typical one has 1."""
+        statistics: Any = self.statistics[index]
+        mean, std = (part[factors.layer_inputs.shape[-1] :] for part in (statistics.mean, statistics.std))
+        usual = (mean.square() + std.square()).sum() * factors.mask.sum(-1)
+        return (factors.output_gradients.square().sum((1, 2)) / usual.clamp(min=1e-30)).sqrt()
 
     def standardise(self, index: int, factors: GradientFactors) -> Tensor:
         """Return x = (s - mean)/(std + ε) over s = h ⊕ u, (b, l_e, d_in + d_out), zero on padding (SPEC §2.4)."""
@@ -319,22 +331,6 @@ class GradientEditor(EditorModel):
 
     def _all_statistics(self) -> list[FactorStatistics]:
         return [module for module in self.statistics if isinstance(module, FactorStatistics)]
-
-
-def join_groups(rows: Tensor, groups: Tensor | None) -> Tensor:
-    """Concatenate the token rows of each group: (b, l, d) and groups (b,) -> (n, m·l, d), zero-padded to equal m."""
-    if groups is None:
-        return rows.reshape(1, -1, rows.shape[-1])
-    groups = groups.to(rows.device)
-    sizes = torch.bincount(groups)
-    if int(sizes.max()) == 1 and torch.equal(groups, torch.arange(len(groups), device=groups.device)):
-        return rows
-    order = torch.argsort(groups, stable=True)
-    starts = sizes.cumsum(0) - sizes
-    slots = torch.empty_like(groups)
-    slots[order] = torch.arange(len(groups), device=groups.device) - starts[groups[order]]
-    joined = rows.new_zeros(len(sizes), int(sizes.max()), *rows.shape[1:])
-    return joined.index_put((groups, slots), rows).flatten(1, 2)
 
 
 class IBKEEditor(GradientEditor):

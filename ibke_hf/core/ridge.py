@@ -37,13 +37,14 @@ def solve_update(
     """
     tokens, width = sum(part.shape[1] for part in keys), keys[0].shape[2]
     if tokens < min(width, shifts[0].shape[2]):
-        return _by_keys(keys, shifts, ridge, covariance)
+        return solve_by_keys(keys, shifts, ridge, covariance)
     return (_by_width(keys, shifts, ridge, covariance),)
 
 
-def _by_keys(
-    keys: Sequence[Tensor], shifts: Sequence[Tensor], ridge: float, covariance: Tensor | None
+def solve_by_keys(
+    keys: Sequence[Tensor], shifts: Sequence[Tensor], ridge: float, covariance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """Return two matrices (n, d, l), (n, l, o) whose product is ΔW; arguments as of :func:`solve_update`."""
     x, s = joined_rows(keys), joined_rows(shifts)
     directions = precise(x) if covariance is None else _whitened(precise(x), covariance)
     gram = precise(x) @ directions.mT

@@ -19,6 +19,7 @@ HOPS = ("none", "unknown", "all")
 LOWEST = {
     "beta": 0,
     "edits_per_group": 0,
+    "gate_weight": 0,
     "calibration_requests": 2,
     "step_size_learning_rate": 0,
     "learning_rate": 0,
@@ -37,6 +38,10 @@ class IBKETrainingArguments(TrainingArguments):
         beta: β, weight of the information-transfer term [paper: 0.1].
         step_size_learning_rate: Learning rate of θ = log η [settled].
         edits_per_group: Whole records edited jointly; 0 for the whole per-device batch [settled].
+        mixed_groups: Draw how many records are edited jointly anew for each batch, from the powers of two up to
+            `edits_per_group` [ours, off].
+        gate_weight: Weight of a term that is the mean scale factor, which has an editor close the gates that it does
+            not need [ours, off].
         sg_includes_edit: Count the request itself as one more generality case [settled: off].
         train_supporting_hops: Which supporting hops are edited in too: none, unknown (to the backbone) or all
             [settled].
@@ -64,6 +69,8 @@ class IBKETrainingArguments(TrainingArguments):
     beta: float = 0.1
     step_size_learning_rate: float = 1e-3
     edits_per_group: int = 0
+    mixed_groups: bool = False
+    gate_weight: float = 0.0
     sg_includes_edit: bool = False
     train_supporting_hops: str = "unknown"
     calibration_requests: int = 512

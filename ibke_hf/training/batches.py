@@ -165,6 +165,9 @@ def without_unusable(records: Any, collator: EditCollator) -> Subset[EditRecord]
 class EditCollator:
     """Records -> one batch of tokens: the requests, then the generality cases, then the locality cases.
 
+    With `mixed_groups` the number of records that are edited jointly is drawn for each batch, from the powers of two
+    up to `edits_per_group`.
+
     A locality case that collides with an edit of its own group is left out (SPEC §4).
     """
 
@@ -172,6 +175,7 @@ class EditCollator:
     edits_per_group: int = 0
     supporting_hops: bool = False
     max_length: int | None = None
+    mixed_groups: bool = False
 
     def __call__(self, records: Sequence[EditRecord]) -> dict[str, Any]:
         """Return the batch.
@@ -184,7 +188,7 @@ class EditCollator:
         Raises:
             RequestError: If a text is unusable, naming the record.
         """
-        size = self.edits_per_group or len(records)
+        size = self._group_size(records)
         edits = [
             [edit for record in records[i : i + size] for edit in record.edits] for i in range(0, len(records), size)
         ]
@@ -213,6 +217,14 @@ class EditCollator:
             "hops": self._tokens([hop for _, hop in hops], hop_names) if hops else None,
             "hop_cases": torch.tensor([i for i, _ in hops], dtype=torch.long),
         }
+
+    def _group_size(self, records: Sequence[EditRecord]) -> int:
+        """Return how many records are edited jointly; of mixed groups it follows from the records' ids alone."""
+        most = self.edits_per_group or len(records)
+        if not self.mixed_groups:
+            return most
+        sizes = [2**power for power in range(most.bit_length())]
+        return sizes[int(_draw(" ".join(record.id for record in records)) * len(sizes))]
 
     def _tokens(self, cases: Sequence[Any], names: Sequence[str]) -> TokenBatch:
         limit = self.max_length

@@ -68,7 +68,9 @@ class EditorTrainer(Trainer, ABC):
             raise ValueError("activation_cache holds what ibke and mend read; leave it out for another editor")
         self.backbone = backbone.requires_grad_(False)
         hops = self.reads_hops and args.train_supporting_hops != "none"
-        collator = EditCollator(processing_class, args.edits_per_group, hops, context_length(backbone))
+        collator = EditCollator(
+            processing_class, args.edits_per_group, hops, context_length(backbone), mixed_groups=args.mixed_groups
+        )
         kwargs = {"data_collator": collator, "compute_metrics": mean_scores, **kwargs}
         if isinstance(kwargs["data_collator"], EditCollator):
             _leave_out_unusable(kwargs)

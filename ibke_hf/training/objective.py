@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.capture import evaluating, mean_per_row, target_logits
+from ..core.capture import GradientFactors, evaluating, mean_per_row, target_logits
+from ..core.composition import solve_groups
 from ..core.edits import LowRankEdit
 from ..core.hypernetworks import AdaptedFactors
 from ..core.layers import input_device
@@ -75,6 +76,16 @@ def information_transfer(latents: Sequence[tuple[Tensor, Tensor]], requests: int
     return total / (requests * sum(mean[0].numel() for mean, _ in latents))
 
 
+def mean_scale_factor(adapted: Sequence[AdaptedFactors]) -> Tensor:
+    """Mean of σ (Eq. 32) over the tokens of all requests and layers [ours]."""
+    factors = []
+    for layer in adapted:
+        if layer.gates is not None:
+            tokens = (layer.layer_inputs != 0).any(-1)  # adapted factors are zero on padding
+            factors.append(torch.sigmoid(layer.gates.float())[tokens])
+    return torch.cat(factors).mean()
+
+
 @dataclass(frozen=True)
 class JudgedBatch:
     """One batch, edited and judged.
@@ -124,6 +135,7 @@ def run_batch(
     *,
     hops: str = "unknown",
     sg_includes_edit: bool = False,
+    judge_gates: bool = False,
     cache: ActivationCache | None = None,
 ) -> JudgedBatch:
     """Capture, edit, and run every judged case in one edited forward, the locality cases once more unedited.
@@ -135,6 +147,7 @@ def run_batch(
         inputs: What :class:`EditCollator` returns.
         hops: Which supporting hops are edited in too: none, unknown or all.
         sg_includes_edit: Count the requests as generality cases.
+        judge_gates: Make a term of the scale factors.
         cache: Holds what the unedited backbone makes of the texts; without it all is computed.
 
     Raises:
@@ -160,6 +173,8 @@ def run_batch(
     latents = [(a.mean, a.log_variance) for a in adapted if a.mean is not None and a.log_variance is not None]
     if latents:
         terms["loss_itm"] = information_transfer(latents, requests)
+    if judge_gates and any(a.gates is not None for a in adapted):
+        terms["loss_gate"] = mean_scale_factor(adapted)
     return JudgedBatch(adapted, names, first, logits, original, labels, terms)
 
 
@@ -191,12 +206,25 @@ def _edit(
     )
     adapted = model(factors, sample=model.training)
     if not len(hop_cases):
-        return editor.as_edit(adapted, groups[:number]), groups, adapted, names
+        return _joined(editor, adapted, groups[:number], factors), groups, adapted, names
     members, edits, rows = edits_with_hops(groups, number, hop_cases)
     chosen = [
         replace(a, layer_inputs=a.layer_inputs[members], output_gradients=a.output_gradients[members]) for a in adapted
     ]
-    return editor.as_edit(chosen, edits), rows, adapted, names
+    captured = [replace(f, layer_inputs=f.layer_inputs[members]) for f in factors]
+    return _joined(editor, chosen, edits, captured), rows, adapted, names
+
+
+def _joined(
+    editor: GradientEditor, adapted: Sequence[AdaptedFactors], groups: Tensor, captured: Sequence[GradientFactors]
+) -> LowRankEdit:
+    """Make one edit of each group of requests: a sum of their side paths, or solved where the editor's edits are."""
+    if editor.config.composition != "solve":
+        return editor.as_edit(adapted, groups)
+    if int(torch.bincount(groups).max()) == 1:  # one edit alone is left as it is
+        return editor.as_edit(adapted, groups)
+    each = editor.as_edit(adapted, torch.arange(len(groups), device=groups.device), captured=captured)
+    return solve_groups(each, groups, editor.config.ridge)
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ class GradientEditorTrainer(EditorTrainer):
             inputs,
             hops=self.args.train_supporting_hops,
             sg_includes_edit=self.args.sg_includes_edit,
+            judge_gates=self.args.gate_weight > 0,
             cache=self.activations,
         )
 
@@ -60,8 +61,8 @@ class GradientEditorTrainer(EditorTrainer):
         return ActivationCache.open(folder, self.backbone, self.editor, self.args.activation_cache_gb)
 
     def term_weights(self) -> Mapping[str, float]:
-        """Return β, the weight of the information term."""
-        return {"loss_itm": self.args.beta}
+        """Return β, the weight of the information term, and that of the scale factors."""
+        return {"loss_itm": self.args.beta, "loss_gate": self.args.gate_weight}
 
     def term_shares(self, counts: Sequence[int], totals: Sequence[int] | None) -> Mapping[str, float]:
         """Return the share of this micro-batch in the cases that each term is a mean over."""
@@ -74,6 +75,7 @@ class GradientEditorTrainer(EditorTrainer):
             "loss_sg": (generality + extra * edits, all_generality + extra * all_edits),
             "loss_il": (locality, all_locality),
             "loss_itm": (edits, all_edits),
+            "loss_gate": (edits, all_edits),
         }
         return {name: parts * part / max(whole, 1) for name, (part, whole) in of_all.items()}
 
