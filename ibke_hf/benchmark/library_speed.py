@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..core.layers import input_device
+from ..core.layers import input_device, layers_to_edit
 from ..core.records import EditRequest
 from ..core.tokens import encode_prompt, pad_and_label
 from ..lifelong.library import EditLibrary
@@ -16,17 +16,18 @@ from ..lifelong.reading import read_states
 from ..lifelong.router import Router
 from ..lifelong.routing import distinct_places
 from ..lifelong.search import search_among
-from ..lifelong.serving import forward_seconds, row_bytes, seconds_of
+from ..lifelong.serving import row_bytes
 from ..lifelong.shelf import EditShelf
+from .ratios import RUNS, Ratio, compare
 
 EDITS = 10_000
 REQUEST = EditRequest("The winner of the 2010 FIFA World Cup was", "Uruguay", "2010 FIFA World Cup")
-Ratio = dict[str, Any]
+FIND, ADD, MEMORY = "library_find", "library_add", "library_row_memory"
 
 
 def library_ratios(
     model: Any, tokenizer: Any, editor: Any = None, *, router: Router | None = None, edits: int = EDITS
-) -> list[Ratio]:
+) -> list[dict[str, Any]]:
     """Measure a library of edits against the work of the model and of the editor.
 
     Args:
@@ -40,15 +41,13 @@ def library_ratios(
         One dict for each measurement: name, shape, ours, reference, unit, and ratio, ours by the reference.
     """
     router = router or Router.for_backbone(model, _layers(model, editor)).eval()
-    rows = [_finding(model, tokenizer, router, edits)]
+    ratios = [_finding(model, tokenizer, router, edits)]
     if editor is not None:
-        rows += [_adding(model, tokenizer, editor, router), _memory(model, tokenizer, editor)]
-    return rows
+        ratios += [_adding(model, tokenizer, editor, router), _memory(model, tokenizer, editor)]
+    return [ratio.to_json() for ratio in ratios]
 
 
 def _layers(model: Any, editor: Any) -> list[str]:
-    from ..core.layers import layers_to_edit
-
     if editor is not None and hasattr(editor.config, "module_names"):
         names: list[str] = editor.config.module_names()
         return names
@@ -62,14 +61,19 @@ def _finding(model: Any, tokenizer: Any, router: Router, edits: int) -> Ratio:
     states, mask = read_states(model, router.sources, pad_and_label([([*ids, 0], len(ids))]))
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(edits, router.config.dim, generator=generator), dim=-1)
-    search, none = search_among(vectors), ()
-    shelf = EditShelf([str(place) for place in range(edits)], none, _no_edit, search)
-    config = router.config
-    finding = seconds_of(lambda: distinct_places(shelf, router(states, mask), config.threshold, config.most_edits))
-    forward = forward_seconds(model, torch.tensor([ids], device=input_device(model)))
-    return _ratio(
-        "finding the edits of a prompt / a forward pass", f"{edits} edits, {len(ids)} tokens", finding, forward, "s"
-    )
+    shelf = EditShelf([str(place) for place in range(edits)], (), _no_edit, search_among(vectors))
+    config, device = router.config, input_device(model)
+    given = torch.tensor([ids], device=device)
+
+    @torch.no_grad()
+    def find() -> None:
+        distinct_places(shelf, router(states, mask), config.threshold, config.most_edits)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=given, use_cache=False)
+
+    return compare(FIND, f"{edits:,} edits, 1 × {len(ids)} tokens", find, run, RUNS, device)
 
 
 def _no_edit(key: str) -> Any:
@@ -81,27 +85,22 @@ def _adding(model: Any, tokenizer: Any, editor: Any, router: Router) -> Ratio:
     numbers = iter(range(1_000_000))
 
     def request() -> EditRequest:  # another one each time: what is there already is not written again
-        return EditRequest(REQUEST.prompt, f"{REQUEST.target} {next(numbers)}", REQUEST.subject)
+        return EditRequest(REQUEST.prompt, f"{REQUEST.target} {next(numbers):04}", REQUEST.subject)
 
-    alone = seconds_of(lambda: editor.edit(model, tokenizer, [request()], mode="independent"))
     with tempfile.TemporaryDirectory() as folder:
         library = EditLibrary(Path(folder) / "library", router, tokenizer)
-        adding = seconds_of(lambda: library.edit(editor, model, tokenizer, [request()]))
-    return _ratio("editing and adding / editing", "1 edit", adding, alone, "s")
+        return compare(
+            ADD,
+            "1 request",
+            lambda: library.edit(editor, model, tokenizer, [request()]),
+            lambda: editor.edit(model, tokenizer, [request()], mode="independent"),
+            RUNS,
+            input_device(model),
+        )
 
 
 def _memory(model: Any, tokenizer: Any, editor: Any) -> Ratio:
+    """Weigh what a row that carries one edit holds of it, against the model's weights."""
     edit = editor.edit(model, tokenizer, [REQUEST], mode="independent")
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return _ratio("memory of a row with one edit / the model's weights", "1 edit", row_bytes(edit), weights, "bytes")
-
-
-def _ratio(name: str, shape: str, ours: float, reference: float, unit: str) -> Ratio:
-    return {
-        "name": name,
-        "shape": shape,
-        "ours": ours,
-        "reference": reference,
-        "unit": unit,
-        "ratio": ours / reference,
-    }
+    return Ratio(MEMORY, "1 row, 1 edit", row_bytes(edit), weights, "bytes")

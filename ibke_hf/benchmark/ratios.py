@@ -32,6 +32,8 @@ LIMITS = {  # the largest ratio that is asked for
     "mixed_64": 1.10,
     "mixed_64_vs_peft": 0.5,
     "edit_memory": 1.1,
+    "library_find": 0.05,
+    "library_add": 1.5,
 }
 
 

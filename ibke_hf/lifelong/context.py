@@ -30,12 +30,15 @@ class ContextEdit:
         views: For each of the n sets the places of its requests.
         router: Picks those nearest to a prompt; None: a prompt has those that it is told are its own.
         vectors: (m, dim) what the router knows of the requests.
+        always: Places of requests that came on top of others, such as supporting hops, which stand in front of every
+            prompt of their set if there is no router.
     """
 
     requests: tuple[EditRequest, ...]
     views: tuple[tuple[int, ...], ...]
     router: Router | None = None
     vectors: Tensor | None = None
+    always: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.views)
@@ -75,7 +78,7 @@ class ContextEdit:
             prompts: Texts, and how they are put to the model.
             rows: The set that each prompt has its requests from.
             own: The requests that each prompt is known to belong to, which stand in front of it if there is no router,
-                with whatever its set holds besides those of others.
+                with those that always do.
         """
         chosen = self._own(rows, own) if self.router is None else self._near(model, tokenizer, prompts, rows)
         return [
@@ -84,9 +87,8 @@ class ContextEdit:
         ]
 
     def _own(self, rows: Sequence[int], own: Sequence[Sequence[EditRequest]]) -> list[list[EditRequest]]:
-        shared = set.intersection(*map(set, self.views)) if len(self) > 1 else set(self.views[0])
         return [
-            [self.requests[place] for place in self.views[row] if place not in shared or self.requests[place] in mine]
+            [self.requests[place] for place in self.views[row] if place in self.always or self.requests[place] in mine]
             for row, mine in zip(rows, own, strict=True)
         ]
 
@@ -123,6 +125,8 @@ class ContextEditor:
         router: Picks the nearest ones; None: the true one, which nobody knows outside of an evaluation.
     """
 
+    supports_independent = False  # what comes on top of an edit is told apart from what is edited together
+
     def __init__(self, router: Router | None = None) -> None:
         self.router = router
 
@@ -149,4 +153,5 @@ class ContextEditor:
         if self.router is not None:
             known = request_vectors(model, tokenizer, self.router, requests)
             vectors = known if previous is None or previous.vectors is None else torch.cat([previous.vectors, known])
-        return ContextEdit((*earlier, *requests), views, self.router, vectors)
+        always = frozenset() if previous is None else previous.always | frozenset(new)
+        return ContextEdit((*earlier, *requests), views, self.router, vectors, always)

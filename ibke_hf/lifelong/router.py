@@ -90,21 +90,29 @@ def _scale(old: Tensor, new: Tensor) -> Tensor:
     return torch.where(old.isneginf(), torch.zeros_like(old), (old - new).exp())
 
 
-class Side(nn.Module):
-    """Pools the features of tokens to one vector: of a prompt, or of a request."""
+class Pooling(nn.Module):
+    """Pools the features of tokens to one vector: of a prompt, or of a request.
+
+    Both are pooled by the same weights, so that like texts are near each other before anything is learnt; each has its
+    own attention, which tells what counts of a question and of a statement with its answer.
+    """
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.score = nn.Linear(config.width, config.heads, bias=False)  # a softmax takes no notice of one
+        # without biases: a softmax takes no notice of one
+        self.question = nn.Linear(config.width, config.heads, bias=False)
+        self.request = nn.Linear(config.width, config.heads, bias=False)
         self.value = nn.Linear(config.width, config.width)
+        self.out = nn.Linear(config.width, config.dim)
         self.norm = nn.LayerNorm(config.width)
         self.hidden = nn.Linear(config.width, 2 * config.width)
-        self.out = nn.Linear(2 * config.width, config.dim)
+        self.residual = nn.Linear(2 * config.width, config.dim)
 
-    def pool(self, features: Tensor, mask: Tensor) -> Pooled:
+    def pool(self, features: Tensor, mask: Tensor, *, requests: bool = False) -> Pooled:
         """Sum over the tokens (b, l, width) that the mask (b, l) keeps."""
-        scores = self.score(features).masked_fill(~mask[..., None], -torch.inf)
+        score = self.request if requests else self.question
+        scores = score(features).masked_fill(~mask[..., None], -torch.inf)
         largest = scores.max(1).values
         weights = _scale(scores, largest[:, None])
         values = self.value(features).unflatten(-1, (self.heads, -1))
@@ -113,7 +121,7 @@ class Side(nn.Module):
     def forward(self, pooled: Pooled) -> Tensor:
         """Return the unit vectors (b, dim) of what was pooled; zero where no token was."""
         mean = (pooled.values / pooled.weight.clamp(min=1e-30)[..., None]).flatten(1)
-        vectors = self.out(functional.gelu(self.hidden(self.norm(mean))))
+        vectors = self.out(mean) + self.residual(functional.gelu(self.hidden(self.norm(mean))))
         return functional.normalize(vectors, dim=-1) * (pooled.weight[:, :1] > 0)
 
 
@@ -130,8 +138,7 @@ class Router(EditorModel):
             raise ValueError("the config names no states to read; use Router.for_backbone(model, layers)")
         self.norms = nn.ModuleList(nn.LayerNorm(d, elementwise_affine=False) for d in config.source_dims)
         self.readers = nn.ModuleList(nn.Linear(d, config.width) for d in config.source_dims)
-        self.question = Side(config)
-        self.request = Side(config)
+        self.pooling = Pooling(config)
         self.log_scale = nn.Parameter(torch.tensor(3.0))
         self.none = nn.Parameter(torch.tensor(0.5))  # similarity that stands for "no edit" in training
         self.post_init()
@@ -144,6 +151,9 @@ class Router(EditorModel):
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, Pooling):
+            for weight in (module.question.weight, module.request.weight, module.residual.weight):
+                nn.init.zeros_(weight)  # training starts from the mean over all tokens
         elif module is self:
             nn.init.constant_(self.log_scale, 3.0)
             nn.init.constant_(self.none, 0.5)
@@ -205,9 +215,13 @@ class Router(EditorModel):
 
     def forward(self, states: Sequence[Tensor], mask: Tensor, *, requests: bool = False) -> Tensor:
         """Return the vectors (b, dim) of prompts, or of requests, whose real tokens the mask (b, l) tells."""
-        side: Any = self.request if requests else self.question
-        vectors: Tensor = side(side.pool(self.features(states, mask), mask))
+        vectors: Tensor = self.pooling(self.pool(states, mask, requests=requests))
         return vectors
+
+    def pool(self, states: Sequence[Tensor], mask: Tensor, *, requests: bool = False) -> Pooled:
+        """Return what is summed over the tokens of prompts, or of requests; :attr:`pooling` makes a vector of it."""
+        pooled: Pooled = self.pooling.pool(self.features(states, mask), mask, requests=requests)
+        return pooled
 
 
 def digest_of(router: Router) -> str:

@@ -282,13 +282,12 @@ class Routing:
             by_token((layer_inputs if name == self.lowest else self._state(call, name)).detach().to(device), mask)
             for name in self.sources
         ]
-        side: Any = self.router.question
-        new = side.pool(self.router.features(states, mask), mask)
-        picks = self._picked(side(new))
+        new = self.router.pool(states, mask)
+        picks = self._picked(self.router.pooling(new))
         pooled = new
         if call.earlier is not None:  # a prompt that goes on, or another turn
             pooled = call.earlier.pooled.merged(new)
-            whole = self._picked(side(pooled))
+            whole = self._picked(self.router.pooling(pooled))
             picks = tuple(
                 one or of_whole or before
                 for one, of_whole, before in zip(picks, whole, call.earlier.picks, strict=True)

@@ -15,5 +15,6 @@ def test_each_ratio_says_what_it_is_of(tiny_model: Callable[..., Any], tiny_toke
     rows = library_ratios(model, tiny_tokenizer, make_editor(model, tiny_tokenizer), edits=5000)
     assert [set(row) for row in rows] == [{"name", "shape", "ours", "reference", "unit", "ratio"}] * 3
     assert all(row["ratio"] == row["ours"] / row["reference"] > 0 for row in rows)
-    assert [row["unit"] for row in rows] == ["s", "s", "bytes"]
+    assert [row["unit"] for row in rows] == ["CPU s", "CPU s", "bytes"]
+    assert [row["name"] for row in rows] == ["library_find", "library_add", "library_row_memory"]
     assert len(library_ratios(model, tiny_tokenizer, edits=10)) == 1
