@@ -11,6 +11,7 @@ from .commands import (
     atlas,
     bench,
     card,
+    check,
     data,
     demo,
     edit,
@@ -31,7 +32,7 @@ LIBRARY_ERRORS = {"YAMLError", "SafetensorError", "StrictDataclassError", "HTTPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code (2 for errors that the user can mend, 130 when interrupted)."""
+    """Run one command; return its exit code: the command's own, 2 for errors that the user can mend, 130."""
     parser = build_parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if empty := next((word for word in words if word.startswith("--") and word.endswith("=--")), None):
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # argparse would make an empty list of it
     options = parser.parse_args(words)
     try:
-        options.run(options)
+        code = options.run(options)
     except KeyboardInterrupt:
         print("ibke: interrupted", file=sys.stderr)
         return 130
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ibke {options.title}: {_message(error)}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         demo,
         edit,
         export,
+        check,
         library,
         train,
         evaluate,

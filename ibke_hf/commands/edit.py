@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import add_command, edited_modules_option, load_options, model_options, place, positive
 from .outputs import require_free
 from .prompt_options import prompt_changes, prompt_options
+
+if TYPE_CHECKING:
+    from ..delivery.facts import CheckedFact
 
 WIDTH = 46  # of a column of answers
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    _edit(add_command(commands, "edit", "edit one fact of a model and save the edit as a LoRA adapter", _run_edit))
+    summary = "edit a fact of a model, or those of a file that it gets wrong, and save the edit as a LoRA adapter"
+    _edit(add_command(commands, "edit", summary, _run_edit))
 
 
 def _edit(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompt", required=True, help='what to ask, such as "The capital of Australia is"')
-    command.add_argument("--target", required=True, help="what the edited model is to answer")
+    command.add_argument("--prompt", help='what to ask, such as "The capital of Australia is"')
+    command.add_argument("--target", help="what the edited model is to answer")
+    command.add_argument(
+        "--from",
+        dest="facts",
+        metavar="FACTS.yaml",
+        help="in place of --prompt and --target: edit the facts of a file of `ibke check` that the model gets wrong",
+    )
     command.add_argument("--subject", help="the entity that the fact is about, for editors that need it")
     prompt_options(command)
     model_options(command)
@@ -53,12 +63,12 @@ def _edit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace the edit that --out holds")
 
 
-def _run_edit(options: argparse.Namespace) -> None:
-    from ..core.edits import LowRankEdit
-    from ..core.records import EditRequest, PromptFormat
-    from ..editors.catalogue import ATLAS
+def _run_edit(options: argparse.Namespace) -> int | None:
+    from ..delivery.facts import read_checked_facts
     from ..loading import load_all
 
+    _require_one_source(options)
+    facts = None if options.facts is None else read_checked_facts(options.facts)
     if options.rank and options.out is None:
         raise ValueError("--rank says how to save the edit; give --out DIR as well")
     if options.editor == "none":
@@ -72,14 +82,67 @@ def _run_edit(options: argparse.Namespace) -> None:
         edited_modules=options.edited_modules,
         **load_options(options),
     )
+    if facts is not None:
+        return _edit_failing(options, model, tokenizer, editor, facts)
+    return _edit_one(options, model, tokenizer, editor)
+
+
+def _require_one_source(options: argparse.Namespace) -> None:
+    """Check that a fact is given, or a file of facts, and nothing that belongs to the other."""
+    if options.facts is None:
+        missing = [f"--{name}" for name in ("prompt", "target") if getattr(options, name) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)}: give the fact to be edited, or --from FACTS.yaml for several")
+        return
+    names = ("prompt", "target", "subject", "rephrasing", "neighbour", "chat", "chat_options", "leading_space")
+    if given := [name for name in names if getattr(options, name)]:
+        raise ValueError(f"--{given[0].replace('_', '-')}: what --from names says it of each fact; leave it out")
+
+
+def _edit_failing(
+    options: argparse.Namespace, model: Any, tokenizer: Any, editor: Any, facts: Sequence[CheckedFact]
+) -> int:
+    """Edit the facts of a file that the model gets wrong, jointly, and ask all of them again."""
+    from ..delivery.check import check_facts, failures, report, to_edit
+
+    wrong = to_edit(facts, check_facts(model, tokenizer, facts))
+    if not wrong:
+        print(f"nothing to edit: the model has all {len(facts)} facts of {options.facts}")
+        return 0
+    requests = [fact.request(tokenizer) for fact in wrong]
+    print("\n".join(f"{request.prompt} -> {request.target}" for request in requests) + "\n")
+    edit = editor.edit(model, tokenizer, requests)
+    _require_rank(options, edit)
+    outcomes = check_facts(model, tokenizer, facts, edit)
+    print(report(outcomes))
+    _save(options, edit)
+    return 1 if failures(outcomes) else 0
+
+
+def _edit_one(options: argparse.Namespace, model: Any, tokenizer: Any, editor: Any) -> None:
+    from ..core.records import EditRequest, PromptFormat
+    from ..editors.catalogue import ATLAS
+
     prompt_format = PromptFormat(**prompt_changes(options, tokenizer))
     request = EditRequest(options.prompt, options.target, options.subject, prompt_format)
     edit = editor.edit(model, tokenizer, [request])
-    if options.rank and not isinstance(edit, LowRankEdit):
-        raise ValueError(f"--rank: an edit of {options.editor} has no rank; leave it out")
+    _require_rank(options, edit)
     print(f"{request.prompt} -> {request.target}\n")
     questions = _questions(options, atlas=model.config.name_or_path == ATLAS)
     print(_answers(model, tokenizer, edit, questions, prompt_format))
+    _save(options, edit)
+
+
+def _require_rank(options: argparse.Namespace, edit: Any) -> None:
+    from ..core.edits import LowRankEdit
+
+    if options.rank and not isinstance(edit, LowRankEdit):
+        raise ValueError(f"--rank: an edit of {options.editor} has no rank; leave it out")
+
+
+def _save(options: argparse.Namespace, edit: Any) -> None:
+    from ..core.edits import LowRankEdit
+
     if options.out is not None:
         edit.save_pretrained(options.out, **({"rank": options.rank} if options.rank else {}))
         more = " or with PEFT" if isinstance(edit, LowRankEdit) else ""

@@ -16,9 +16,9 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_command(
-    commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], None]
+    commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], int | None]
 ) -> argparse.ArgumentParser:
-    """Add a command that calls `run` with the parsed arguments."""
+    """Add a command that calls `run` with the parsed arguments; what `run` returns is the exit code, None for 0."""
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
     command.set_defaults(run=run, title=command.prog.removeprefix("ibke "))
     return command

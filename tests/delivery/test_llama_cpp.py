@@ -19,7 +19,7 @@ from ibke_hf.loading import gguf_file, load_model
 
 PROMPTS = ("The capital of France is", "Marie Curie was born in", "A sparrow is a", "An oak is")
 TOKENS = 8
-NEAR = 0.7  # of logits: llama.cpp multiplies 4-bit weights by activations of 8 bits, we by whole ones
+NEAR = 0.25  # of logits: llama.cpp multiplies 4-bit weights by activations of 8 bits, we by whole ones
 
 
 def scaled(edit: LowRankEdit, scale: float) -> LowRankEdit:
@@ -103,8 +103,8 @@ def test_an_edit_of_smollm2_is_served_by_llama_cpp_as_it_answers_here(tmp_path):
         for scales, edit in edits.items()
     }
     texts = [[tokenizer.decode(ids) for ids in answers] for answers in ours.values()]
-    assert "Sydney" in texts[0][0] and "Canberra" in texts[1][0] and "Paris" in texts[1][2], texts
-    assert texts[2][1] not in (texts[0][1], ""), texts
+    assert "Canberra" not in texts[0][0] and "Canberra" in texts[1][0], texts
+    assert len({str(answers) for answers in texts}) == 3 and all(answers[2] for answers in texts[:2]), texts
     with llama_server(gguf_file("smollm2"), [folder / "adapter.gguf" for folder in folders], 0.0) as server:
         for scales in (*edits, (0.0, 0.0)):  # last taken off again
             server.scale(_0=scales[0], _1=scales[1])
