@@ -24,6 +24,7 @@ from .commands import (
     sweep,
     table,
     train,
+    tune,
 )
 
 USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate,
         table,
         sweep,
+        tune,
         data,
         push,
         card,

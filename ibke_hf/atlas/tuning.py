@@ -6,24 +6,17 @@ of the space is left to the corpus, are chosen anew for each number of edits tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-from tqdm.auto import tqdm
-
-from ..editors.catalogue import build_editor, kind_of
-from ..evaluation.protocol import evaluate_records
-from ..io import read_json, write_json
-from . import HYPER_PARAMETERS, RIVALS, atlas_statistics, load_backbone, load_records
+from ..benchmark.tuning import Settings, TrialBench, choose_settings
+from . import RIVALS, atlas_statistics, load_backbone, load_records
 from .editors import LAYERS
 
 TUNING_RECORDS = 100
 EDITS = (1, 10, 100)  # that the model carries at once
-TRIALS_FILE = "trials.json"
-SCORES = ("reliability", "generality", "locality", "avg")
-Settings = dict[str, Any]
 # ROME's and AlphaEdit's search for a value: the papers' 20 steps end before a model this small says the target. What
 # keeps the value small matters as much, since keys of 512 dimensions are alike enough that a large change shows at
 # other tokens too. Texts in front of the prompts gain less generality here than they cost reliability: the model has
@@ -90,12 +83,8 @@ def tune(
 ) -> dict[str, Any]:
     """Try the settings of each editor on the first validation records; keep those with the best Avg, and all trials.
 
-    `out` receives ``trials.json``, written after each trial, so that a run that was stopped goes on there, and
-    ``hyper_parameters.json``, the settings chosen by number of edits and editor, written once all trials of an editor
-    are done. Both keep what they hold of others, also what another run adds meanwhile.
-
     Args:
-        out: Folder, made if it is missing.
+        out: Folder, made if it is missing; see :func:`~ibke_hf.benchmark.tuning.choose_settings`.
         names: The editors.
         edits: Numbers of edits that the model carries at once, each tuned for itself.
         number: How many validation records; the first ones.
@@ -110,116 +99,16 @@ def tune(
     unknown = [name for name in names if name not in TRIALS]
     if unknown or not names:
         raise ValueError(f"editors without weights are {', '.join(TRIALS)}; found {', '.join(unknown) or 'none'}")
-    if not edits or not all(1 <= count <= number for count in edits):
-        raise ValueError(f"edits at once must be between 1 and the {number} records, found {list(edits)}")
-    folder = Path(out)
-    records = load_records("validation")[:number]
-    _trials_in(folder, len(records))
-    folder.mkdir(parents=True, exist_ok=True)
-    bench = _Bench(records, any(kind_of(name).needs_statistics for name in names))
-    chosen: dict[str, dict[str, Settings]] = {}
-    with tqdm(total=len(edits) * sum(len(TRIALS[name]) for name in names), unit="trial") as bar:
-        for count in edits:
-            for name in names:
-                bar.set_description(f"{name}, {count} at once")
-                for trial in _missing(folder, name, count, len(records)):
-                    _add_trial(
-                        folder, len(records), name, count, {"settings": trial, **bench.try_out(name, trial, count)}
-                    )
-                chosen.setdefault(str(count), {})[name] = _choose(folder, name, count, len(records))
-                bar.update(len(TRIALS[name]))
-    return chosen
+    trials = {count: {name: trials_of(name, count) for name in names} for count in edits}
+    return choose_settings(out, trials, _AtlasTrials(load_records("validation")[:number]), order=tuple(TRIALS))
 
 
-def best_of(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the trial with the best Avg, the first of equal ones."""
-    return max(trials, key=lambda trial: trial["avg"])
+class _AtlasTrials(TrialBench):
+    """The embedded backbone and its records."""
 
+    def load(self) -> tuple[Any, Any]:
+        return load_backbone()
 
-class _Bench:
-    """The backbone and the records that trials are made on."""
-
-    def __init__(self, records: Sequence[Any], needs_statistics: bool) -> None:
-        self.records = records
-        self.model, self.tokenizer = load_backbone()
-        self.statistics = atlas_statistics(self.model, self.tokenizer) if needs_statistics else None
-
-    def try_out(self, name: str, settings: Mapping[str, Any], edits: int) -> dict[str, float | None]:
-        """Return the scores in percent; reliability once more on edits that contradict what the model knows.
-
-        With several edits at once no supporting hops are edited in, which would take longer than the edits
-        themselves: multi-hop cases count as the edits alone leave them.
-        """
-        evaluation = evaluate_records(
-            build_editor(name, self.model, statistics=self.statistics, **settings),
-            self.model,
-            self.tokenizer,
-            self.records,
-            sequential=edits,
-            supporting_hops=edits == 1,
-            batch_size=50 if edits == 1 else 100,
-            progress=False,
-            generate=False,
-        )
-        contradict = [
-            row["score"] for row in evaluation.rows if row["role"] == "reliability" and row["kind"] == "counterfactual"
-        ]
-        scores = {score: evaluation.summary[score] for score in SCORES}
-        counterfactual = 100 * sum(contradict) / len(contradict) if contradict else None
-        return {"reliability": scores.pop("reliability"), "counterfactual_reliability": counterfactual, **scores}
-
-
-# --- the files ---
-
-
-def _missing(folder: Path, name: str, edits: int, number: int) -> Iterator[Settings]:
-    """Yield the settings that no trial in the folder has, looking again before each."""
-    for settings in trials_of(name, edits):
-        trials = _trials_in(folder, number).get(str(edits), {}).get(name, [])
-        if settings not in [trial["settings"] for trial in trials]:
-            yield settings
-
-
-def _add_trial(folder: Path, number: int, name: str, edits: int, trial: Mapping[str, Any]) -> None:
-    """Write a trial among those that the folder holds, which another run may have added to."""
-    with FileLock(folder / ".tuning.lock"):
-        by_edits = _trials_in(folder, number)
-        others = by_edits.get(str(edits), {}).get(name, [])
-        trials = [dict(trial), *(other for other in others if other["settings"] != trial["settings"])]
-        order = trials_of(name, edits)
-        by_edits.setdefault(str(edits), {})[name] = sorted(
-            (trial for trial in trials if trial["settings"] in order), key=lambda trial: order.index(trial["settings"])
-        )
-        write_json(folder / TRIALS_FILE, {"records": number, "edits": _in_order(by_edits)})
-
-
-def _choose(folder: Path, name: str, edits: int, number: int) -> Settings:
-    """Write the best of an editor's trials among the chosen settings; return it."""
-    with FileLock(folder / ".tuning.lock"):
-        best: Settings = dict(best_of(_trials_in(folder, number)[str(edits)][name])["settings"])
-        file = folder / HYPER_PARAMETERS
-        by_edits = read_json(file) if file.exists() else {}
-        by_edits.setdefault(str(edits), {})[name] = best
-        write_json(file, _in_order(by_edits))
-    return best
-
-
-def _trials_in(folder: Path, number: int) -> dict[str, dict[str, list[Any]]]:
-    """Return the trials that a folder holds, by number of edits and editor."""
-    file = folder / TRIALS_FILE
-    content: dict[str, Any] = read_json(file) if file.exists() else {"records": number, "edits": {}}
-    if content["records"] != number:
-        raise ValueError(
-            f"{file}: its trials are on {content['records']} records, these would be on {number}; "
-            "choose another folder"
-        )
-    by_edits: dict[str, dict[str, list[Any]]] = content["edits"]
-    return by_edits
-
-
-def _in_order(by_edits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sort by number of edits, then as the editors are."""
-    return {
-        edits: {name: by_edits[edits][name] for name in TRIALS if name in by_edits[edits]}
-        for edits in sorted(by_edits, key=int)
-    }
+    @cached_property
+    def statistics(self) -> Any:
+        return atlas_statistics(*self.loaded)

@@ -31,14 +31,12 @@ from ibke_hf.atlas.editors import LAYERS
 from ibke_hf.atlas.tuning import (
     EDITS,
     TRIALS,
-    TRIALS_FILE,
     TRIALS_OF_MANY,
     TUNING_RECORDS,
-    _add_trial,
-    best_of,
     trials_of,
     tune,
 )
+from ibke_hf.benchmark.tuning import TRIALS_FILE, _Files, best_of
 from ibke_hf.core.layers import layers_to_edit, modules_to_edit
 from ibke_hf.editors.catalogue import KINDS, TRAINED, editor_class
 from ibke_hf.editors.locate.key_statistics import KeyStatistics
@@ -240,8 +238,9 @@ def test_a_run_of_one_editor_keeps_the_results_of_the_others_and_its_own_trials(
 
 def test_a_trial_that_two_runs_make_at_once_counts_once(tmp_path: Path) -> None:
     first, second = ({"settings": settings, "avg": 1.0} for settings in TRIALS["grace"][:2])
+    files = _Files(tmp_path, 3, {10: {"grace": TRIALS["grace"]}}, ("grace",))
     for trial in (second, first, {**second, "avg": 2.0}):
-        _add_trial(tmp_path, 3, "grace", 10, trial)
+        files.add("grace", 10, trial)
     trials = json.loads((tmp_path / TRIALS_FILE).read_text(encoding="utf-8"))["edits"]["10"]["grace"]
     assert trials == [first, {**second, "avg": 2.0}]
 
