@@ -19,6 +19,7 @@ from .commands import (
     export,
     families,
     library,
+    plan,
     push,
     spaces,
     sweep,
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         spaces,
         families,
         bench,
+        plan,
         atlas,
     ):
         group.add(commands)

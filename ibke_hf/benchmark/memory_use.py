@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ..training.needs import STATES
+from ..training.speed import run_step
 from .ratios import Ratio
 from .subject import Subject
+from .training_cost import needs_for, step_at_hand
 
 
 def memory_ratios(subject: Subject) -> list[Ratio]:
-    """Hold the bytes that edits keep alive against those of their factors ĥ and û alone."""
-    return [
+    """Hold the bytes that edits keep alive against those of their factors ĥ and û alone, and plans against bytes."""
+    kept = [
         Ratio(name, f"{subject.shape(number)}, {mode}", stored_bytes(edit), factor_bytes(edit), "bytes")
         for name, number, mode in (
             ("edit_memory", 1, "joint"),
@@ -25,6 +29,31 @@ def memory_ratios(subject: Subject) -> list[Ratio]:
         )
         for edit in [subject.editor.edit(subject.model, subject.tokenizer, subject.requests(number), mode=mode)]
     ]
+    return kept + (planned_memory(subject) if subject.device.type == "cpu" else [])
+
+
+def planned_memory(subject: Subject) -> list[Ratio]:
+    """Hold what `ibke plan` says of memory against what is allocated: for an edit, a training step and serving."""
+    model, editor = subject.model, subject.editor
+    weights, of_editor = (sum(p.nbytes for p in part.parameters()) for part in (model, editor))
+    with step_at_hand(subject) as (trainer, batch):
+        needs = needs_for(subject, batch)
+        run_step(trainer, batch, None)  # makes the moments of Adam
+        step = weights + STATES * of_editor + peak_bytes(lambda: run_step(trainer, batch, None), subject.device)
+    request = subject.batch(1)
+    edited = needs.with_work(tokens=request.input_ids.shape[1], targets=request.kept)
+    make = partial(editor.edit, model, subject.tokenizer, subject.requests(1))
+    making = weights + of_editor + peak_bytes(make, subject.device)
+    ids = torch.zeros(needs.work.rows, needs.work.context, dtype=torch.long)
+    with torch.no_grad():
+        serve = partial(model, input_ids=ids, use_cache=True, logits_to_keep=1)
+        serving = weights + peak_bytes(serve, subject.device)
+    shapes = {
+        "plan_train_memory": (subject.shape(needs.batch), needs.total, step),
+        "plan_edit_memory": (subject.shape(1), edited.edit_total, making),
+        "plan_serve_memory": (f"{ids.shape[0]} × {ids.shape[1]} tokens", needs.serving_total, serving),
+    }
+    return [Ratio(name, shape, ours, reference, "bytes") for name, (shape, ours, reference) in shapes.items()]
 
 
 def factor_bytes(edit: Any) -> int:

@@ -12,24 +12,9 @@ from ..core.layers import input_device
 from ..core.records import EditCase, EditRecord, EditRequest
 from ..core.tokens import TokenBatch, encode_requests
 from ..editors.catalogue import editor_class
+from ..training.needs import SHAPES
 from ..training.width import fit_width
 
-# Of backbones that need not be there: their configs on the Hub, for random weights of their shape.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "smollm2": (
-        "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-            "max_position_embeddings": 8192,
-        },
-    ),
-}
 TOKENS = (10, 16)  # of a request with its target
 SEED = 0
 
@@ -58,8 +43,12 @@ class Subject:
         return input_device(self.model)
 
     def requests(self, number: int) -> list[EditRequest]:
-        """Return `number` requests; the records begin anew where there are fewer."""
-        return [self.records[i % len(self.records)].requests[0] for i in range(number)]
+        """Return `number` requests."""
+        return [record.requests[0] for record in self.some_records(number)]
+
+    def some_records(self, number: int) -> list[EditRecord]:
+        """Return `number` records, which begin anew where there are fewer."""
+        return [self.records[i % len(self.records)] for i in range(number)]
 
     def batch(self, number: int) -> TokenBatch:
         """Return `number` requests as tokens."""

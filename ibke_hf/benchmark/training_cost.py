@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,9 @@ from ..core.records import EditRecord
 from ..core.tokens import IGNORED, TokenBatch, encode_requests
 from ..training.arguments import IBKETrainingArguments
 from ..training.batches import EditCollator, RecordDataset
+from ..training.needs import TrainingNeeds, measured_speed
 from ..training.objective import independence_for_locality, information_transfer, sufficiency_for_generality
+from ..training.passes import Work
 from ..training.speed import run_step
 from ..training.trainer import IBKETrainer
 from .ratios import Ratio, in_turns
@@ -34,10 +37,9 @@ def training_ratios(subject: Subject, runs: int) -> list[Ratio]:
         subject: Backbone, editor and records.
         runs: Rounds of each.
     """
-    records = [subject.records[i % len(subject.records)] for i in range(BATCH)]
-    with TemporaryDirectory() as folder:
-        trainer = new_trainer(subject, records, folder)
-        batch, cache = cast("EditCollator", trainer.data_collator)(records), trainer.activations
+    with step_at_hand(subject) as (trainer, batch):
+        needs, cache = needs_for(subject, batch), trainer.activations
+        records = subject.some_records(BATCH)
         steps: dict[str, Callable[[], Any]] = {
             "ours": partial(run_step, trainer, batch, None),
             "naive": partial(naive_step, subject, trainer, records),
@@ -46,6 +48,7 @@ def training_ratios(subject: Subject, runs: int) -> list[Ratio]:
         if cache is not None:
             steps["cached"] = partial(run_step, trainer, batch, cache)
         medians = in_turns(steps, runs, subject.device)
+    planned = measured_speed(needs, str(subject.device)).step_seconds(needs)
     shape = f"{subject.shape(BATCH)}; {len(batch['cases'])} texts"
     unit = "CPU s" if subject.device.type == "cpu" else "s"
     kept = medians.get("cached", medians["ours"])
@@ -54,7 +57,28 @@ def training_ratios(subject: Subject, runs: int) -> list[Ratio]:
         Ratio("train_vs_floor", f"{shape}, activations kept", kept, medians["floor"], unit),
         Ratio("train_vs_naive_kept", f"{shape}, activations kept", kept, medians["naive"], unit),
         Ratio("train_vs_floor_first_time", shape, medians["ours"], medians["floor"], unit),
+        Ratio("plan_train_time", shape, planned, medians["ours"], unit),
     ]
+
+
+@contextmanager
+def step_at_hand(subject: Subject) -> Iterator[tuple[IBKETrainer, dict[str, Any]]]:
+    """Give a trainer of `BATCH` records, and their batch; its files are removed at the end."""
+    records = subject.some_records(BATCH)
+    with TemporaryDirectory() as folder:
+        trainer = new_trainer(subject, records, folder)
+        yield trainer, cast("EditCollator", trainer.data_collator)(records)
+
+
+def needs_for(subject: Subject, batch: dict[str, Any]) -> TrainingNeeds:
+    """Return what `ibke plan` counts for the texts of a batch."""
+    cases, model, editor = batch["cases"], subject.model, subject.editor
+    tokens, judged = cases.attention_mask.sum(1), (cases.labels != IGNORED).sum(1)
+    work = Work(
+        len(batch["records"]), round(float(tokens.float().mean())), round(float(judged.float().mean())), 2, 256
+    )
+    parameters = (sum(p.numel() for p in part.parameters()) for part in (model, editor))
+    return TrainingNeeds(editor.config, str(model.dtype).removeprefix("torch."), model.config, *parameters, work)
 
 
 def new_trainer(subject: Subject, records: list[EditRecord], folder: str) -> IBKETrainer:

@@ -88,7 +88,7 @@ def capture_factors(
     names = names or [f"request {i}" for i in range(len(batch))]
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model), _recording(modules, inputs, outputs):
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model), recording(modules, inputs, outputs):
         logits, labels = target_logits(model, batch)
         losses = case_losses(logits, labels)
         require_finite(losses, "the loss of the edit request", names)
@@ -134,7 +134,7 @@ def _start_graph(_: Tensor, output: Tensor) -> Tensor:
     return output
 
 
-def _recording(
+def recording(
     modules: Mapping[str, nn.Module], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
 ) -> AbstractContextManager[None]:
     """Record inputs and outputs of the layers; the first output to appear becomes the root of the graph."""

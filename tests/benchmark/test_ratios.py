@@ -66,7 +66,7 @@ def test_the_list_and_its_page_say_what_was_measured_and_how(
     words = ["--model", str(tmp_path / "model"), "--latent-dim", "16", "--runs", "1", "--rows", "3"]
     expected = {
         "edit": ["edit_b1", "edit_b8"],
-        "train": ["train_vs_naive", "train_vs_floor", "train_vs_naive_kept", "train_vs_floor_first_time"],
+        "train": ["train_vs_naive", "train_vs_floor", "train_vs_naive_kept"],
         "attach": ["attached_forward"],
         "mixed": ["mixed_3", "mixed_3_vs_peft", "mixed_3_layers_vs_peft"],
         "memory": ["edit_memory", "edit_memory_b8", "edit_memory_sequential"],
@@ -153,7 +153,12 @@ def test_an_edit_costs_no_operation_of_the_backbone_beside_its_passes(subject: S
 
 
 def test_an_edit_keeps_no_more_alive_than_its_factors(subject: Subject) -> None:
-    assert all(ratio.ratio <= 1.1 for ratio in memory_use.memory_ratios(subject))
+    ratios = {ratio.name: ratio.ratio for ratio in memory_use.memory_ratios(subject)}
+    assert {name for name, ratio in ratios.items() if name.startswith("edit_") and ratio <= 1.1} == {
+        "edit_memory",
+        "edit_memory_b8",
+        "edit_memory_sequential",
+    }
 
 
 def test_the_peak_of_what_is_allocated_counts_what_is_freed() -> None:

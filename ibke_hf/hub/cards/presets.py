@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...core.configuration_ibke import PRESETS
+from ...training.needs import CASES, ROW_TOKENS, TARGET_TOKENS, TrainingNeeds, needs_table, training_needs
 from ...training.recipe import PATIENCE
 from .editor import editor_metadata, editor_page
-from .needs import CASES, ROW_TOKENS, TARGET_TOKENS, TrainingNeeds, needs_table, training_needs
 from .text import CARD, IBKE_TAGS, fenced, listed, prose
 
 PAPERS_LAYERS = ("openai-community/gpt2-xl",)  # whose edited layers the paper states; the others' are ours (SPEC §6)
