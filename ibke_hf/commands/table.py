@@ -122,7 +122,7 @@ def _editor_options(group: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ..evaluation.report.trade_off import require_plots
+    from ..evaluation.report.drawing import require_plots
 
     require_plots()  # not after hours of work
     with locked(options.out):

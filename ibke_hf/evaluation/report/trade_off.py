@@ -5,7 +5,6 @@ Drawing needs matplotlib, the extra "plots"; it is imported when a figure is dra
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -13,21 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..scores import f1
+from .drawing import LIGHT, SMALL, TEXT, Theme, drawing, svg_of
 from .table import UNEDITED, Cell, CellError, Column, Row, table_of
 
 SIZE = (7.2, 5.2)  # inches; 72 units of the SVG each
-TEXT, SMALL = 11.0, 9.5  # points
-PAPER_COLOUR, INK, FAINT, LINES = "#ffffff", "#1a1c1f", "#5b616b", "#b9bfc9"
-STYLES: dict[
-    str, dict[str, Any]
-] = {  # Okabe and Ito's colours, which colour-blind readers tell apart; shapes tell the same
-    "W/O": {"marker": "D", "color": "#6b7280", "s": 50},
-    "DE": {"marker": "o", "color": "#0072b2", "s": 68},
-    "ET": {"marker": "^", "color": "#d55e00", "s": 88},
+STYLES: dict[str, dict[str, Any]] = {
+    "W/O": {"marker": "D", "s": 50},
+    "DE": {"marker": "o", "s": 68},
+    "ET": {"marker": "^", "s": 88},
 }
+COLOURS = {"W/O": 7, "DE": 0, "ET": 1}  # of the theme; shapes tell the same
 MEANINGS = {"W/O": "unedited model (W/O)", "DE": "direct editing (DE)", "ET": "edit training (ET)"}
 LEAST_SPAN, PADDING, MOST_LEVELS = 5.0, 0.09, 6
-SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "ibke", "font.family": ["sans-serif"], "font.size": TEXT}
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 
 
@@ -105,18 +101,6 @@ def partner(level: float, value: float) -> float:
 # --- drawing ------------------------------------------------------------------------------------------------------
 
 
-def require_plots() -> None:
-    """Check that plots can be drawn, which a long run does before it starts.
-
-    Raises:
-        ImportError: If the extra "plots" is missing.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError('the plot needs the extra "plots": pip install "ibke-hf[plots]"') from error
-
-
 def trade_off_figure(cells: Iterable[Cell]) -> str:
     """Draw editors by generality and locality, with lines of equal F1, as in the paper's Fig. 2.
 
@@ -132,46 +116,56 @@ def trade_off_figure(cells: Iterable[Cell]) -> str:
         CellError: If no editor has generality and locality of single edits, or a cell is unusable.
         ImportError: If the extra "plots" is missing.
     """
+    points = drawn_points(cells)
+    with drawing(LIGHT):
+        return svg_of(draw_trade_off(points, LIGHT))
+
+
+def drawn_points(cells: Iterable[Cell]) -> tuple[Point, ...]:
+    """Return the points of :func:`points_of`, of which there has to be one.
+
+    Raises:
+        CellError: If no editor has generality and locality of single edits, or a cell is unusable.
+    """
     points = points_of(cells)
     if not points:
         raise CellError(
             "no cell of single edits has both generality and locality, so there is no point to draw; evaluate an "
             "editor first"
         )
-    require_plots()
-    import matplotlib
+    return points
+
+
+def draw_trade_off(points: Sequence[Point], theme: Theme, title: str = "") -> Any:
+    """Draw points as a figure of matplotlib, within :func:`~ibke_hf.evaluation.report.drawing.drawing`."""
     from matplotlib.figure import Figure
 
-    file = io.StringIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a reader's own settings would make another figure
-        matplotlib.rcParams.update(SETTINGS)
-        figure = Figure(figsize=SIZE, facecolor=PAPER_COLOUR)
-        axes = figure.add_axes((0.09, 0.115, 0.83, 0.80))
-        _frame(axes, points)
-        taken = _contours(axes)
-        _draw(axes, points, taken)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]  # without the document type, for which some readers ask the network
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_axes((0.09, 0.115, 0.83, 0.74 if title else 0.80))
+    if title:
+        figure.text(0.02, 0.965, title, fontsize=TEXT, va="center")
+    _frame(axes, points, theme)
+    taken = _contours(axes, theme)
+    _draw(axes, points, taken, theme)
+    return figure
 
 
-def _frame(axes: Any, points: Sequence[Point]) -> None:
+def _frame(axes: Any, points: Sequence[Point], theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(limits_of([point.generality for point in points]))
     axes.set_ylim(limits_of([point.locality for point in points]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("Generality, in the top 5 (%)", color=INK)
-    axes.set_ylabel("Locality, in the top 5 (%)", color=INK)
-    axes.tick_params(colors=FAINT, labelsize=SMALL, length=3)
+    axes.set_xlabel("Generality, in the top 5 (%)", color=theme.ink)
+    axes.set_ylabel("Locality, in the top 5 (%)", color=theme.ink)
+    axes.tick_params(colors=theme.faint, labelsize=SMALL, length=3)
     for place, spine in axes.spines.items():
-        spine.set_color(LINES)
+        spine.set_color(theme.lines)
         spine.set_visible(place in ("left", "bottom"))
 
 
-def _contours(axes: Any) -> list[Box]:
+def _contours(axes: Any, theme: Theme) -> list[Box]:
     """Draw lines of equal F1, each with its value where it leaves the axes; return what these labels cover."""
     (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
     boxes = []
@@ -179,7 +173,7 @@ def _contours(axes: Any) -> list[Box]:
         start = max(x_low, level / 2 + 1e-6, partner(level, y_high))
         xs = [start + (x_high - start) * i / 200 for i in range(201)]
         line = [(x, partner(level, x)) for x in xs if partner(level, x) <= y_high + 1e-9]
-        axes.plot(*zip(*line, strict=True), color=LINES, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.plot(*zip(*line, strict=True), color=theme.lines, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         text = f"F1 {level:g}"
         if (end := partner(level, x_high)) >= y_low:
             axes.annotate(
@@ -189,7 +183,7 @@ def _contours(axes: Any) -> list[Box]:
                 textcoords="offset points",
                 va="center",
                 fontsize=SMALL,
-                color=FAINT,
+                color=theme.faint,
                 annotation_clip=False,
             )
             continue
@@ -203,14 +197,14 @@ def _contours(axes: Any) -> list[Box]:
             ha="center",
             va="center",
             fontsize=SMALL,
-            color=FAINT,
-            bbox={"facecolor": PAPER_COLOUR, "edgecolor": "none", "pad": 1.5},
+            color=theme.faint,
+            bbox={"facecolor": theme.paper, "edgecolor": "none", "pad": 1.5},
             zorder=2,
         )
     return boxes
 
 
-def _draw(axes: Any, points: Sequence[Point], taken: list[Box]) -> None:
+def _draw(axes: Any, points: Sequence[Point], taken: list[Box], theme: Theme) -> None:
     for style, look in STYLES.items():
         members = [point for point in points if point.style == style]
         if members:
@@ -219,9 +213,10 @@ def _draw(axes: Any, points: Sequence[Point], taken: list[Box]) -> None:
                 [point.locality for point in members],
                 zorder=3,
                 clip_on=False,
-                edgecolor=PAPER_COLOUR,
+                edgecolor=theme.paper,
                 linewidth=0.8,
                 label=MEANINGS[style],
+                color=theme.colours[COLOURS[style]],
                 **look,
             )
     axes.legend(
@@ -230,7 +225,7 @@ def _draw(axes: Any, points: Sequence[Point], taken: list[Box]) -> None:
         ncols=3,
         frameon=False,
         fontsize=SMALL,
-        labelcolor=INK,
+        labelcolor=theme.ink,
         borderaxespad=0.2,
         handletextpad=0.2,
         columnspacing=1.4,
@@ -249,12 +244,12 @@ def _draw(axes: Any, points: Sequence[Point], taken: list[Box]) -> None:
             textcoords="offset points",
             ha=side,
             va="center",
-            color=INK,
+            color=theme.ink,
             fontsize=TEXT,
             zorder=2.5,
             annotation_clip=False,
-            bbox={"facecolor": PAPER_COLOUR, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+            bbox={"facecolor": theme.paper, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "color": theme.faint, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
             if far
             else None,
         )

@@ -11,6 +11,7 @@ import pytest
 from table_cells import Page, a_cell, many_cells, paper_cells
 
 from ibke_hf.evaluation.report import trade_off
+from ibke_hf.evaluation.report.drawing import require_plots
 from ibke_hf.evaluation.report.table import EDITORS, CellError, table_of
 from ibke_hf.evaluation.report.table_page import as_html
 from ibke_hf.evaluation.report.trade_off import (
@@ -19,7 +20,6 @@ from ibke_hf.evaluation.report.trade_off import (
     limits_of,
     partner,
     points_of,
-    require_plots,
     trade_off_figure,
 )
 from ibke_hf.evaluation.scores import f1
