@@ -212,8 +212,8 @@ def draw_pruning(data: Data, theme: Theme) -> Any:
             )
         if is_rank:
             axes.set_yscale("log")
-        axes.set_ylabel(label, labelpad=2)
-        axes.set_xlabel("pruned scale factors (%)" if place > 1 else "")
+        axes.set_ylabel(label, labelpad=3, fontsize=SMALL)
+        axes.set_xlabel("pruned scale factors (%)" if place > 1 else "", fontsize=SMALL)
         frame(axes, theme, grid="y")
         if place == 0:
             first = axes
