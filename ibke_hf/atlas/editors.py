@@ -56,7 +56,7 @@ TRAINING_OF = {
 }  # a whole language model has to learn to read a request; 5e-4 takes too long for that
 STEP_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 LOCALITY_FLOOR = 97.0  # percent
-ROUTER_STEPS, ROUTER_RECORDS = 400, 6000
+ROUTER_STEPS, ROUTER_RECORDS = 1500, 6000
 LOG = "log.json"  # written last, once all else of a run is
 
 

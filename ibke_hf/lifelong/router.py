@@ -32,6 +32,7 @@ class RouterConfig(EditorConfig):
         width: Width of a token's features.
         heads: Attention heads of a pooling.
         dim: Entries of the vector of a prompt or request.
+        dropout: Share of the features that training leaves out.
         threshold: Similarity (a cosine) above which an edit is picked; chosen on validation records.
         most_edits: k, edits that one row carries at most.
     """
@@ -44,6 +45,7 @@ class RouterConfig(EditorConfig):
     width: int = 192
     heads: int = 4
     dim: int = 128
+    dropout: float | int = 0.0
     threshold: float | int = 0.5
     most_edits: int = 2
 
@@ -52,6 +54,7 @@ class RouterConfig(EditorConfig):
         for name, high in (("width", 65536), ("heads", 1024), ("dim", 65536), ("most_edits", 64)):
             require_range(self, name, 1, high)
         require_range(self, "threshold", -1.0, 1.0)
+        require_range(self, "dropout", 0.0, 0.9)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be divisible by heads {self.heads}")
         if self.source_dims and len(self.source_dims) != len(self.sources or []) + 1:
@@ -210,7 +213,7 @@ class Router(EditorModel):
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        features = functional.gelu(total)
+        features = functional.dropout(functional.gelu(total), self.config.dropout, self.training)
         return features.new_zeros(*mask.shape, features.shape[-1]).index_put(mask.nonzero(as_tuple=True), features)
 
     def forward(self, states: Sequence[Tensor], mask: Tensor, *, requests: bool = False) -> Tensor:

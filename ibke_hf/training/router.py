@@ -43,7 +43,7 @@ class RouterTraining:
         learning_rate: At its highest, after a tenth of the steps.
         seed: Of weights and batches.
         save_steps: Steps between checkpoints.
-        width: See :class:`~ibke_hf.lifelong.router.RouterConfig`, as of `dim` and `heads`.
+        width: See :class:`~ibke_hf.lifelong.router.RouterConfig`, as of the others.
     """
 
     steps: int = 600
@@ -52,9 +52,10 @@ class RouterTraining:
     learning_rate: float = 2e-3
     seed: int = 0
     save_steps: int = 100
-    width: int = 128
-    dim: int = 128
-    heads: int = 4
+    width: int = 256
+    dim: int = 256
+    heads: int = 8
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse what is out of range; names the field."""
@@ -184,7 +185,7 @@ def train_router(
         if len({record.key for record in part}) < 2:
             raise ValueError(f"{len(part)} usable {name} records are too few for a router; give at least two facts")
     torch.manual_seed(settings.seed)
-    shape = {name: getattr(settings, name) for name in ("width", "dim", "heads")}
+    shape = {name: getattr(settings, name) for name in ("width", "dim", "heads", "dropout")}
     router = Router.for_backbone(backbone, layers, **shape)
     batches = RouterBatches(usable, settings.steps, settings.records, settings.seed, settings.candidates)
     trainer = RouterTrainer(router, backbone, _arguments(target / CHECKPOINTS, settings, progress), batches)
