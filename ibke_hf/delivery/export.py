@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def export_edit(
         files = write_merged(edit, model, tokenizer, out, force=force)
         checks = (f"{len(files)} file(s) of {str(model.dtype).removeprefix('torch.')} read back as merged",)
         return Export(to, Path(out), serving_line(to, out, base, name=name), checks=checks)
-    if not isinstance(edit, LowRankEdit):
+    edit = _low_rank(edit)
+    if edit is None:
         raise ValueError(
             f"a dense edit is as large as the weights that it changes and has no adapter for {to}; give --to merged"
         )
@@ -140,6 +142,19 @@ def _write_gguf(
     rank = max(served.ranks.values())
     line = serving_line(to, out, place, name=name)
     return Export(to, out, line, rank, _lost(served, edit), tuple(checks))
+
+
+def _low_rank(edit: WeightEdit) -> LowRankEdit | None:
+    """Return an edit as factors, such as a solved one, which is a chain of them; None for a dense one."""
+    if isinstance(edit, LowRankEdit):
+        return edit
+    inputs, outputs = {}, {}
+    for name in edit.layers:
+        first, *rest = edit.matrices(name)
+        if not rest:
+            return None
+        inputs[name], outputs[name] = first.mT, reduce(torch.matmul, rest)
+    return LowRankEdit(inputs, outputs, edit.info)
 
 
 def _lost(served: LowRankEdit, edit: LowRankEdit) -> dict[str, float]:

@@ -60,7 +60,7 @@ def test_a_command_that_is_none_is_refused(misused: Run) -> None:
     assert "invalid choice: 'teach'" in misused("teach")
     assert "the following arguments are required: command" in misused()
     assert "the following arguments are required: action" in misused("data")
-    assert "the following arguments are required: --target" in misused("edit", "--prompt", "x")
+    assert "the following arguments are required: --out" in misused("merge", "--edit", "x")
     assert "argument --prompt: a value is wanted, found '--'" in misused("edit", "--prompt=--", "--target", "x")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .text import base_model_metadata, fenced, page, public_name
 
 MOST_REQUESTS = 20  # that a card lists
+DRIFT = "drift/"  # begins the names of scores that say what an edit does to everything else
 
 
 def edit_card(edit: Any, repo_id: str, *, parts: bool = False, **metadata: Any) -> ModelCard:
@@ -39,7 +41,7 @@ def edit_card(edit: Any, repo_id: str, *, parts: bool = False, **metadata: Any) 
         if lines
         else "Not stated."
     )
-    scores = ", ".join(f"{name} {value:.1f}" for name, value in info.scores.items())
+    scores = ", ".join(f"{name} {value:.1f}" for name, value in info.scores.items() if not name.startswith(DRIFT))
     facts = {
         "edited layers": ", ".join(edit.layers),
         "rank": f"{rank}, alpha {rank}",
@@ -56,6 +58,7 @@ def edit_card(edit: Any, repo_id: str, *, parts: bool = False, **metadata: Any) 
         "A knowledge edit of a language model as a LoRA adapter. The edited model answers:",
         requests,
         "\n".join(f"- {name}: {value}" for name, value in facts.items() if value),
+        *_drift_section(info.scores),
         "With PEFT (on a 16-bit model, pass `autocast_adapter_dtype=False` as well):",
         fenced(f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{repo_id}")'),
         "With `ibke_hf`, for the length of a block and undone exactly after it:",
@@ -70,3 +73,24 @@ def edit_card(edit: Any, repo_id: str, *, parts: bool = False, **metadata: Any) 
             fenced("edit = edit.without(0)  # all but the first request"),
         ]
     return ModelCard(page(data, blocks))
+
+
+def drift_rows(scores: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Return what an edit does to everything else as rows: what was measured, before, after."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, value in scores.items():
+        if not name.startswith(DRIFT):
+            continue
+        what, _, when = name.removeprefix(DRIFT).rpartition("/")
+        if when not in ("before", "after"):
+            what, when = name.removeprefix(DRIFT), "after"
+        rows.setdefault(what, {})[when] = f"{value:.4g}"
+    return [(what.replace("/", ": "), row.get("before", ""), row.get("after", "")) for what, row in rows.items()]
+
+
+def _drift_section(scores: Mapping[str, float]) -> list[str]:
+    """Return the section of a card, empty where nothing was measured."""
+    rows = drift_rows(scores)
+    lines = ["| | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    text = "What the edit does to everything else (KL in nats a token, perplexity on a text, tasks of lm-eval):"
+    return [text, "\n".join(lines)] if rows else []
