@@ -217,7 +217,7 @@ class ModelBench(Bench):
 
     def router(self, folder: Path) -> Router:
         """Return the router that is given, else the one that lies beside an editor."""
-        beside = [Path(path) / "router" for path in (folder, *self._saved.values())]
+        beside = [Path(str(path)) / "router" for path in (folder, *self._saved.values())]
         place = self._router or next((str(path) for path in beside if (path / "config.json").exists()), None)
         if place is None:
             raise BenchmarkError(

@@ -77,8 +77,9 @@ def needs_for(subject: Subject, batch: dict[str, Any]) -> TrainingNeeds:
     work = Work(
         len(batch["records"]), round(float(tokens.float().mean())), round(float(judged.float().mean())), 2, 256
     )
-    parameters = (sum(p.numel() for p in part.parameters()) for part in (model, editor))
-    return TrainingNeeds(editor.config, str(model.dtype).removeprefix("torch."), model.config, *parameters, work)
+    of_model, of_editor = (sum(p.numel() for p in part.parameters()) for part in (model, editor))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return TrainingNeeds(editor.config, dtype, model.config, of_model, of_editor, work)
 
 
 def new_trainer(subject: Subject, records: list[EditRecord], folder: str) -> IBKETrainer:

@@ -93,8 +93,9 @@ def _library_ratios(subject: Subject) -> Sequence[Ratio]:
 
 def _subject(options: argparse.Namespace) -> Subject:
     from ..app.knowledge import facts_of, read_facts
-    from ..benchmark.subject import SHAPES, new_subject, random_backbone
+    from ..benchmark.subject import new_subject, random_backbone
     from ..loading import load_model
+    from ..training.needs import SHAPES
     from .options import load_options
 
     name = str(options.model)

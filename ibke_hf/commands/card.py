@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "name",
         metavar="NAME|FOLDER",
-        help="atlas, smollm2-135m-instruct, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b or all; or the folder of a trained "
-        "editor",
+        help="atlas, smollm2-135m-instruct, gpt2-xl, gpt-j-6b, qwen3-1.7b, qwen3-8b or all; or the folder of a "
+        "trained editor",
     )
     command.add_argument(
         "--out", type=place, metavar="DIR", help=f"folder that holds one for each card (default: {FOLDER})"

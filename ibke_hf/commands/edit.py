@@ -84,7 +84,8 @@ def _run_edit(options: argparse.Namespace) -> int | None:
     )
     if facts is not None:
         return _edit_failing(options, model, tokenizer, editor, facts)
-    return _edit_one(options, model, tokenizer, editor)
+    _edit_one(options, model, tokenizer, editor)
+    return None
 
 
 def _require_one_source(options: argparse.Namespace) -> None:

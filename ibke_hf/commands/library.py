@@ -240,7 +240,8 @@ def _run_ask(options: argparse.Namespace) -> None:
     how = PromptFormat(**prompt_changes(options, library.tokenizer))
     rows = []
     for prompt in options.prompts:
-        before, picks = answer(model, library.tokenizer, prompt, prompt_format=how), []
+        before = answer(model, library.tokenizer, prompt, prompt_format=how)
+        picks: list[Any] = []
         with library.attached(model, on_route=picks.append):
             after = answer(model, library.tokenizer, prompt, prompt_format=how)
         shelf = library.shelf(model)

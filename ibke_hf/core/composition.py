@@ -209,7 +209,7 @@ class SolvedEdit(WeightEdit):
     # --- files --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Save as one LoRA adapter, as :meth:`LowRankEdit.save_pretrained` does, and what it was solved from beside it.
+        """Save as one LoRA adapter, see :meth:`LowRankEdit.save_pretrained`, and what it was solved from beside it.
 
         An adapter that is truncated (`rank`, `max_rank`) does something else than the parts, which are not saved then.
         """

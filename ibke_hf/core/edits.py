@@ -215,9 +215,9 @@ class LowRankEdit(WeightEdit):
                 shapes = f"{tuple(layer_inputs.shape)} and {tuple(self.outputs[name].shape)}"
                 raise ValueError(f"factors of {name!r} must be (n, r, d_in) and (n, r, d_out), found {shapes}")
         for name, keys in self.keys.items():
-            layer_inputs = self.inputs.get(name)
-            if layer_inputs is None:
+            if name not in self.inputs:
                 raise ValueError(f"keys of {name!r}, a layer that the edit does not change")
+            layer_inputs = self.inputs[name]
             number, _, width = layer_inputs.shape
             if keys.ndim != 3 or (keys.shape[0], keys.shape[2]) != (number, width):
                 raise ValueError(f"keys of {name!r} must be ({number}, l, {width}), found {tuple(keys.shape)}")
@@ -275,8 +275,8 @@ class LowRankEdit(WeightEdit):
                 such as :attr:`KeyStatistics.moments`; none: not whitened.
 
         Raises:
-            ValueError: If there is no such `how`, an edit has no keys where they are needed, lengths differ, or a ridge
-                or covariance is given for a sum.
+            ValueError: If there is no such `how`, an edit has no keys where they are needed, lengths differ, or a
+                ridge or covariance is given for a sum.
         """
         from .composition import compose
 

@@ -1,6 +1,7 @@
 """Ridge regressions over keys, in double precision: many rows of requests or few, whichever is the smaller system.
 
-With keys X (l, d), shifts S (l, o) and the metric C (d, d; the identity where there is none) both forms are one update:
+With keys X (l, d), shifts S (l, o) and the metric C (d, d; the identity where none is given) both forms are one
+update:
 
     ΔW = C⁻¹Xᵀ (X C⁻¹Xᵀ + λI)⁻¹ S   (l × l, at the rank of the keys)   =   (XᵀX + λC)⁻¹ XᵀS   (d × d)
 

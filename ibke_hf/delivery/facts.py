@@ -76,7 +76,7 @@ def read_checked_facts(file: str | Path) -> list[CheckedFact]:
 
 def _lines(text: str) -> list[int]:
     """Return the line that each fact begins in, from the file's nodes; it is known to be well formed."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     nodes = next(value.value for key, value in root.value if key.value == "facts")
     return [node.start_mark.line + 1 for node in nodes]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..core.edits import WeightEdit
 from ..core.files import FileError, written_together

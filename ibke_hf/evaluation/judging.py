@@ -199,7 +199,7 @@ class Judge:
         put, limit = list(questions), context_length(self.model)
         for i, text in zip(members, texts, strict=True):
             asked = replace(questions[i].asked, prompt=text)
-            how = {"name": questions[i].name, "max_length": limit, "prompt_format": asked.format}
+            how: Any = {"name": questions[i].name, "max_length": limit, "prompt_format": asked.format}
             put[i] = replace(questions[i], asked=asked, tokens=encode(self.tokenizer, text, asked.target, **how))
         return put
 

@@ -90,7 +90,8 @@ def _packed(library: EditLibrary, entries: Sequence[Entry], folder: Path) -> Ite
         if sum(one.nbytes for one in part) >= SHARD_BYTES or place + 1 == len(entries):
             folder.mkdir(exist_ok=True)
             name = f"{hashlib.sha256(''.join(sorted(one.id for one in part)).encode()).hexdigest()[:16]}.safetensors"
-            tensors, about = {}, {}
+            tensors: dict[str, Any] = {}
+            about: dict[str, Any] = {}
             for one in part:
                 with safe_open(library.file(one.id), framework="pt") as stored:
                     tensors |= {f"{one.id}/{key}": stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118

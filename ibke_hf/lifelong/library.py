@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from .shelf import EditShelf, whole
 
 EDITS, SETTINGS, ROUTER = "edits", "library.json", "router"
 FORMAT = 1
-Entries, Names = list[Entry], list[str]  # a library has a method of the name `list`
+Entries: TypeAlias = list[Entry]  # a library has a method of the name `list`
+Names: TypeAlias = list[str]
 Near = list[tuple[float, Entry]]
 SHORTEST = 6  # letters of an id that may stand for it
 

@@ -254,11 +254,13 @@ def plan_needs(
     else:
         editor = empty_editor(model, layers, fit_width("ibke", model, layers, fields))
     saved = str(getattr(of_backbone, "dtype", None) or "float32").removeprefix("torch.")
+    of_model, of_editor = (sum(p.numel() for p in part.parameters()) for part in (model, editor))
     return TrainingNeeds(
         editor.config,
         dtype or PAPER_DTYPES.get(name, saved if saved in DTYPES else "float32"),
         of_backbone,
-        *(sum(p.numel() for p in part.parameters()) for part in (model, editor)),
+        of_model,
+        of_editor,
         work or Work(IBKETrainingArguments.per_device_train_batch_size, ROW_TOKENS, TARGET_TOKENS),
     )
 

@@ -68,8 +68,8 @@ def train_editor(
 
     Returns:
         ``steps``, ``parameters``, ``train_loss`` and ``records_left_out``; with validation records the last
-        evaluation, as trained, and the scores of the model ``before`` and ``after`` an edit; ``step_sizes``, where some were tried (see
-        :func:`~ibke_hf.training.strength.choose_strength`).
+        evaluation, as trained, and the scores of the model ``before`` and ``after`` an edit; ``step_sizes``, where
+        some were tried (see :func:`~ibke_hf.training.strength.choose_strength`).
 
     Raises:
         ImportError: If the `train` extra is missing.

@@ -82,7 +82,11 @@ def routed_records(tokenizer: Any, records: Sequence[EditRecord], max_length: in
             edit = record.edits[place] if place < len(record.edits) else None
             key = (subject_key(request.subject or ""), request.prompt) if edit is None else edit.key()
             alone = len(record.requests) == 1
-            asked = [(request, True), *((c, True) for c in record.generality), *((c, False) for c in record.locality)]
+            asked: list[tuple[Any, bool]] = [
+                (request, True),
+                *((c, True) for c in record.generality),
+                *((c, False) for c in record.locality),
+            ]
             try:
                 ids, _ = encode(
                     tokenizer, request.prompt, request.target, max_length=max_length, prompt_format=request.format

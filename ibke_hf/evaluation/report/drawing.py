@@ -91,7 +91,8 @@ def drawing(theme: Theme) -> Iterator[None]:
     }
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a reader's own settings would make another figure
-        matplotlib.rcParams.update({**SETTINGS, **colours})
+        settings: Any = {**SETTINGS, **colours}
+        matplotlib.rcParams.update(settings)
         yield
 
 

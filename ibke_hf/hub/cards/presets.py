@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...core.configuration_ibke import PRESETS
-from ...training.needs import CASES, ROW_TOKENS, TARGET_TOKENS, TrainingNeeds, needs_table, training_needs
+from ...training.needs import ROW_TOKENS, TARGET_TOKENS, TrainingNeeds, needs_table, training_needs
+from ...training.passes import CASES
 from ...training.recipe import PATIENCE
 from .editor import editor_metadata, editor_page
 from .text import CARD, IBKE_TAGS, fenced, listed, prose
