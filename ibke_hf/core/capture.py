@@ -6,7 +6,7 @@ Only activations get gradients: the graph starts at the output of the lowest edi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ __all__ = [
     "case_losses",
     "evaluating",
     "graph_starting_at",
+    "hidden_of",
     "mean_per_row",
+    "read_layers",
     "require_finite",
     "target_logits",
 ]
@@ -176,3 +178,34 @@ def require_finite(values: Tensor, what: str, names: Sequence[str]) -> None:
             f"{what} is not finite for {names[bad[0]]}; check the backbone's weights for NaN, "
             "or change the loss scale for an fp16 backbone"
         )
+
+
+# --- without gradients ---
+
+
+def read_layers(model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return input (b, l, d_in) and output (b, l, d_out) of some modules by name; what follows them is not run."""
+    states: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def recorder(name: str) -> LayerHook:
+        def record(layer_inputs: Tensor, output: Any) -> Any:
+            shape = (*batch.input_ids.shape, -1)
+            states[name] = (layer_inputs.reshape(shape), hidden_of(output).reshape(shape))
+            if len(states) == len(modules):
+                raise _AllRead
+            return output
+
+        return record
+
+    with torch.no_grad(), suppress(_AllRead), hooked(modules, {name: recorder(name) for name in modules}):
+        target_logits(model, batch)
+    return states
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states of what a projection or a decoder block returns; some blocks return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _AllRead(Exception):  # noqa: N818  no error: ends a forward pass that has shown all that it had to
+    pass

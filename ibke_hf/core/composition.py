@@ -1,13 +1,17 @@
 """Edits that a model carries together: solved for what each of them does where it was made, not summed.
 
 Summed side paths each act on every input, so that a hundred of them leave nothing of a model. Each edit knows the
-inputs that it was made for (its keys X, of the request's own tokens) and what it adds there (its shifts S = X ΔW_i).
-The update that does so for all of them at once, and least elsewhere, is a ridge regression:
+inputs of the layers while the model carries it and reads its request (its keys X) and what it adds there (its shifts
+S = X ΔW_i). The update that does so for all of them at once, and least elsewhere, is a ridge regression:
 
     ΔW = Xᵀ (X Xᵀ + λ I)⁻¹ S,   whitened by the covariance C of a corpus' keys:   ΔW = C⁻¹ Xᵀ (X C⁻¹ Xᵀ + λ I)⁻¹ S
 
-which is (XᵀX + λ C)⁻¹ XᵀS, at the rank of the tokens. λ is a share of the mean diagonal of the matrix that it is
-added to. The sum over the edits does not depend on their order, and each can be taken out again.
+which is (XᵀX + λ C)⁻¹ XᵀS. λ is a share of the mean diagonal of the matrix that it is added to. The sum over the edits
+does not depend on their order, and each can be taken out again.
+
+A row of keys counts by its squared length, and its shift scales with it. Inputs of layers differ in length by the
+word, the longest being those of words that all requests share, so :func:`weighted_keys` gives all tokens the same
+length, and those at which the target is said a greater one.
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ from .edit_values import EditInfo, common_length, joined_info
 from .edits import LowRankEdit, WeightEdit, join_groups
 from .part_files import read_parts, save_parts
 from .ridge import joined_rows, solve_by_keys, solve_update
+from .tokens import IGNORED, TokenBatch
 
 RIDGE = 0.1  # λ as a share of the mean diagonal
+TARGET_WEIGHT = 4.0  # of tokens at which the target is said, relative to the others of a request
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,6 +278,15 @@ def solve_groups(edits: LowRankEdit, groups: Tensor, ridge: float) -> LowRankEdi
         directions, weights = solve_by_keys([keys], [shifts], ridge)
         inputs[name], outputs[name] = directions.mT, weights
     return LowRankEdit(inputs, outputs)
+
+
+def weighted_keys(layer_inputs: Tensor, batch: TokenBatch) -> Tensor:
+    """Return what an edit's keys are of the inputs (b, l, d) of a layer at a batch of requests: zero on padding."""
+    device = layer_inputs.device
+    lengths = layer_inputs.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    says_target = (batch.labels != IGNORED).to(device)
+    weights = batch.attention_mask.to(device) * torch.where(says_target, TARGET_WEIGHT, 1.0)
+    return layer_inputs * (weights.sqrt().unsqueeze(-1) / lengths)
 
 
 def keys_and_shifts(edit: LowRankEdit, name: str) -> tuple[Tensor, Tensor]:

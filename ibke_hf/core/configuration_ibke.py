@@ -47,9 +47,9 @@ class GradientEditorConfig(EditorConfig):
         statistics_epsilon: ε of the standardisation (s - mean)/(std + ε) (SPEC §2.4).
         initial_edit_ratio: ‖side path‖ / ‖layer output‖ that η starts from (SPEC §3).
         capture_loss_scale: Scales the edit loss while gradients are in fp16.
-        composition: How edits are carried together: ``"sum"`` of their side paths, each made on the model that carries
-            those before it [paper, UniEdit]; or ``"solve"``, each made on the unedited model, see
-            :mod:`~ibke_hf.core.composition` [ours].
+        composition: How edits are carried together: ``"solve"``, each made on the unedited model, see
+            :mod:`~ibke_hf.core.composition` [ours]; or the ``"sum"`` of their side paths, each made on the model that
+            carries those before it [paper, UniEdit]. A config that was saved without the field says ``"solve"``.
         ridge: λ of the solve, as a share of the mean diagonal.
         size_by_gradient: κ: an edit is multiplied by r / (r + κ), where r is the size of the request's gradient beside
             that of the calibration set, so that what a model knows already is hardly edited; 0 for edits whose size
@@ -66,7 +66,7 @@ class GradientEditorConfig(EditorConfig):
     initial_edit_ratio: float | int = 0.05
     capture_loss_scale: float | int = 1.0
     trained_edits_per_group: int = 0
-    composition: str = "sum"
+    composition: str = "solve"
     ridge: float | int = 0.1
     size_by_gradient: float | int = 0.0
 
@@ -199,4 +199,5 @@ def steps_of(mode: str, number: int) -> list[slice]:
 
 
 COMPOSITIONS = ("sum", "solve")
+Composition = Literal["sum", "solve"]
 Mode = Literal["joint", "sequential", "independent"]

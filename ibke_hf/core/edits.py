@@ -189,8 +189,9 @@ class LowRankEdit(WeightEdit):
         outputs: û by module name with -η folded in, each (n, r, d_out); r may differ between layers.
         info: Requests, editor and backbone.
         relative_error: ‖ΔW - ΔW_truncated‖ / ‖ΔW‖ by module name, after :meth:`truncate`.
-        keys: Inputs of the layers at the tokens of the requests that the edit was made for, (n, l, d_in) by module
-            name, zero on padding; empty where they are not known. What composition solves for.
+        keys: Inputs of the layers at the tokens of the requests that the edit was made for, on the model that carries
+            it, (n, l, d_in) by module name, each as long as it counts and zero on padding; empty where they are not
+            known. What composition solves for.
     """
 
     inputs: Mapping[str, Tensor]
@@ -230,6 +231,11 @@ class LowRankEdit(WeightEdit):
     def matrices(self, name: str) -> tuple[Tensor, ...]:
         """Return ĥᵀ (n, d_in, r) and û (n, r, d_out) of a layer."""
         return self.inputs[name].mT, self.outputs[name]
+
+    @property
+    def has_keys(self) -> bool:
+        """Tell whether it carries the keys of all its layers, so that it can be solved together with other edits."""
+        return set(self.inputs) == set(self.keys)
 
     @property
     def ranks(self) -> dict[str, int]:

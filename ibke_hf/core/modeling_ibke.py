@@ -18,20 +18,29 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from .adapter_files import publisher
-from .capture import GradientFactors, capture_factors, evaluating
-from .composition import SolvedEdit
-from .configuration_ibke import GradientEditorConfig, IBKEConfig, Mode, require_mode
+from .capture import GradientFactors, capture_factors, evaluating, read_layers
+from .composition import SolvedEdit, weighted_keys
+from .configuration_ibke import (
+    COMPOSITIONS,
+    Composition,
+    GradientEditorConfig,
+    IBKEConfig,
+    Mode,
+    require_choice,
+    require_mode,
+)
 from .edit_values import EditInfo, EditValue, describe, described
 from .editor_model import EditorModel
 from .edits import LowRankEdit, join_groups
 from .factor_statistics import FactorStatistics, Moments
 from .hypernetworks import AdaptedFactors, IBKEHypernetwork
-from .layers import BackboneError, dimensions, layers_to_edit, modules_to_edit
+from .layers import BackboneError, dimensions, input_device, layers_to_edit, modules_to_edit
 from .records import EditRequest
 from .ridge import in_16_bit
 from .tokens import TokenBatch, context_length, encode_requests
 
 logger = logging.get_logger(__name__)
+EDITS_AT_ONCE = 32  # of a sequence that are made in one batch: what bounds memory
 Capture = Callable[[Any, TokenBatch], Sequence[GradientFactors]]
 
 
@@ -224,34 +233,82 @@ class GradientEditor(EditorModel):
         *,
         mode: Mode = "joint",
         previous: LowRankEdit | SolvedEdit | None = None,
+        composition: Composition | None = None,
     ) -> LowRankEdit | SolvedEdit:
         """Return the edit that makes the model answer the requests; arguments and errors are :class:`Editor`'s.
 
-        In joint mode it comes of gradients on the unedited model. `previous` is low-rank. Where the config's
-        `composition` is ``"solve"``, every edit is made on the unedited model, and all of them are solved together.
+        In joint mode it comes of gradients on the unedited model. `previous` is low-rank or solved. How requests are
+        carried together, in sequential mode and with `previous`, is the config's `composition` unless it is given:
+        where it is ``"solve"``, every edit is made on the unedited model, and all of them are solved together. A
+        `previous` without keys, such as one of an earlier version or of another editor, cannot be solved: by default
+        the new edits are then summed onto it, which is logged.
+
+        Raises:
+            ValueError: Also if `composition` is ``"solve"`` and `previous` has no keys.
         """
         require_mode(mode)
-        if mode != "independent":
-            self._warn_of_large_groups(requests, previous)
+        composition = self._composition(composition, previous)
+        if mode == "joint" or (mode == "sequential" and composition == "sum"):
+            self._warn_of_large_groups(requests, previous if composition == "sum" else None)
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         info = self._info(model, requests)
-        solved = self.config.composition == "solve"
-        with evaluating(self):
-            if mode == "sequential" and not solved:
-                start = previous.low_rank() if isinstance(previous, SolvedEdit) else previous
-                return self._edit_sequentially(model, batch, start, info)
-            captured = self.capture(model, batch, None if solved else previous)
-            adapted = self(captured, with_variance=False)
-        groups = None if mode == "joint" else torch.arange(len(batch))
-        edit = self.as_edit(adapted, groups, captured=captured if solved else ())
-        if solved:
-            edit = described(edit, info)
-            parts = list(edit) if mode == "sequential" else [edit]
-            return SolvedEdit.of(parts if previous is None else [previous, *parts], self.config.ridge)
+        if composition == "solve":
+            return self._edit_solved(model, batch, info, mode, previous)
         if isinstance(previous, SolvedEdit):
             previous = previous.low_rank()
+        with evaluating(self):
+            if mode == "sequential":
+                return self._edit_sequentially(model, batch, previous, info)
+            adapted = self(self.capture(model, batch, previous), with_variance=False)
+        edit = self.as_edit(adapted, None if mode == "joint" else torch.arange(len(batch)))
         edit = edit.compose() if previous is None else previous.compose(edit)  # recompresses large joint edits
         return described(edit, info, previous)
+
+    def _composition(self, composition: Composition | None, previous: LowRankEdit | SolvedEdit | None) -> str:
+        """Return how edits are carried together; what was saved without keys is summed unless that is forbidden."""
+        if composition is not None:
+            require_choice("composition", composition, COMPOSITIONS)
+            return composition
+        if self.config.composition == "solve" and isinstance(previous, LowRankEdit) and not previous.has_keys:
+            logger.warning_once(
+                "the previous edit does not carry the inputs that it was made for, so the new ones are summed onto it "
+                'instead of being solved together with it; make it again, or say composition="sum"'
+            )
+            return "sum"
+        return str(self.config.composition)
+
+    def _edit_solved(
+        self, model: Any, batch: TokenBatch, info: EditInfo, mode: Mode, previous: LowRankEdit | SolvedEdit | None
+    ) -> LowRankEdit | SolvedEdit:
+        edits: list[LowRankEdit | SolvedEdit] = [] if previous is None else [previous]
+        if mode == "sequential":
+            for start in range(0, len(batch), EDITS_AT_ONCE):
+                places = range(start, min(start + EDITS_AT_ONCE, len(batch)))
+                lot = replace(info, requests=info.requests[start : places.stop])
+                edits += list(self._edit_on_unedited(model, batch[start : places.stop], lot, places, joint=False))
+        else:
+            edits.append(self._edit_on_unedited(model, batch, info, range(len(batch)), joint=mode == "joint"))
+        return SolvedEdit.of(edits, self.config.ridge)
+
+    def _edit_on_unedited(
+        self, model: Any, batch: TokenBatch, info: EditInfo, places: Sequence[int], *, joint: bool
+    ) -> LowRankEdit:
+        """Return the edit of some requests, or one of each, with its keys."""
+        groups = None if joint else torch.arange(len(batch))
+        with evaluating(self):
+            edit = self.as_edit(self(self.capture(model, batch, names=[f"request {k}" for k in places])), groups)
+        keys = self._keys(model, batch, edit, groups)
+        edit = edit.compose() if joint else edit  # recompresses large joint edits
+        return described(replace(edit, keys=keys), info)
+
+    def _keys(self, model: Any, batch: TokenBatch, edit: LowRankEdit, groups: Tensor | None) -> dict[str, Tensor]:
+        """Read the inputs of the edited layers for requests on the model that carries the edit of each."""
+        batch = batch.to(input_device(model))
+        with evaluating(model), edit.attached(model):
+            layers = read_layers(model, self.modules_of(model), batch)
+        return {
+            name: in_16_bit(join_groups(weighted_keys(x.float(), batch), groups)) for name, (x, _) in layers.items()
+        }
 
     def _edit_sequentially(
         self, model: Any, batch: TokenBatch, previous: LowRankEdit | None, info: EditInfo

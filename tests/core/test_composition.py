@@ -14,10 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from saved_edits import change
 
 from ibke_hf import EditRequest, IBKEEditor
+from ibke_hf.core import modeling_ibke
 from ibke_hf.core.adapter_schema import CONFIG, INFO, KEYS, WEIGHTS, AdapterError
-from ibke_hf.core.composition import SolvedEdit, keys_and_shifts
+from ibke_hf.core.composition import RIDGE, SolvedEdit, keys_and_shifts
 from ibke_hf.core.edit_values import EditInfo
 from ibke_hf.core.edits import LowRankEdit
+from ibke_hf.core.tokens import IGNORED, encode_requests
 from ibke_hf.editors.saved import load_edit, load_weight_edit
 
 NAME, WIDE = "layer", "other"
@@ -130,9 +132,9 @@ def test_layers_that_only_some_edits_have() -> None:
     solved = SolvedEdit.of([edit(1, names=(NAME, WIDE)), edit(2)])
     assert solved.layers == (NAME, WIDE)
     alone = edit(1, names=(NAME, WIDE))
-    keys, shifts = keys_and_shifts(alone, WIDE)
-    penalty = 0.1 * keys[0].square().sum(-1).mean()
-    expected = torch.linalg.inv(keys[0].T @ keys[0] + penalty * torch.eye(D_IN)) @ keys[0].T @ shifts[0]
+    (keys,), (shifts,) = keys_and_shifts(alone, WIDE)
+    penalty = RIDGE * keys.square().sum(-1).mean()
+    expected = torch.linalg.inv(keys.T @ keys + penalty * torch.eye(D_IN)) @ keys.T @ shifts
     torch.testing.assert_close(update(solved, name=WIDE), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -155,7 +157,7 @@ CITIES = [EditRequest(f"The {city} tower is in", target) for city, target in (("
 
 @pytest.fixture
 def editor(tiny_model: Any) -> Any:
-    editor = IBKEEditor.for_backbone(tiny_model(), [1, 2], latent_dim=8, latent_length=2, composition="solve").eval()
+    editor = IBKEEditor.for_backbone(tiny_model(), [1, 2], latent_dim=8, latent_length=2).eval()
     for statistics in editor.statistics:
         statistics.count.fill_(1)
     return editor
@@ -196,12 +198,64 @@ def test_a_solved_edit_is_attached_undone_and_saved_as_an_adapter(
         torch.testing.assert_close(model(ids).logits, edited, rtol=1e-4, atol=1e-5)
 
 
-def test_edits_are_summed_unless_the_config_says_otherwise(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    editor = IBKEEditor.for_backbone(tiny_model(), [1], latent_dim=8, latent_length=2)
-    both = editor.edit(tiny_model(), tiny_tokenizer, CITIES, mode="sequential")
-    assert isinstance(both, LowRankEdit) and not both.keys
+def test_edits_are_summed_where_the_config_or_the_call_says_so(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model = tiny_model()
+    editor = IBKEEditor.for_backbone(model, [1], latent_dim=8, latent_length=2)
+    assert isinstance(editor.edit(model, tiny_tokenizer, CITIES, mode="sequential"), SolvedEdit)
+    summed = editor.edit(model, tiny_tokenizer, CITIES, mode="sequential", composition="sum")
+    assert isinstance(summed, LowRankEdit) and not summed.keys
+    first = editor.edit(model, tiny_tokenizer, CITIES[:1])
+    assert summed == editor.edit(model, tiny_tokenizer, CITIES[1:], previous=first, composition="sum")
+    editor.config.composition = "sum"
+    assert editor.edit(model, tiny_tokenizer, CITIES, mode="sequential") == summed
     with pytest.raises(StrictDataclassError, match="composition must be one of sum, solve, found 'mean'"):
-        IBKEEditor.for_backbone(tiny_model(), [1], latent_dim=8, composition="mean")
+        IBKEEditor.for_backbone(model, [1], latent_dim=8, composition="mean")
+    with pytest.raises(ValueError, match="composition must be one of sum, solve, found 'mean'"):
+        editor.edit(model, tiny_tokenizer, CITIES, composition="mean")
+
+
+def test_what_was_made_without_keys_is_summed_and_said_to_be(
+    editor: Any, tiny_model: Any, tiny_tokenizer: Any, caplog: Any
+) -> None:
+    model = tiny_model()
+    old = replace(editor.edit(model, tiny_tokenizer, CITIES[:1]), keys={})
+    with caplog.at_level("WARNING"):
+        both = editor.edit(model, tiny_tokenizer, CITIES[1:], previous=old)
+    assert "does not carry the inputs that it was made for" in caplog.text
+    assert both == editor.edit(model, tiny_tokenizer, CITIES[1:], previous=old, composition="sum")
+    with pytest.raises(ValueError, match=r"edit 0 .* does not carry the inputs"):
+        editor.edit(model, tiny_tokenizer, CITIES[1:], previous=old, composition="solve")
+
+
+def test_keys_are_inputs_under_the_edit_as_long_as_they_count(
+    editor: Any, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    model = tiny_model()
+    rows = editor.edit(model, tiny_tokenizer, CITIES, mode="independent")
+    for row, request in enumerate(CITIES):
+        one, batch = editor.edit(model, tiny_tokenizer, [request]), encode_requests(tiny_tokenizer, [request])
+        edited, plain = editor.capture(model, batch, one), editor.capture(model, batch)
+        length = torch.where(batch.labels[0] != IGNORED, 2.0, 1.0)[:, None]
+        for layer, name in enumerate(one.layers):
+            inputs = edited[layer].layer_inputs[0]
+            assert torch.allclose(inputs, plain[layer].layer_inputs[0]) == (layer == 0)
+            expected = inputs / inputs.norm(dim=-1, keepdim=True) * length
+            torch.testing.assert_close(one.keys[name][0].float(), expected, rtol=1e-3, atol=1e-3)
+            ours = rows.keys[name][row].float()
+            torch.testing.assert_close(ours[-len(expected) :], expected, rtol=1e-3, atol=1e-3)
+            assert not ours[: -len(expected)].any()
+
+
+def test_a_long_sequence_is_made_in_lots(
+    editor: Any, tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [EditRequest(f"The tower of {i} is in", f"city {i}") for i in range(5)]
+    whole = editor.edit(tiny_model(), tiny_tokenizer, requests, mode="sequential")
+    monkeypatch.setattr(modeling_ibke, "EDITS_AT_ONCE", 2)
+    lots = editor.edit(tiny_model(), tiny_tokenizer, requests, mode="sequential")
+    assert [part.info.requests for part in lots.parts] == [(request,) for request in requests]
+    for name in whole.layers:
+        torch.testing.assert_close(update(lots, name=name), update(whole, name=name), rtol=1e-3, atol=1e-5)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -108,14 +108,23 @@ def test_more_edits_than_an_editor_was_trained_for_are_said_to_be(
     one = editor.edit(model, tiny_tokenizer, REQUESTS[:1])
     editor.edit(model, tiny_tokenizer, REQUESTS, mode="independent")
     assert said == []
-    for mode, previous in (("joint", None), ("sequential", None), ("joint", one)):
+    editor.edit(model, tiny_tokenizer, REQUESTS, mode="sequential")  # each is made alone, and all are solved together
+    editor.edit(model, tiny_tokenizer, REQUESTS[:1], previous=one)
+    assert said == []
+    for mode, composition, previous in (
+        ("joint", "solve", None),
+        ("joint", "sum", None),
+        ("sequential", "sum", None),
+        ("joint", "sum", one),
+    ):
         said.clear()
-        editor.edit(model, tiny_tokenizer, REQUESTS[: 1 if previous else 2], mode=mode, previous=previous)
+        requests = REQUESTS[: 1 if previous else 2]
+        editor.edit(model, tiny_tokenizer, requests, mode=mode, previous=previous, composition=composition)
         (text,) = said
         assert "was trained on 1 edit at a time and is asked for one edit of more" in text
     editor.config.trained_edits_per_group = 2
     said.clear()
     editor.edit(model, tiny_tokenizer, REQUESTS)
     editor.config.trained_edits_per_group = 0  # an editor of which that is not known
-    editor.edit(model, tiny_tokenizer, REQUESTS, previous=one)
+    editor.edit(model, tiny_tokenizer, REQUESTS, previous=one, composition="sum")
     assert said == []

@@ -97,6 +97,7 @@ def test_sequential_edits_read_each_request_on_the_model_edited_so_far(
 ) -> None:
     model = tiny_model("qwen3")
     editor = make_editor(model, tiny_tokenizer)
+    editor.config.composition = "sum"
     with torch.inference_mode():
         sequential = editor.edit(model, tiny_tokenizer, REQUESTS, mode="sequential")
     edited, steps = copy.deepcopy(model), []

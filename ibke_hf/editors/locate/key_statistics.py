@@ -11,7 +11,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,12 +23,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ...core.attachment import LayerHook, hooked
-from ...core.capture import evaluating, target_logits
+from ...core.capture import evaluating, read_layers
 from ...core.files import parse_json, written_together
 from ...core.fingerprints import fingerprint, quick_digest, same_backbone
 from ...core.layers import BackboneError, device_of, dimensions, layers_to_edit, modules_to_edit, number_of_layers
-from ...core.tokens import TokenBatch, context_length, pad_and_label
+from ...core.tokens import context_length, pad_and_label
 
 CHUNK = 512  # texts that are tokenised at once
 OPENING = 200  # characters kept of a text whose beginning may become a random prefix
@@ -176,34 +174,6 @@ def default_layers(model: Any, number: int = 5) -> list[int]:
     """Return `number` layers, or fewer, that end at the relative depth of ROME's in GPT-2 XL, 17 of 48."""
     last = number_of_layers(model) * 17 // 48
     return list(range(max(last - number + 1, 0), last + 1))
-
-
-def read_layers(model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return input (b, l, d_in) and output (b, l, d_out) of some modules by name; what follows them is not run."""
-    states: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def recorder(name: str) -> LayerHook:
-        def record(layer_inputs: Tensor, output: Any) -> Any:
-            shape = (*batch.input_ids.shape, -1)
-            states[name] = (layer_inputs.reshape(shape), hidden_of(output).reshape(shape))
-            if len(states) == len(modules):
-                raise _AllRead
-            return output
-
-        return record
-
-    with torch.no_grad(), suppress(_AllRead), hooked(modules, {name: recorder(name) for name in modules}):
-        target_logits(model, batch)
-    return states
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Return the hidden states of what a projection or a decoder block returns; some blocks return a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-class _AllRead(Exception):  # noqa: N818  no error: ends a forward pass that has shown all that it had to
-    pass
 
 
 def _survey(texts: Iterable[str]) -> tuple[str, int, tuple[str, ...]]:

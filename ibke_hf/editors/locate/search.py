@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.attachment import LayerHook, hooked
-from ...core.capture import case_losses, graph_starting_at, require_finite, target_logits
+from ...core.capture import case_losses, graph_starting_at, hidden_of, require_finite, target_logits
 from ...core.edit_values import Edit
 from .config import LocateConfig
-from .key_statistics import hidden_of
 from .states import carrying
 from .texts import SearchTexts, SubjectTexts
 

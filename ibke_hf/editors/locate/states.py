@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.capture import read_layers
 from ...core.edit_values import Edit
 from ...core.layers import plain_name
 from .config import LocateConfig
-from .key_statistics import read_layers
 from .texts import SubjectTexts
 
 HIDDEN = "hidden states"  # names the last edited block among modules that are read
