@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..analysis.scale_factors import scale_factors
+from ..core.edits import LowRankEdit
 from ..core.layers import input_device
 from ..core.records import EditRequest
 from ..core.tokens import RequestError, context_length, encode
@@ -84,7 +85,7 @@ class Session:
         """Return the session with other active edits."""
         steps = tuple(steps)
         edits = [step.edit for step in steps]
-        whole = edits[0].compose(*edits[1:]) if len(edits) > 1 else next(map(alone, edits), None)
+        whole = _together(edits) if len(edits) > 1 else next(map(alone, edits), None)
         return replace(self, steps=steps, edit=whole)
 
 
@@ -311,6 +312,13 @@ class Workbench:
 def alone(edit: Any) -> Any:
     """Return a single edit as one that acts on every prompt."""
     return edit.whole() if hasattr(edit, "whole") else edit
+
+
+def _together(edits: Sequence[Any]) -> Any:
+    """Return several edits as one: solved where each knows the inputs that it was made for, else summed."""
+    if all(isinstance(edit, LowRankEdit) and edit.has_keys for edit in edits):
+        return edits[0].compose(*edits[1:], how="solve")
+    return edits[0].compose(*edits[1:])
 
 
 def forget(session: Session) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..benchmark import Bench, BenchmarkError
 from ..core.records import EditRecord
-from ..editors.catalogue import ARRANGEMENTS, kind_of
+from ..editors.catalogue import ARRANGEMENTS, kind_of, set_composition
 from ..io import read_json, write_json
 from ..lifelong.router import Router
 from ..loading import load_editor
@@ -89,6 +89,7 @@ class AtlasBench(Bench):
         """Load a trained editor, or build one; what is chosen on validation records is chosen for so many edits."""
         if kind_of(name).trained:
             editor = load_editor(folder, backbone=self.loaded[0])
+            set_composition(editor, "sum")
             if edits > 1:
                 self._tune(name, editor, folder / f"strength-{edits}.json", edits)
             return editor

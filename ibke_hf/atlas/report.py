@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.records import EditRecord
-from ..editors.catalogue import KINDS
+from ..editors.catalogue import KINDS, OF_ATLAS, set_composition
 from ..evaluation.editing import clock, edit_alone
 from ..evaluation.protocol import evaluate_records
 from ..evaluation.report import tabular
@@ -24,7 +24,10 @@ TITLES = {name: KINDS[name].title for name in NAMES}
 
 def atlas_editors() -> dict[str, Any]:
     """Return the editors that Atlas is compared with, by name; None is the unedited model."""
-    return {"none": None, "ft": load_rival("ft"), "mend": load_editor("mend"), "ibke": load_editor("ibke")}
+    trained = {name: load_editor(name) for name in OF_ATLAS}
+    for editor in trained.values():
+        set_composition(editor, "sum")  # of supporting hops, as in the paper's table
+    return {"none": None, "ft": load_rival("ft"), "mend": trained["mend"], "ibke": trained["ibke"]}
 
 
 def compare_editors(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.records import EditRecord
 from ..data.sources import select
-from ..editors.catalogue import ARRANGEMENTS, build_editor, editor_class, kind_of
+from ..editors.catalogue import ARRANGEMENTS, build_editor, editor_class, kind_of, set_composition
 from ..evaluation.results import require_same
 from ..io import read_json, write_json
 from ..lifelong.context import ContextEditor
@@ -61,7 +61,7 @@ class Bench(ABC):
 
     @abstractmethod
     def editor(self, name: str, folder: Path, edits: int = 1) -> Any:
-        """Return an editor that fits the model; None for the unedited model.
+        """Return an editor that fits the model, its edits summed as the paper's; None for the unedited model.
 
         Args:
             name: Its id.
@@ -83,6 +83,10 @@ class Bench(ABC):
         arrangement = ARRANGEMENTS.get(name)
         if arrangement is None:
             return self.editor(name, folder, edits)
+        if arrangement.solved:
+            editor = self.editor(arrangement.editor, folder, 1)  # whose step sizes are those of single edits
+            set_composition(editor, "solve")
+            return editor
         router = self.router(folder) if arrangement.routed else None
         if arrangement.editor == "none":
             return ContextEditor(router)
@@ -208,6 +212,7 @@ class ModelBench(Bench):
                         f"{name}={self._saved.get(name, folder)}: has {field} = {getattr(editor.config, field)!r}, "
                         f"where {kind_of(name).title} has {value!r}; give it as {kind_of(name).variant_of}"
                     )
+            set_composition(editor, "sum")
             return editor
         model, _ = self.loaded
         statistics = self._keys if kind_of(name).needs_statistics else None

@@ -65,7 +65,8 @@ def _compared_options(group: Any) -> None:
         metavar="ID[=PATH]",
         help=f"some of {', '.join(KINDS)} (default: all, ibke_paper on atlas only: elsewhere ibke is that network "
         "unless --config says more); a trained one may be given, as in ibke=my-editor; "
-        f"{', '.join(ARRANGEMENTS)}: edits that a router finds for each prompt, and requests in front of it",
+        f"{', '.join(ARRANGEMENTS)}: edits solved together, or found for each prompt by a router, and requests in "
+        "front of it",
     )
     group.add_argument(
         "--edits", nargs="+", metavar="KIND", help="counterfactual, unknown or all (default: all; atlas: both kinds)"

@@ -49,7 +49,8 @@ class GradientEditorConfig(EditorConfig):
         capture_loss_scale: Scales the edit loss while gradients are in fp16.
         composition: How edits are carried together: ``"solve"``, each made on the unedited model, see
             :mod:`~ibke_hf.core.composition` [ours]; or the ``"sum"`` of their side paths, each made on the model that
-            carries those before it [paper, UniEdit]. A config that was saved without the field says ``"solve"``.
+            carries those before it [paper, UniEdit]. ``"auto"``, which a config that was saved without the field says
+            too: solved together once the editor is trained, summed in training, as the paper does.
         ridge: λ of the solve, as a share of the mean diagonal.
         size_by_gradient: κ: an edit is multiplied by r / (r + κ), where r is the size of the request's gradient beside
             that of the calibration set, so that what a model knows already is hardly edited; 0 for edits whose size
@@ -66,7 +67,7 @@ class GradientEditorConfig(EditorConfig):
     initial_edit_ratio: float | int = 0.05
     capture_loss_scale: float | int = 1.0
     trained_edits_per_group: int = 0
-    composition: str = "solve"
+    composition: str = "auto"
     ridge: float | int = 0.1
     size_by_gradient: float | int = 0.0
 
@@ -92,7 +93,7 @@ class GradientEditorConfig(EditorConfig):
         require_range(self, "initial_edit_ratio", 1e-8, 10.0)
         require_range(self, "capture_loss_scale", 1e-8, 1e8)
         require_range(self, "trained_edits_per_group", 0, 1_000_000_000)
-        require_choice("composition", self.composition, COMPOSITIONS)
+        require_choice("composition", self.composition, ("auto", *COMPOSITIONS))
         require_range(self, "ridge", 1e-8, 1e8)
         require_range(self, "size_by_gradient", 0.0, 100.0)
 

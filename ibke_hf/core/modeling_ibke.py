@@ -269,13 +269,13 @@ class GradientEditor(EditorModel):
         if composition is not None:
             require_choice("composition", composition, COMPOSITIONS)
             return composition
-        if self.config.composition == "solve" and isinstance(previous, LowRankEdit) and not previous.has_keys:
+        if self.config.composition != "sum" and isinstance(previous, LowRankEdit) and not previous.has_keys:
             logger.warning_once(
                 "the previous edit does not carry the inputs that it was made for, so the new ones are summed onto it "
                 'instead of being solved together with it; make it again, or say composition="sum"'
             )
             return "sum"
-        return str(self.config.composition)
+        return "sum" if self.config.composition == "sum" else "solve"
 
     def _edit_solved(
         self, model: Any, batch: TokenBatch, info: EditInfo, mode: Mode, previous: LowRankEdit | SolvedEdit | None
@@ -296,7 +296,8 @@ class GradientEditor(EditorModel):
         """Return the edit of some requests, or one of each, with its keys."""
         groups = None if joint else torch.arange(len(batch))
         with evaluating(self):
-            edit = self.as_edit(self(self.capture(model, batch, names=[f"request {k}" for k in places])), groups)
+            captured = self.capture(model, batch, names=[f"request {k}" for k in places])
+            edit = self.as_edit(self(captured, with_variance=False), groups)
         keys = self._keys(model, batch, edit, groups)
         edit = edit.compose() if joint else edit  # recompresses large joint edits
         return described(replace(edit, keys=keys), info)

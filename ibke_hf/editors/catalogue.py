@@ -68,14 +68,18 @@ class Arrangement:
         title: As tables write it.
         editor: Id of the editor that makes the edits, ``"none"`` where the requests stand in front of the prompt.
         routed: Whether a router picks the edits of each prompt.
+        solved: Whether the edits are solved together; an editor's own row adds them up, as the paper does.
     """
 
     title: str
     editor: str
     routed: bool = True
+    solved: bool = False
 
 
 ARRANGEMENTS = {
+    "ibke_solved": Arrangement("IBKE solved", "ibke", routed=False, solved=True),
+    "mend_solved": Arrangement("MEND solved", "mend", routed=False, solved=True),
     "ibke_routed": Arrangement("IBKE routed", "ibke"),
     "mend_routed": Arrangement("MEND routed", "mend"),
     "context": Arrangement("true request in front", "none", routed=False),
@@ -98,6 +102,12 @@ def kind_of(name: str) -> Kind:
     if name not in KINDS:
         raise ValueError(f"there is no editor {name!r}; editors are {', '.join(KINDS)}")
     return KINDS[name]
+
+
+def set_composition(editor: Any, composition: str) -> None:
+    """Have an editor carry its edits together by a ``"sum"`` or a ``"solve"``; one without a choice stays as it is."""
+    if hasattr(getattr(editor, "config", None), "composition"):
+        editor.config.composition = composition
 
 
 def editor_of(name: str) -> str:

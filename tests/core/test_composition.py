@@ -208,7 +208,7 @@ def test_edits_are_summed_where_the_config_or_the_call_says_so(tiny_model: Any, 
     assert summed == editor.edit(model, tiny_tokenizer, CITIES[1:], previous=first, composition="sum")
     editor.config.composition = "sum"
     assert editor.edit(model, tiny_tokenizer, CITIES, mode="sequential") == summed
-    with pytest.raises(StrictDataclassError, match="composition must be one of sum, solve, found 'mean'"):
+    with pytest.raises(StrictDataclassError, match="composition must be one of auto, sum, solve, found 'mean'"):
         IBKEEditor.for_backbone(model, [1], latent_dim=8, composition="mean")
     with pytest.raises(ValueError, match="composition must be one of sum, solve, found 'mean'"):
         editor.edit(model, tiny_tokenizer, CITIES, composition="mean")
