@@ -182,7 +182,7 @@ def test_calibration_in_one_pass_equals_two_passes_over_all_factors(
         torch.testing.assert_close(statistics.std.double(), rows.std(0, correction=0), rtol=1e-6, atol=1e-9)
         ratios = []
         for part in held[: len(parts)]:
-            adapted = editor._adapt(index, part[index], False, None)
+            adapted = editor._adapt(index, part[index], sample=False, gates=None)
             side = part[index].layer_inputs @ adapted.layer_inputs.mT @ adapted.output_gradients
             ratios.append(side.flatten(1).norm(dim=-1) / part[index].output_norms)
         start = editor.config.initial_edit_ratio / torch.cat(ratios).median()
