@@ -65,8 +65,8 @@ def test_the_counted_work_of_an_edit_is_that_of_a_real_one(
 def test_batches_and_days_follow_from_what_is_counted(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     needs = plan_needs(str(tmp_path / "model"), fields={"latent_dim": 8}, work=Work(2, 12, 3, 1, 16))
-    largest = largest_batch(needs, 5_000_000)
-    assert needs.with_work(records=largest).total <= 5_000_000 < needs.with_work(records=largest + 2).total
+    largest = largest_batch(needs, 1_500_000)
+    assert needs.with_work(records=largest).total <= 1_500_000 < needs.with_work(records=largest + 2).total
     assert largest_batch(needs, 1000) == 0
     speed = Speed(flops=float(needs.step_passes.flops), parameters=float(needs.editor_parameters))
     assert speed.step_seconds(needs) == pytest.approx(2)
@@ -80,11 +80,12 @@ def test_the_command_says_what_fits(
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     words = ["plan", "--backbone", str(tmp_path / "model"), "--tokens", "12", "--targets", "3", "--context", "16"]
-    assert main([*words, "--memory", "0.1GB", "--steps", "10", "--json", str(tmp_path / "plan.json")]) == 0
+    words += ["--latent-dim", "8"]
+    assert main([*words, "--memory", "0.001GB", "--steps", "10", "--json", str(tmp_path / "plan.json")]) == 0
     text, plan = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
-    assert "0.1 GB hold" in text and "steps/s" in text and "days for 10 steps" in text
+    assert "0.001 GB hold" in text and "steps/s" in text and "days for 10 steps" in text
     assert plan["days"] == pytest.approx(10 * plan["seconds_of_a_step"] / 86_400)
-    assert plan["largest_batch"]["bfloat16"] >= plan["largest_batch"]["float32"] > 8
+    assert plan["largest_batch"]["bfloat16"] >= plan["largest_batch"]["float32"] >= 1
     assert main([*words, "--memory", "10KB", "--no-speed"]) == 0
     assert "hold no training of it" in capsys.readouterr().out
     for bad in (["--memory", "much"], ["--targets", "12"], ["--backbone", str(tmp_path / "nothing")]):

@@ -250,7 +250,7 @@ if expected == 2:
         assert all(entry["loss_itm"] > 0 for entry in ranks[0]["history"] if "loss" in entry)
     for name in () if bottleneck else ("loss", "loss_sg", "loss_il", "grad_norm"):
         values = [[entry[name] for entry in run["history"] if "loss" in entry] for run in (ranks[0], alone)]
-        assert values[0] == pytest.approx(values[1], rel=2e-3), name
+        assert values[0] == pytest.approx(values[1], rel=1e-4), name
     for name in ("eval_reliability", "eval_generality", "eval_locality"):
         assert ranks[0]["metrics"][name] == ranks[1]["metrics"][name]
     one, two = (weights(IBKEEditor.from_pretrained(tmp_path / name / "final")) for name in ("one", "two"))
@@ -258,3 +258,67 @@ if expected == 2:
         if bottleneck and "statistics" not in name:
             continue
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
+
+
+TOGETHER = {
+    "max_steps": 4,
+    "edits_per_group": 1,
+    "per_device_train_batch_size": 2,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "step_size_learning_rate": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+IN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+AFTER = """
+json.dump(trainer.state.log_history, open(f"{sys.argv[1]}-{trainer.args.process_index}.json", "w"))
+if trainer.args.world_size > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+def losses(file: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads(file.read_text()) if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_in_one(worker: Any, tmp_path: Path) -> None:
+    editor = {"use_information_bottleneck": False}
+    alone = {**TOGETHER, "per_device_train_batch_size": 4}
+    command = worker(alone, editor, 16, AFTER)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment(), timeout=900)
+    command = worker({**TOGETHER, "max_steps": 2}, editor, 16, AFTER)
+    subprocess.run([*IN_TWO, command[1], str(tmp_path / "cut")], check=True, env=environment(), timeout=900)
+    command = worker(alone, editor, 16, AFTER)
+    subprocess.run([*command, str(tmp_path / "cut"), "resume"], check=True, env=environment(), timeout=900)
+    assert losses(tmp_path / "cut-0.json") == pytest.approx(losses(tmp_path / "whole-0.json"), rel=1e-4)
+    whole, cut = (weights(IBKEEditor.from_pretrained(tmp_path / name / "checkpoint-4")) for name in ("whole", "cut"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, cut[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_death_of_one_process_ends_the_run_and_says_so(worker: Any, tmp_path: Path) -> None:
+    dying = """
+class Dies(t.TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if args.process_index == 1 and state.global_step == 3:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = worker({**TOGETHER, "max_steps": 50}, {}, 16)
+    program = Path(command[1])
+    text = program.read_text().replace(
+        "import training_runs as t\n", "import training_runs as t\nimport transformers\n"
+    )
+    text = text.replace(
+        "trainer.train(",
+        f"{dying.replace('t.Trainer', 'transformers.Trainer')}\ntrainer.add_callback(Dies())\ntrainer.train(",
+    )
+    program.write_text(text)
+    run = [*IN_TWO, command[1], str(tmp_path / "run")]
+    done = subprocess.run(run, env=environment(), timeout=300, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr and "local_rank: 1" in done.stderr, done.stderr[-2000:]
+    assert last_complete_checkpoint(tmp_path / "run") is not None
