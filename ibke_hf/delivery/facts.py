@@ -68,17 +68,20 @@ def read_checked_facts(file: str | Path) -> list[CheckedFact]:
     facts = content.get("facts")
     if not isinstance(facts, list) or not facts:
         raise FileError(f"{file}: holds no fact; write facts: and under it a list of prompts with their answers")
-    lines = _lines(text)
+    lines = _lines(text, len(facts))
     return [
         _fact(value, f"{file}:{line}: fact {i}") for i, (value, line) in enumerate(zip(facts, lines, strict=True), 1)
     ]
 
 
-def _lines(text: str) -> list[int]:
-    """Return the line that each fact begins in, from the file's nodes; it is known to be well formed."""
+def _lines(text: str, number: int) -> list[int]:
+    """Return the line that each fact begins in, from the file's nodes; it is known to be well formed.
+
+    Where the list is merged in from elsewhere (``<<``), the first line stands for all.
+    """
     root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
-    nodes = next(value.value for key, value in root.value if key.value == "facts")
-    return [node.start_mark.line + 1 for node in nodes]
+    nodes: list[Any] = next((value.value for key, value in root.value if key.value == "facts"), [])
+    return [node.start_mark.line + 1 for node in nodes] or [1] * number
 
 
 def _fact(value: Any, where: str) -> CheckedFact:

@@ -125,7 +125,7 @@ def write_gguf_adapter(edit: LowRankEdit, folder: str | Path, base: BaseFile | N
     gguf = library()
     architecture = architecture_of(edit.info.model_type) if base is None else base.architecture
     tensors, rank = tensor_names(architecture, edit.layers), max(edit.ranks.values())
-    factors: dict[str, Any] = {}
+    factors: dict[str, torch.Tensor] = {}
     for layer, tensor in tensors.items():
         a, b = edit.inputs[layer][0].float().cpu(), edit.outputs[layer][0].float().cpu().T
         if base is not None:

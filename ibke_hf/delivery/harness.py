@@ -31,8 +31,8 @@ def task_drift(
 ) -> dict[str, tuple[float, float]]:
     """Run tasks before and after, and return the scores by ``task/metric``.
 
-    A low-rank edit of a model that the harness loads by its name is given to it as a LoRA adapter (``peft=``); any
-    other edit, and a model out of a GGUF file, as the model at hand with the edit attached.
+    A low-rank edit of a model in a folder is given to the harness as a LoRA adapter (``peft=``); any other edit, and
+    any other model, such as one out of a GGUF file, as the model at hand with the edit attached.
 
     Args:
         model: The backbone.
@@ -48,7 +48,8 @@ def task_drift(
     require_harness()
     name = str(getattr(model.config, "name_or_path", "") or "")
     plain = {"pretrained": name, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
-    if isinstance(edit, LowRankEdit) and Path(name).is_dir() and gguf_file(name) is None and find_spec("peft"):
+    in_folder = bool(name) and Path(name).is_dir() and gguf_file(name) is None  # an empty name would be this folder
+    if isinstance(edit, LowRankEdit) and in_folder and find_spec("peft"):
         with TemporaryDirectory() as folder:
             edit.save_pretrained(folder)
             before = _run(plain, None, tasks, limit)

@@ -79,6 +79,12 @@ def test_a_file_that_is_wrong_names_the_place_and_what_is_allowed(tmp_path, text
         read_checked_facts(facts_file(tmp_path, text))
 
 
+def test_facts_that_are_merged_in_from_elsewhere_are_read(tmp_path):
+    text = "<<: &base\n  facts:\n    - prompt: A\n      answers: [B]\n"
+    (fact,) = read_checked_facts(facts_file(tmp_path, text))
+    assert (fact.name, fact.target) == ("A", "B")
+
+
 @pytest.fixture
 def says(monkeypatch):
     """Have the model say given answers, other ones with an edit."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,8 +196,15 @@ def test_the_harness_runs_tasks_before_and_after(setting, tmp_path, saved):
 
 @pytest.mark.skipif(find_spec("lighteval") is None, reason="lighteval is not installed")
 def test_lighteval_reads_the_tasks():
+    """The file by itself: LightEval's whole registry downloads a table of a built-in task when it is loaded."""
+    import datasets
     from lighteval.tasks.registry import Registry
 
-    file = Path(TASKS.parent / "lighteval_edit_quality.py")
-    tasks = Registry(tasks="ibke:reliability|0,ibke:locality|0", custom_tasks=file).load_tasks()
-    assert len(tasks) == 2
+    tasks = Registry.create_custom_tasks_module(Path(TASKS.parent / "lighteval_edit_quality.py")).TASKS_TABLE
+    assert [task.name for task in tasks] == ["ibke:reliability", "ibke:generality", "ibke:locality"]
+    row = datasets.load_dataset(tasks[0].hf_repo, tasks[0].hf_subset)["test"][0]
+    doc = tasks[0].prompt_function(row, tasks[0].name)
+    assert doc.query == questions("reliability")[0]["prompt"] and doc.choices == questions("reliability")[0]["answers"]
+    (metric,) = tasks[0].metrics
+    answer = SimpleNamespace(final_text=[f" {doc.choices[0]}.\nAnd"])
+    assert metric.sample_level_fn.compute(doc=doc, model_response=answer) == 1.0
