@@ -86,7 +86,7 @@ def test_ranks_are_ones_that_the_engine_has_and_nothing_is_lost_in_silence(
 
 def test_ranks_of_layers_that_differ_become_one(llama, tmp_path):
     names = [OUTPUT["llama"].format(i=i) for i in (1, 2)]
-    edit = random_edit(llama, names[:1], 2).compose(random_edit(llama, names[1:], 5))
+    edit = random_edit(llama, names[:1], 2).compose(random_edit(llama, names[1:], 5), how="sum")
     edit.export("vllm", tmp_path / "out")
     shapes = {key: tensor.shape for key, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items()}
     assert {shape[0] for key, shape in shapes.items() if "lora_A" in key} == {8}
@@ -305,3 +305,20 @@ def test_a_working_edit_works_through_peft_and_merged(tiny_model, tiny_tokenizer
     ids = torch.tensor([tiny_tokenizer(REQUEST.prompt)["input_ids"]])
     target = tiny_tokenizer(" Rome")["input_ids"][0]
     assert int(merged(ids).logits[0, -1].argmax()) == target != int(model(ids).logits[0, -1].argmax())
+
+
+def test_a_solved_edit_is_exported_as_one_adapter(llama, tmp_path):
+    """What is no LowRankEdit but a chain of factors serves as an adapter of their product."""
+    names = [OUTPUT["llama"].format(i=i) for i in (1, 2)]
+    generator = torch.Generator().manual_seed(1)
+    parts = [
+        replace(part, keys={name: torch.randn(1, 2, 48, generator=generator) for name in names})
+        for part in (random_edit(llama, names, 2), random_edit(llama, names, 3))
+    ]
+    solved = parts[0].compose(parts[1], how="solve")
+    assert not isinstance(solved, LowRankEdit)
+    solved.export("vllm", tmp_path / "out")
+    read = LowRankEdit.from_pretrained(tmp_path / "out")
+    for name in names:
+        torch.testing.assert_close(read.weight_update(name), solved.weight_update(name), atol=1e-4, rtol=1e-4)
+    assert read.info.requests == solved.info.requests

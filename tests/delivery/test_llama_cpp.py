@@ -57,8 +57,8 @@ def test_two_edits_of_a_tiny_model_are_served_alone_together_scaled_and_taken_of
         (0.0, 0.0): None,
         (1.0, 0.0): first,
         (0.0, 1.0): second,
-        (1.0, 1.0): first.compose(second),
-        (0.5, 2.0): scaled(first, 0.5).compose(scaled(second, 2.0)),
+        (1.0, 1.0): first.compose(second, how="sum"),
+        (0.5, 2.0): scaled(first, 0.5).compose(scaled(second, 2.0), how="sum"),
     }
     ours = {
         scales: [greedy(model, tokenizer, prompt, edit, margin=0.01) for prompt in PROMPTS]
@@ -97,7 +97,11 @@ def test_an_edit_of_smollm2_is_served_by_llama_cpp_as_it_answers_here(tmp_path):
         for prompt, target in zip(asked, ("Canberra", "Ankara"), strict=False)
     )
     folders = [edit.export("ollama", tmp_path / name).folder for edit, name in ((first, "one"), (second, "two"))]
-    edits = {(0.0, 0.0): None, (1.0, 0.0): first, (0.5, 0.7): scaled(first, 0.5).compose(scaled(second, 0.7))}
+    edits = {
+        (0.0, 0.0): None,
+        (1.0, 0.0): first,
+        (0.5, 0.7): scaled(first, 0.5).compose(scaled(second, 0.7), how="sum"),
+    }
     ours = {
         scales: [greedy(model, tokenizer, prompt, edit, tokens=3, margin=NEAR) for prompt in asked]
         for scales, edit in edits.items()
