@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ROW_TOKENS, TARGET_TOKENS = 64, 8  # of a case with its padding, and of its target; assumed
 RANK = 16  # of an edit: the tokens that its request is read by; assumed
 STATES = 3  # what lies on the device for each editor parameter: weight and two moments of Adam
-FEW_BLOCKS = 2  # of the backbone that its speed is measured on
+FEW_BLOCKS, ADDED = 2, 4  # blocks of the small backbones that speed is measured on, and how many more some have
 MOST_RECORDS = 1024  # of a step, that are tried
 
 
@@ -331,48 +332,96 @@ def largest_batch(needs: TrainingNeeds, memory: int) -> int:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """Seconds of some passes, by the parts of a backbone that they grow with.
+
+    Attributes:
+        base: Of `FEW_BLOCKS` blocks, the first of which is edited: embedding, vocabulary and losses among it.
+        upper: Of one more block above the lowest edited layer, forward and backward.
+        lower: Of one more block below it, forward alone.
+        layer: Of one more edited layer.
+    """
+
+    base: float
+    upper: float
+    lower: float
+    layer: float
+
+    def seconds(self, needs: TrainingNeeds) -> float:
+        """Return the seconds of the passes on a whole backbone."""
+        layers = needs.config.edited_layers or [0]
+        below, blocks = min(layers), number_of_blocks(needs.of_backbone)
+        above = blocks - below - FEW_BLOCKS
+        return self.base + above * self.upper + below * self.lower + (len(layers) - 1) * self.layer
+
+
+@dataclass(frozen=True)
 class Speed:
     """How fast a machine is at a backbone's own shapes.
 
     Attributes:
-        flops: Floating-point operations a second in the passes of a step.
+        step: Of the passes of a training step.
+        edit: Of making one edit.
         parameters: Parameters a second that the optimizer changes.
     """
 
-    flops: float
+    step: Timed
+    edit: Timed
     parameters: float
 
     def step_seconds(self, needs: TrainingNeeds) -> float:
         """Return the seconds of a training step."""
-        return needs.step_passes.flops / self.flops + needs.editor_parameters / self.parameters
+        return self.step.seconds(needs) + needs.editor_parameters / self.parameters
 
     def edit_seconds(self, needs: TrainingNeeds) -> float:
-        """Return the seconds of making one edit, at the speed of a step."""
-        return needs.edit_passes.flops / self.flops
+        """Return the seconds of making one edit."""
+        return self.edit.seconds(needs)
 
 
 def measured_speed(needs: TrainingNeeds, device: str = "cpu", runs: int = 3) -> Speed:
-    """Time the passes of a step on a few blocks of the backbone's shape, with random weights; CPU time on a CPU.
+    """Time the passes on a few blocks of the backbone's shape, with random weights; CPU time on a CPU.
+
+    Four small backbones that differ in one part each tell what a part takes; they take turns, and medians count.
 
     Args:
         needs: Says shape, precision and work.
         device: Where they run.
-        runs: Of which the median counts.
+        runs: Rounds.
     """
-    config = few_blocks(needs.of_backbone)
-    model = empty_model(config, dtype_of(needs.dtype), device)
+    variants = {
+        "base": (FEW_BLOCKS, [0]),
+        "upper": (FEW_BLOCKS + ADDED, [0]),
+        "lower": (FEW_BLOCKS + ADDED, [ADDED]),
+        "layer": (FEW_BLOCKS, [0, 1]),
+    }
+    models = {name: _few_blocks(needs, blocks, layers, device) for name, (blocks, layers) in variants.items()}
+    optimizer = torch.optim.AdamW(models["base"][1].parameters(), fused=True)
+    times: dict[str, dict[str, list[float]]] = {part: {n: [] for n in models} for part in ("step", "edit")}
+    steps: list[float] = []
+    for turn in range(runs + 1):  # the first is not counted
+        for name, (model, editor) in models.items():
+            step = _seconds(partial(training_passes, model, editor.train(), needs.work), device)
+            edit = _seconds(partial(edit_passes, model, editor.eval(), needs.work), device)
+            if turn:
+                times["step"][name].append(step)
+                times["edit"][name].append(edit)
+        steps.append(_seconds(optimizer.step, device))
+        for _, editor in models.values():
+            editor.zero_grad()
+    parameters = sum(p.numel() for p in models["base"][1].parameters())
+    return Speed(_parts(times["step"]), _parts(times["edit"]), parameters / median(steps[1:]))
+
+
+def _few_blocks(needs: TrainingNeeds, blocks: int, layers: Sequence[int], device: str) -> tuple[Any, Any]:
+    model = empty_model(few_blocks(needs.of_backbone, blocks), dtype_of(needs.dtype), device)
     fields = needs.config.to_dict()
-    kept = {name: fields[name] for name in EDITOR_FIELDS if name in fields}
-    editor = empty_editor(model, [0], kept, device).train()
-    optimizer = torch.optim.AdamW(editor.parameters(), fused=True)
-    times: list[tuple[float, float]] = []
-    for _ in range(runs + 1):
-        passes = _seconds(lambda: training_passes(model, editor, needs.work), device)
-        times.append((passes, _seconds(optimizer.step, device)))
-        optimizer.zero_grad()
-    passes, step = (sorted(part)[runs // 2] for part in zip(*times[1:], strict=True))
-    flops = count(training_passes, model, editor, work=needs.work).flops
-    return Speed(flops / passes, sum(p.numel() for p in editor.parameters()) / step)
+    return model, empty_editor(model, layers, {name: fields[name] for name in EDITOR_FIELDS if name in fields}, device)
+
+
+def _parts(times: Mapping[str, Sequence[float]]) -> Timed:
+    seconds = {name: median(values) for name, values in times.items()}
+    more = {name: max(value - seconds["base"], 0.0) for name, value in seconds.items()}
+    return Timed(seconds["base"], more["upper"] / ADDED, more["lower"] / ADDED, more["layer"])
 
 
 EDITOR_FIELDS = (
@@ -387,11 +436,16 @@ EDITOR_FIELDS = (
 )
 
 
+def number_of_blocks(config: Any) -> int:
+    """Return how many decoder blocks a backbone has."""
+    return int(config.num_hidden_layers)
+
+
 def few_blocks(config: Any, number: int = FEW_BLOCKS) -> Any:
     """Return a backbone's config with its first blocks alone."""
     fields = config.to_dict()
-    if isinstance(fields.get("layer_types"), list):
-        fields["layer_types"] = fields["layer_types"][:number]
+    if types := fields.get("layer_types"):
+        fields["layer_types"] = (types * number)[:number]
     fields[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = number
     return type(config).from_dict(fields)
 

@@ -13,7 +13,7 @@ from ibke_hf.benchmark import memory_use
 from ibke_hf.benchmark.subject import Subject, new_subject
 from ibke_hf.benchmark.training_cost import needs_for, step_at_hand
 from ibke_hf.cli import main
-from ibke_hf.training.needs import Speed, few_blocks, largest_batch, measured_speed, plan_needs
+from ibke_hf.training.needs import Speed, Timed, few_blocks, largest_batch, measured_speed, plan_needs
 from ibke_hf.training.passes import Counter, Work, count, edit_passes, empty_editor, empty_model, training_passes
 
 FACTS = [
@@ -68,10 +68,13 @@ def test_batches_and_days_follow_from_what_is_counted(tiny_model: Callable[..., 
     largest = largest_batch(needs, 1_500_000)
     assert needs.with_work(records=largest).total <= 1_500_000 < needs.with_work(records=largest + 2).total
     assert largest_batch(needs, 1000) == 0
-    speed = Speed(flops=float(needs.step_passes.flops), parameters=float(needs.editor_parameters))
-    assert speed.step_seconds(needs) == pytest.approx(2)
+    timed = Timed(base=1.0, upper=0.5, lower=0.25, layer=0.125)
+    speed = Speed(timed, timed, parameters=float(needs.editor_parameters))
+    first, layers = min(needs.config.edited_layers), len(needs.config.edited_layers)
+    expected = 1 + 0.5 * (4 - first - 2) + 0.25 * first + 0.125 * (layers - 1)
+    assert speed.edit_seconds(needs) == expected and speed.step_seconds(needs) == expected + 1
     measured = measured_speed(needs, runs=1)
-    assert measured.flops > 0 and measured.parameters > 0
+    assert measured.step.base > measured.edit.base > 0 and measured.parameters > 0
     assert few_blocks(needs.of_backbone).num_hidden_layers == 2 and needs.of_backbone.num_hidden_layers == 4
 
 
