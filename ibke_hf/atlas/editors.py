@@ -16,6 +16,7 @@ from ..core.records import EditRecord
 from ..editors.mend import MENDConfig, MENDEditor
 from ..editors.serac import SERACEditor
 from ..io import write_json
+from ..lifelong.router import Router
 from ..training.router import RouterTraining, train_router
 from ..training.serac import SERACTrainer
 from ..training.strength import choose_strength, save_in_16_bit
@@ -175,7 +176,9 @@ def train_atlas_router(
     layers = new_editor("ibke", backbone).config.module_names()
     drawn, validation = training_records(load_split(), records, seed), load_records("validation")
     settings = RouterTraining(steps=steps, seed=seed)
-    return train_router(backbone, tokenizer, layers, drawn, validation, out, settings, resume=resume)
+    report = train_router(backbone, tokenizer, layers, drawn, validation, out, settings, resume=resume)
+    Router.from_pretrained(out, dtype="float16").save_pretrained(out)  # the package keeps small
+    return report
 
 
 def _choose_strength(

@@ -247,12 +247,12 @@ class GradientEditor(EditorModel):
             ValueError: Also if `composition` is ``"solve"`` and `previous` has no keys.
         """
         require_mode(mode)
-        composition = self._composition(composition, previous)
-        if mode == "joint" or (mode == "sequential" and composition == "sum"):
-            self._warn_of_large_groups(requests, previous if composition == "sum" else None)
+        how = self._composition(composition, previous)
+        if mode == "joint" or (mode == "sequential" and how == "sum"):
+            self._warn_of_large_groups(requests, previous if how == "sum" else None)
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         info = self._info(model, requests)
-        if composition == "solve":
+        if how == "solve":
             return self._edit_solved(model, batch, info, mode, previous)
         if isinstance(previous, SolvedEdit):
             previous = previous.low_rank()

@@ -151,7 +151,9 @@ def test_undo_and_download_are_a_visitors_own(url, benches, tmp_path):
             archive.extractall(tmp_path / str(visitor))
         saved = LowRankEdit.from_pretrained(tmp_path / str(visitor) / "ibke-edit")
         assert saved.info.requests == tuple(fact.request for fact in alone[visitor].facts)
-        assert saved == alone[visitor].edit
+        made = alone[visitor].edit  # several are solved together, and saved as one adapter
+        for name in saved.layers:
+            torch.testing.assert_close(saved.weight_updates(name), made.weight_updates(name), rtol=1e-3, atol=1e-5)
     assert labels(clients[0].predict(api_name="/undo_all")) == []
     assert same_rows(clients[0].predict(PROMPTS[0], api_name="/ask")[1], benches[1].ask(Session(), PROMPTS[0]))
     assert same_rows(clients[1].predict(PROMPTS[0], api_name="/ask")[1], benches[1].ask(alone[1], PROMPTS[0]))

@@ -42,9 +42,9 @@ def test_there_is_a_card_for_atlas_and_each_preset(committed: Path) -> None:
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_committed_card_is_what_the_command_renders(name: str, committed: Path) -> None:
-    rendered, folder = render_card(name), committed / name
+    rendered, folder = render_card(name, committed), committed / name
     files = {
-        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8", errors="replace")
         for path in folder.rglob("*")
         if path.is_file()
     }

@@ -137,7 +137,9 @@ def settings_of(tiny_model, tiny_tokenizer, **config):
         if family not in setups:
             model = tiny_model(family, **config)
             torch.manual_seed(0)
-            editor = IBKEEditor.for_backbone(model, latent_dim=16, latent_length=3, initial_edit_ratio=0.5)
+            editor = IBKEEditor.for_backbone(
+                model, latent_dim=16, latent_length=3, initial_edit_ratio=0.5, composition="sum"
+            )
             requests = [request for record in make_records(40, 1, seed=7) for request in record.requests]
             editor.calibrate(model, [encode_requests(tiny_tokenizer, requests)])
             setups[family] = (model, editor)

@@ -245,6 +245,7 @@ def arrays(*numbers: int) -> dict[str, tuple[Tensor, tuple[float, ...]]]:
 
 
 def test_half_written_and_damaged_entries_are_not_read(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "cache" / "store"  # what lies beside a store counts too
     store = ActivationStore(tmp_path, 10_000)
     store.put(arrays(1, 2))
     with (tmp_path / DATA).open("ab") as data, (tmp_path / INDEX).open("ab") as index:

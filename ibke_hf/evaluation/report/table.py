@@ -21,6 +21,7 @@ EDITORS |= {
     name: ("ET" if row.routed or kind_of(row.editor).trained else "DE", row.title)
     for name, row in ARRANGEMENTS.items()
 }
+EDITORS = dict(sorted(EDITORS.items(), key=lambda item: item[1][0]))  # each group in one piece
 UNEDITED = "none"
 METRICS = {  # the strict ones first; what counts an answer among the five most probable tokens says so
     "exact_match": "Exact match",

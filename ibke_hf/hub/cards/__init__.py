@@ -16,8 +16,12 @@ REAL = ("smollm2-135m-instruct",)  # whose weights and measurements lie in the c
 CARDS = (ATLAS, *REAL, *BACKBONES)
 
 
-def render_card(name: str) -> dict[str, str]:
+def render_card(name: str, out: str | Path = "model_cards") -> dict[str, str]:
     """Return the files of one of `CARDS` by path: ``README.md``, and ``.eval_results/*.yaml`` where there are results.
+
+    Args:
+        name: The card.
+        out: Folder of the cards, where the figures of the card of a real model lie.
 
     Raises:
         ValueError: For another name; lists those that there are.
@@ -29,7 +33,7 @@ def render_card(name: str) -> dict[str, str]:
     if name in REAL:
         from .real import real_card
 
-        return real_card(name)
+        return real_card(name, Path(out) / name)
     from .presets import preset_card
 
     return preset_card(name, backbone_of(name))
@@ -53,7 +57,7 @@ def write_card(name: str, out: str | Path) -> list[Path]:
         ValueError: For a name that is none.
     """
     written = []
-    for path, text in render_card(name).items():
+    for path, text in render_card(name, out).items():
         file = Path(out) / name / path
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
@@ -67,5 +71,5 @@ def stale_files(name: str, out: str | Path) -> list[Path]:
     Raises:
         ValueError: For a name that is none.
     """
-    files = {Path(out) / name / path: text for path, text in render_card(name).items()}
+    files = {Path(out) / name / path: text for path, text in render_card(name, out).items()}
     return [file for file, text in files.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]

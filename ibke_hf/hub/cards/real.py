@@ -19,7 +19,6 @@ from .editor import editor_metadata, editor_page
 from .text import CARD, IBKE_TAGS, fenced, listed, prose
 
 Json = dict[str, Any]
-FOLDER = Path(__file__).parents[3] / "model_cards"  # of the repository; not in the wheel
 NAMES = {"smollm2-135m-instruct": "smollm2"}  # of the cards, with the short names of their models
 TRAINING, TABLE, CHAT, PRECISION = "training.json", "table.json", "chat.json", "precision"
 
@@ -67,15 +66,13 @@ Large Language Model Editing*. A token-wise skip, an MLP block and {heads} atten
 are ours. No figure of the paper is repeated here."""
 
 
-def real_card(name: str) -> dict[str, str]:
+def real_card(name: str, folder: Path) -> dict[str, str]:
     """Return the files of the card of an editor of a real model, by path.
 
-    Raises:
-        ValueError: Where ``model_cards/`` is not at hand, as in an installed package.
+    Args:
+        name: Name of the card.
+        folder: Where its figures lie; where there are none, the card says that there are no weights.
     """
-    folder = FOLDER / name
-    if not folder.is_dir():
-        raise ValueError(f"{name}: its figures lie in {folder}, which a clone of the repository has; run it there")
     short = NAMES[name]
     backbone, log, config = hub_id(short), _read(folder / TRAINING), _read(folder / "config.json")
     metadata: Json = {"license": "apache-2.0", "language": "en", "tags": IBKE_TAGS}

@@ -69,12 +69,18 @@ def test_rows_have_the_papers_order_and_groups():
         "LEMoE",
         "GRACE",
         "AlphaEdit",
+        "true request in front",
         "SERAC",
         "MEND",
         "IBKE (paper)",
         "IBKE (ours)",
+        "IBKE solved",
+        "MEND solved",
+        "IBKE routed",
+        "MEND routed",
+        "nearest request in front",
     ]
-    assert [row.group for row in table.rows] == ["DE"] * 7 + ["ET"] * 4
+    assert [row.group for row in table.rows] == ["DE"] * 8 + ["ET"] * 9
 
 
 def test_the_edge_of_three_percent_counts_and_ties_share_the_best():
@@ -146,7 +152,7 @@ def test_a_metric_that_nobody_has_has_no_column():
 
 def test_notes_name_what_is_missing_unequal_or_of_other_records():
     notes = "\n".join(table_of(many_cells()).notes)
-    assert "2 of 55 cells are missing (…)" in notes
+    assert "2 of 85 cells are missing (…)" in notes
     assert 'Seeds are unequal: 3 seeds, but 2 for MEND in "test, unknown".' in notes
     assert "W/O is the unedited model" in notes
     whole = "\n".join(table_of([a_cell(), a_cell("ft")]).notes)
