@@ -39,7 +39,7 @@ def load_router() -> Any:
     """Return the router that was trained for the Atlas editors, in eval mode."""
     from ..lifelong.router import Router
 
-    return Router.from_pretrained(ASSETS / "router", dtype="float32").eval()
+    return Router.from_pretrained(ASSETS / "router").eval()
 
 
 def load_rival(name: str, model: Any = None, statistics: Any = None, *, edits: int = 1, **settings: Any) -> Any:

@@ -146,6 +146,11 @@ class Router(EditorModel):
         self.none = nn.Parameter(torch.tensor(0.5))  # similarity that stands for "no edit" in training
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """Load a router, as transformers does; it is computed in fp32 whatever it was stored in."""
+        return super().from_pretrained(*args, **{"dtype": torch.float32, **options})
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from safetensors.torch import load_file
 
-from ibke_hf.atlas import load_backbone, load_editor, load_records, load_router
+from ibke_hf.atlas import ASSETS, load_backbone, load_editor, load_records, load_router
 from ibke_hf.evaluation.protocol import evaluate_records
 from ibke_hf.lifelong.routed import RoutedEditor
+from ibke_hf.lifelong.router import Router
 from ibke_hf.training.router import judged, shares_found
 from ibke_hf.training.router_batches import routed_records
 
@@ -41,3 +43,10 @@ def test_routed_edits_are_scored_as_each_alone_where_the_router_finds_them() -> 
             editor, backbone, tokenizer, records, sequential=len(records), generate=False, progress=False
         )
     assert routed.summary["reliability"] >= 90 and routed.summary["locality"] >= 85
+
+
+def test_the_router_is_stored_in_16_bit_and_computed_in_32() -> None:
+    stored = load_file(ASSETS / "router" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for router in (load_router(), Router.from_pretrained(ASSETS / "router")):
+        assert {parameter.dtype for parameter in router.parameters()} == {torch.float32}
