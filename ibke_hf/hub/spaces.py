@@ -163,5 +163,5 @@ def _bring_metric(target: Path) -> None:
 
 
 def _not_of_a_page(folder: str, names: list[str]) -> set[str]:
-    """Leave out what no page reads: the weights of the embedded model's second editor, which only comparisons load."""
-    return NOT_COPIED(folder, names) | ({"mend"} if Path(folder).name == "assets" else set())
+    """Leave out what no page reads: the embedded model's second editor and test records, which comparisons load."""
+    return NOT_COPIED(folder, names) | ({"mend", "records"} if Path(folder).name == "assets" else set())

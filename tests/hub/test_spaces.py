@@ -110,7 +110,7 @@ def test_a_page_of_this_package_runs_on_the_copy_beside_it(mine: Path, tmp_path:
     page_files = {"app.py", "README.md", "requirements.txt", "logo.svg"}
     assert {name for name in files(target) if not name.startswith("ibke_hf/")} == page_files
     package = Path(str(ibke_hf.__file__)).parent
-    absent = ("__pycache__", "atlas/assets/mend/")  # no page compares with MEND
+    absent = ("__pycache__", "atlas/assets/mend/", "atlas/assets/records/")  # no page compares editors
     copied = {f"ibke_hf/{name}" for name in files(package) if not any(part in name for part in absent)}
     assert copied == files(target) - page_files
     assert sum(file.stat().st_size for file in target.rglob("*")) < 24_000_000
