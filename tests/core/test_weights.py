@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from spread_models import offloaded
 from torch import Tensor, nn
 
 from ibke_hf.core.capture import NonFiniteError
@@ -38,16 +39,6 @@ def make_edit(model: Any, names: list[str] = NAMES, size: float = 0.3) -> LowRan
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model(IDS).logits
-
-
-def offloaded(model: Any, where: str, folder: Path) -> Any:
-    """Put two blocks, the embeddings and the head elsewhere, as a `device_map` does."""
-    accelerate = pytest.importorskip("accelerate")
-    places = {"model.embed_tokens": where, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": where}
-    places |= {f"model.layers.{i}": "cpu" if i % 2 else where for i in range(4)}
-    if where == "disk":
-        return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
-    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
 @pytest.fixture(params=["cpu", "disk"])
