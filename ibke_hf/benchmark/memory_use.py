@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ..core.composition import SolvedEdit
+from ..core.edits import LowRankEdit
 from ..training.needs import STATES
 from ..training.speed import run_step
 from .ratios import Ratio
@@ -19,9 +21,9 @@ from .training_cost import needs_for, step_at_hand
 
 
 def memory_ratios(subject: Subject) -> list[Ratio]:
-    """Hold the bytes that edits keep alive against those of their factors ĥ and û alone, and plans against bytes."""
+    """Hold the bytes that edits keep alive against those of what they are made of, and plans against bytes."""
     kept = [
-        Ratio(name, f"{subject.shape(number)}, {mode}", stored_bytes(edit), factor_bytes(edit), "bytes")
+        Ratio(name, f"{subject.shape(number)}, {mode}", stored_bytes(edit), content_bytes(edit), "bytes")
         for name, number, mode in (
             ("edit_memory", 1, "joint"),
             ("edit_memory_b8", 8, "independent"),
@@ -56,9 +58,13 @@ def planned_memory(subject: Subject) -> list[Ratio]:
     return [Ratio(name, shape, ours, reference, "bytes") for name, (shape, ours, reference) in shapes.items()]
 
 
-def factor_bytes(edit: Any) -> int:
-    """Return the bytes of ĥ and û."""
-    return sum(tensor.nbytes for part in (edit.inputs, edit.outputs) for tensor in part.values())
+def content_bytes(edit: LowRankEdit | SolvedEdit) -> int:
+    """Return the bytes of ĥ and û in fp32, and of the keys in 16 bit that composition solves for."""
+    parts = edit.parts if isinstance(edit, SolvedEdit) else (edit,)
+    factors = sum(
+        4 * tensor.numel() for part in parts for side in (part.inputs, part.outputs) for tensor in side.values()
+    )
+    return factors + sum(2 * keys.numel() for part in parts for keys in part.keys.values())
 
 
 def stored_bytes(value: Any) -> int:

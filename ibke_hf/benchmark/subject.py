@@ -107,7 +107,6 @@ def new_subject(
     model.requires_grad_(False)
     torch.manual_seed(SEED)
     fields = fit_width("ibke", model, layers, editor_fields or {})
-    fields = {"composition": "sum", **fields}  # the paper's edit: the keys of a solve take one more pass of each
     editor = editor_class("ibke").for_backbone(model, layers, **fields).to(input_device(model)).eval()
     records = [_record(i, *fact) for i, fact in enumerate(facts)]
     lengths = {r.id: len(encode_requests(tokenizer, r.requests).input_ids[0]) for r in records}

@@ -30,7 +30,7 @@ from .configuration_ibke import COMPOSITIONS, require_choice
 from .edit_values import EditInfo, common_length, joined_info
 from .edits import LowRankEdit, WeightEdit, join_groups
 from .part_files import read_parts, save_parts
-from .ridge import joined_rows, solve_by_keys, solve_update
+from .ridge import in_16_bit, joined_rows, solve_by_keys, solve_update
 from .tokens import IGNORED, TokenBatch
 
 RIDGE = 0.1  # λ as a share of the mean diagonal
@@ -287,6 +287,11 @@ def weighted_keys(layer_inputs: Tensor, batch: TokenBatch) -> Tensor:
     says_target = (batch.labels != IGNORED).to(device)
     weights = batch.attention_mask.to(device) * torch.where(says_target, TARGET_WEIGHT, 1.0)
     return layer_inputs * (weights.sqrt().unsqueeze(-1) / lengths)
+
+
+def keys_of(batch: TokenBatch, layer_inputs: Mapping[str, Tensor], groups: Tensor | None) -> dict[str, Tensor]:
+    """Return the keys of each group of requests from the inputs (b, l, d_in) of the edited layers."""
+    return {name: in_16_bit(join_groups(weighted_keys(x.float(), batch), groups)) for name, x in layer_inputs.items()}
 
 
 def keys_and_shifts(edit: LowRankEdit, name: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .adapter_files import publisher
 from .capture import GradientFactors, capture_factors, evaluating, read_layers
-from .composition import SolvedEdit, weighted_keys
+from .composition import SolvedEdit, keys_of
 from .configuration_ibke import (
     COMPOSITIONS,
     Composition,
@@ -241,7 +241,9 @@ class GradientEditor(EditorModel):
         carried together, in sequential mode and with `previous`, is the config's `composition` unless it is given:
         where it is ``"solve"``, every edit is made on the unedited model, and all of them are solved together. A
         `previous` without keys, such as one of an earlier version or of another editor, cannot be solved: by default
-        the new edits are then summed onto it, which is logged.
+        the new edits are then summed onto it, which is logged. An edit that is made in company, or by
+        ``"solve"``, reads its keys under itself, which takes one more pass of its requests; a lone one by ``"auto"``
+        has those of the unedited model, which are there anyway and serve a little less well.
 
         Raises:
             ValueError: Also if `composition` is ``"solve"`` and `previous` has no keys.
@@ -253,7 +255,9 @@ class GradientEditor(EditorModel):
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         info = self._info(model, requests)
         if how == "solve":
-            return self._edit_solved(model, batch, info, mode, previous)
+            in_company = previous is not None or (mode == "sequential" and len(batch) > 1)
+            reads_keys = in_company or "solve" in (composition, self.config.composition)
+            return self._edit_solved(model, batch, info, mode, previous, reads_keys=reads_keys)
         if isinstance(previous, SolvedEdit):
             previous = previous.low_rank()
         with evaluating(self):
@@ -278,27 +282,47 @@ class GradientEditor(EditorModel):
         return "sum" if self.config.composition == "sum" else "solve"
 
     def _edit_solved(
-        self, model: Any, batch: TokenBatch, info: EditInfo, mode: Mode, previous: LowRankEdit | SolvedEdit | None
+        self,
+        model: Any,
+        batch: TokenBatch,
+        info: EditInfo,
+        mode: Mode,
+        previous: LowRankEdit | SolvedEdit | None,
+        *,
+        reads_keys: bool,
     ) -> LowRankEdit | SolvedEdit:
         edits: list[LowRankEdit | SolvedEdit] = [] if previous is None else [previous]
         if mode == "sequential":
             for start in range(0, len(batch), EDITS_AT_ONCE):
                 places = range(start, min(start + EDITS_AT_ONCE, len(batch)))
                 lot = replace(info, requests=info.requests[start : places.stop])
-                edits += list(self._edit_on_unedited(model, batch[start : places.stop], lot, places, joint=False))
+                part = batch[start : places.stop]
+                edits += self._edit_on_unedited(model, part, lot, places, joint=False, reads_keys=reads_keys)
         else:
-            edits.append(self._edit_on_unedited(model, batch, info, range(len(batch)), joint=mode == "joint"))
+            joint, places = mode == "joint", range(len(batch))
+            edits.append(self._edit_on_unedited(model, batch, info, places, joint=joint, reads_keys=reads_keys))
         return SolvedEdit.of(edits, self.config.ridge)
 
     def _edit_on_unedited(
-        self, model: Any, batch: TokenBatch, info: EditInfo, places: Sequence[int], *, joint: bool
+        self,
+        model: Any,
+        batch: TokenBatch,
+        info: EditInfo,
+        places: Sequence[int],
+        *,
+        joint: bool,
+        reads_keys: bool,
     ) -> LowRankEdit:
-        """Return the edit of some requests, or one of each, with its keys."""
+        """Return the edit of some requests, or one of each, with its keys, read under it or of the unedited model."""
         groups = None if joint else torch.arange(len(batch))
         with evaluating(self):
             captured = self.capture(model, batch, names=[f"request {k}" for k in places])
             edit = self.as_edit(self(captured, with_variance=False), groups)
-        keys = self._keys(model, batch, edit, groups)
+        if reads_keys:
+            keys = self._keys(model, batch, edit, groups)
+        else:
+            inputs = {name: factors.layer_inputs for name, factors in zip(edit.layers, captured, strict=True)}
+            keys = keys_of(batch, inputs, groups)
         edit = edit.compose() if joint else edit  # recompresses large joint edits
         return described(replace(edit, keys=keys), info)
 
@@ -307,9 +331,7 @@ class GradientEditor(EditorModel):
         batch = batch.to(input_device(model))
         with evaluating(model), edit.attached(model):
             layers = read_layers(model, self.modules_of(model), batch)
-        return {
-            name: in_16_bit(join_groups(weighted_keys(x.float(), batch), groups)) for name, (x, _) in layers.items()
-        }
+        return keys_of(batch, {name: x for name, (x, _) in layers.items()}, groups)
 
     def _edit_sequentially(
         self, model: Any, batch: TokenBatch, previous: LowRankEdit | None, info: EditInfo

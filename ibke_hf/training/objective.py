@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.capture import GradientFactors, evaluating, mean_per_row, target_logits
-from ..core.composition import solve_groups
+from ..core.composition import solve_groups, weighted_keys
 from ..core.edits import LowRankEdit
 from ..core.hypernetworks import AdaptedFactors
 from ..core.layers import input_device
@@ -206,23 +206,28 @@ def _edit(
     )
     adapted = model(factors, sample=model.training)
     if not len(hop_cases):
-        return _joined(editor, adapted, groups[:number], factors), groups, adapted, names
+        return _joined(editor, adapted, groups[:number], factors, requests), groups, adapted, names
     members, edits, rows = edits_with_hops(groups, number, hop_cases)
     chosen = [
         replace(a, layer_inputs=a.layer_inputs[members], output_gradients=a.output_gradients[members]) for a in adapted
     ]
     captured = [replace(f, layer_inputs=f.layer_inputs[members]) for f in factors]
-    return _joined(editor, chosen, edits, captured), rows, adapted, names
+    return _joined(editor, chosen, edits, captured, requests[members]), rows, adapted, names
 
 
 def _joined(
-    editor: GradientEditor, adapted: Sequence[AdaptedFactors], groups: Tensor, captured: Sequence[GradientFactors]
+    editor: GradientEditor,
+    adapted: Sequence[AdaptedFactors],
+    groups: Tensor,
+    captured: Sequence[GradientFactors],
+    requests: TokenBatch,
 ) -> LowRankEdit:
     """Make one edit of each group of requests: a sum of their side paths, or solved where the editor's edits are."""
     if editor.config.composition != "solve":
         return editor.as_edit(adapted, groups)
     if int(torch.bincount(groups).max()) == 1:  # one edit alone is left as it is
         return editor.as_edit(adapted, groups)
+    captured = [replace(f, layer_inputs=weighted_keys(f.layer_inputs.float(), requests)) for f in captured]
     each = editor.as_edit(adapted, torch.arange(len(groups), device=groups.device), captured=captured)
     return solve_groups(each, groups, editor.config.ridge)
 

@@ -152,7 +152,7 @@ def test_an_edit_costs_no_operation_of_the_backbone_beside_its_passes(subject: S
     assert 0 < ours <= passes + adapting
 
 
-def test_an_edit_keeps_no_more_alive_than_its_factors(subject: Subject) -> None:
+def test_an_edit_keeps_no_more_alive_than_its_factors_and_keys(subject: Subject) -> None:
     ratios = {ratio.name: ratio.ratio for ratio in memory_use.memory_ratios(subject)}
     assert {name for name, ratio in ratios.items() if name.startswith("edit_") and ratio <= 1.1} == {
         "edit_memory",

@@ -157,6 +157,7 @@ CITIES = [EditRequest(f"The {city} tower is in", target) for city, target in (("
 
 @pytest.fixture
 def editor(tiny_model: Any) -> Any:
+    torch.manual_seed(0)  # a key that is rounded to 16 bit the other way would be a difference
     editor = IBKEEditor.for_backbone(tiny_model(), [1, 2], latent_dim=8, latent_length=2).eval()
     for statistics in editor.statistics:
         statistics.count.fill_(1)
@@ -168,7 +169,7 @@ def test_an_editor_makes_each_edit_on_the_unedited_model_and_solves_them(
 ) -> None:
     model = tiny_model()
     both = editor.edit(model, tiny_tokenizer, CITIES, mode="sequential")
-    alone = [editor.edit(model, tiny_tokenizer, [request]) for request in CITIES]
+    alone = [editor.edit(model, tiny_tokenizer, [request], composition="solve") for request in CITIES]
     assert isinstance(both, SolvedEdit) and all(isinstance(one, LowRankEdit) for one in alone)
     assert both.info.requests == tuple(CITIES)
     expected = SolvedEdit.of(alone, editor.config.ridge)
@@ -231,9 +232,10 @@ def test_keys_are_inputs_under_the_edit_as_long_as_they_count(
     editor: Any, tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     model = tiny_model()
-    rows = editor.edit(model, tiny_tokenizer, CITIES, mode="independent")
+    rows = editor.edit(model, tiny_tokenizer, CITIES, mode="independent", composition="solve")
     for row, request in enumerate(CITIES):
-        one, batch = editor.edit(model, tiny_tokenizer, [request]), encode_requests(tiny_tokenizer, [request])
+        batch = encode_requests(tiny_tokenizer, [request])
+        one = editor.edit(model, tiny_tokenizer, [request], composition="solve")
         edited, plain = editor.capture(model, batch, one), editor.capture(model, batch)
         length = torch.where(batch.labels[0] != IGNORED, 2.0, 1.0)[:, None]
         for layer, name in enumerate(one.layers):
@@ -244,6 +246,26 @@ def test_keys_are_inputs_under_the_edit_as_long_as_they_count(
             ours = rows.keys[name][row].float()
             torch.testing.assert_close(ours[-len(expected) :], expected, rtol=1e-3, atol=1e-3)
             assert not ours[: -len(expected)].any()
+
+
+@pytest.mark.parametrize("mode", ["joint", "independent", "sequential"])
+def test_a_lone_edit_takes_one_pass_and_is_what_it_was(
+    editor: Any, tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    model = tiny_model()
+    passes: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(mode))
+    requests = CITIES[: 1 if mode == "sequential" else 2]
+    one = editor.edit(model, tiny_tokenizer, requests, mode=mode)
+    assert len(passes) == 1
+    assert replace(one, keys={}) == editor.edit(model, tiny_tokenizer, requests, mode=mode, composition="sum")
+    read = editor.edit(model, tiny_tokenizer, requests, mode=mode, composition="solve")
+    assert replace(read, keys={}) == replace(one, keys={}) and one.has_keys and read.has_keys
+    lowest, upper = one.layers  # the lowest layer reads the same whether the edit is there or not
+    torch.testing.assert_close(one.keys[lowest], read.keys[lowest])
+    lengths = [edit.keys[upper].float().norm(dim=-1) for edit in (one, read)]
+    torch.testing.assert_close(*lengths, rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(one.keys[upper], read.keys[upper], atol=1e-2)
 
 
 def test_a_long_sequence_is_made_in_lots(
