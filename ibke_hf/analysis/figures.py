@@ -11,10 +11,10 @@ from ..evaluation.report.drawing import THEMES, Theme, drawing, png_of, svg_of
 from ..evaluation.report.trade_off import Point, draw_trade_off, drawn_points
 from ..evaluation.scores import f1
 from ..io import read_json, write_json, write_text, written_file
-from .drawings import domains, edits, trainings
+from .drawings import domains, edits, ranks, trainings
 
 Data = Mapping[str, Any]
-FIGURES = ("2", "3", "4", "5a", "5b", "6", "7a", "7b")
+FIGURES = ("2", "3", "4", "5a", "5b", "6", "7a", "7b", "ranks")
 
 
 def trade_off(cells: Any) -> dict[str, Any]:
@@ -45,6 +45,7 @@ DRAWN: dict[str, Callable[[Data, Theme], Any]] = {
     "6": edits.draw_latents,
     "7a": edits.draw_scale_factors,
     "7b": edits.draw_pruning,
+    "ranks": ranks.draw_ranks,
 }
 
 

@@ -48,15 +48,29 @@ def read_sweep(place: str | Path) -> list[Line]:
 
 def kept_editors(place: str | Path) -> dict[str, dict[int, Path]]:
     """Return the folders of the editors that a sweep kept, the paper's with and without IB, by label and seed."""
-    folder = Path(place) if Path(place).is_dir() else Path(place).parent
-    kept: dict[str, dict[int, Path]] = {}
-    for label, switch in (("with IB", True), ("without IB", False)):
-        wanted = {**PAPER, "use_information_bottleneck": switch}
-        for line in read_sweep(place):
-            editor = folder / "cells" / str(line.get("name")) / "editor"
-            if all(line[name] == value for name, value in wanted.items()) and (editor / "config.json").exists():
-                kept.setdefault(label, {})[line["seed"]] = editor
-    return {label: dict(sorted(folders.items())) for label, folders in kept.items()}
+    switches = {"with IB": True, "without IB": False}
+    kept = {label: _kept(place, use_information_bottleneck=switch) for label, switch in switches.items()}
+    return {label: folders for label, folders in kept.items() if folders}
+
+
+def kept_by_rank(place: str | Path) -> dict[int, dict[int, Path]]:
+    """Return the folders of the editors that a sweep kept, the paper's, by the rank of their edits and seed."""
+    return {
+        rank: folders
+        for rank in sorted({int(line["edit_rank"]) for line in read_sweep(place)})
+        if (folders := _kept(place, edit_rank=rank))
+    }
+
+
+def _kept(place: str | Path, **fields: Any) -> dict[int, Path]:
+    """Return the folders of editors that a sweep kept, by seed: their fields are the paper's but for those named."""
+    folder, wanted = Path(place) if Path(place).is_dir() else Path(place).parent, {**PAPER, **fields}
+    kept = {}
+    for line in read_sweep(place):
+        editor = folder / "cells" / str(line.get("name")) / "editor"
+        if all(line[name] == value for name, value in wanted.items()) and (editor / "config.json").exists():
+            kept[int(line["seed"])] = editor
+    return dict(sorted(kept.items()))
 
 
 def read_evidence(folder: str | Path) -> Evidence:

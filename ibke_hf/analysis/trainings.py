@@ -18,6 +18,7 @@ PAPER = {  # what a line is compared with unless a figure varies it: the paper's
     "domain": "all",
     "edits": "all",
     "few_shot": 0,
+    "edit_rank": 0,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "IBKE (paper)": {},

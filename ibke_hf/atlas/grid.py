@@ -14,7 +14,7 @@ GRID = Path(__file__).with_name("grid.yaml")
 ALL = "all"
 EDITORS = ("ibke_paper", "ibke")
 EDITS = (ALL, "unknown")
-NUMBERS = {"latent_length": 1, "beta": 0, "few_shot": 0}  # the least of each
+NUMBERS = {"latent_length": 1, "beta": 0, "few_shot": 0, "edit_rank": 0}  # the least of each
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Training:
         domain: The one whose facts are edited in training, or ``"all"``.
         edits: ``"all"``: unknown and counterfactual ones as the recipe mixes them; ``"unknown"``: true facts alone.
         few_shot: Counterfactual records among those of unknown edits.
+        edit_rank: Rank that every edit is cut to, 0 for none.
         seed: Of records, initialisation, order and noise.
     """
 
@@ -41,6 +42,7 @@ class Training:
     domain: str = ALL
     edits: str = ALL
     few_shot: int = 0
+    edit_rank: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Training:
             "" if self.use_scale_factor else "no-sf",
             "" if self.domain == ALL else f"on-{self.domain}",
             "" if self.edits == ALL else f"{self.edits}-{self.few_shot}",
+            f"r{self.edit_rank}" if self.edit_rank else "",
             str(self.seed),
         ]
         return ".".join(filter(None, parts))

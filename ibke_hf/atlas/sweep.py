@@ -102,7 +102,7 @@ def _train(training: Training, steps: int, folder: Path, pools: _Pools, progress
     if (folder / EDITOR / LOG).exists():
         return
     started = last_complete_checkpoint(folder / EDITOR / "checkpoints")
-    network = ("latent_length", "use_information_bottleneck", "use_scale_factor")
+    network = ("latent_length", "use_information_bottleneck", "use_scale_factor", "edit_rank")
     train_atlas_editor(
         training.editor,
         folder / EDITOR,

@@ -10,7 +10,7 @@ from typing import Any
 
 from .options import add_command, load_options, model_options, place, positive, read_dataset
 
-OF_TABLE, OF_SWEEP, OF_EDITORS = ("2",), ("3", "4", "5a", "5b"), ("6", "7a", "7b")
+OF_TABLE, OF_SWEEP, OF_EDITORS = ("2",), ("3", "4", "5a", "5b"), ("6", "7a", "7b", "ranks")
 ATLAS = "atlas"
 
 
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         nargs="+",
         choices=(*OF_TABLE, *OF_SWEEP, *OF_EDITORS),
         metavar="N",
-        help="some of 2, 3, 4, 5a, 5b, 6, 7a, 7b (default: those that there are data for)",
+        help="some of 2, 3, 4, 5a, 5b, 6, 7a, 7b, ranks (default: those that there are data for)",
     )
     command.add_argument("--table", metavar="FILE", help="table.json of `ibke table`, for Figure 2")
     command.add_argument("--sweep", metavar="DIR", help="folder or sweep.json of `ibke sweep`, for Figures 3 to 7")
@@ -32,15 +32,22 @@ def add(commands: Any) -> None:
         "--editors",
         nargs="+",
         metavar="[LABEL=]PATH",
-        help="editors of Figures 6 and 7 (default: those that the sweep kept with and without IB, else the one of the "
-        "model: atlas, or what --model names)",
+        help="editors of Figures 6 and 7 and of ranks (default: those that the sweep kept with and without IB, or by "
+        "rank, else the one of the model: atlas, or what --model names)",
     )
     model_options(command, default=ATLAS)
     command.add_argument(
-        "--records", nargs="+", metavar="FILE", help="edits of Figures 6 and 7 (default: Atlas test and held-out)"
+        "--records",
+        nargs="+",
+        metavar="FILE",
+        help="edits of Figures 6 and 7 and of ranks (default: Atlas test and held-out)",
     )
     command.add_argument(
-        "--limit", type=positive, default=100, metavar="N", help="edits that Figure 7 measures (default: 100)"
+        "--limit",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="edits that Figure 7 and that of ranks measure (default: 100)",
     )
     command.add_argument("--out", type=place, required=True, metavar="DIR", help="folder of the figures")
     command = add_command(
@@ -108,6 +115,7 @@ def _of_sweep(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 def _of_editors(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     from ..analysis import editors
+    from ..analysis.ranks import quality_by_rank
     from ..loading import load_model
 
     atlas = options.model == ATLAS
@@ -125,6 +133,7 @@ def _of_editors(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         "6": lambda: editors.latent_maps(compared, model, tokenizer, records),
         "7a": lambda: editors.scale_factor_maps(compared, model, tokenizer, measured),
         "7b": lambda: editors.pruning(compared, model, tokenizer, measured, told=told),
+        "ranks": lambda: quality_by_rank(_by_rank(options, compared, model), model, tokenizer, measured, told=told),
     }
 
 
@@ -151,6 +160,27 @@ def _compared(options: argparse.Namespace, model: Any) -> list[Any]:
         raise ValueError("--editors: name the editor of the model for Figures 6 and 7")
     editor = load_editor("ibke", backbone=model)
     return [Compared(f"shipped editor, {label_of(editor)}", {0: editor})]
+
+
+def _by_rank(options: argparse.Namespace, compared: list[Any], model: Any) -> dict[str, Any]:
+    """Return the editors of the figure of ranks: one whose edits are cut, and those trained with cut ones."""
+    from ..analysis.files import kept_by_rank
+    from ..analysis.ranks import AFTERWARDS, IN_THE_LOOP, RANKS
+    from ..loading import load_editor
+
+    if options.editors or not options.sweep or options.model != ATLAS:
+        loaded = [editor for one in compared for editor in one.editors.values()]
+        trained = {editor.config.edit_rank: {0: editor} for editor in loaded}
+    else:
+        trained = {
+            rank: {seed: load_editor(str(folder), backbone=model) for seed, folder in folders.items()}
+            for rank, folders in kept_by_rank(options.sweep).items()
+        } or {0: compared[0].editors}
+    whole = trained.get(0)
+    lines = {AFTERWARDS: dict.fromkeys((*RANKS, 0), whole)} if whole else {}
+    if any(trained):
+        lines[IN_THE_LOOP] = trained
+    return lines
 
 
 def _records(options: argparse.Namespace) -> list[Any]:

@@ -55,6 +55,8 @@ class GradientEditorConfig(EditorConfig):
         size_by_gradient: κ: an edit is multiplied by r / (r + κ), where r is the size of the request's gradient beside
             that of the calibration set, so that what a model knows already is hardly edited; 0 for edits whose size
             does not depend on it [ours, off].
+        edit_rank: Rank that every edit is cut to, in training too; 0 for as many as its requests have tokens [ours,
+            off].
         trained_edits_per_group: Records that training edited jointly (`edits_per_group`), 0 where that is not known;
             an edit of more requests is beyond what the editor has learnt.
     """
@@ -70,6 +72,7 @@ class GradientEditorConfig(EditorConfig):
     composition: str = "auto"
     ridge: float | int = 0.1
     size_by_gradient: float | int = 0.0
+    edit_rank: int = 0
 
     def module_names(self) -> list[str]:
         """Return the full names of the edited projections."""
@@ -96,6 +99,7 @@ class GradientEditorConfig(EditorConfig):
         require_choice("composition", self.composition, ("auto", *COMPOSITIONS))
         require_range(self, "ridge", 1e-8, 1e8)
         require_range(self, "size_by_gradient", 0.0, 100.0)
+        require_range(self, "edit_rank", 0, 65536)
 
 
 @strict

@@ -306,19 +306,13 @@ class LowRankEdit(WeightEdit):
         """Return the best rank-`rank` edit in Frobenius norm, by QR and SVD of the factors; ΔW is not formed.
 
         The result's `relative_error` holds ‖ΔW - ΔW_r‖ / ‖ΔW‖ of each layer (the worst over independent edits).
+        Gradients go through the factors, with the directions that are kept held fixed.
         """
         if rank < 1:
             raise ValueError(f"rank must be at least 1, found {rank}")
         inputs, outputs, errors = {}, {}, {}
         for name in self.inputs:
-            q_in, r_in = torch.linalg.qr(self.inputs[name].float().mT)
-            q_out, r_out = torch.linalg.qr(self.outputs[name].float().mT)
-            left, singular, right = torch.linalg.svd(r_in @ r_out.mT, full_matrices=False)
-            kept = min(rank, singular.shape[-1])
-            inputs[name] = (q_in @ left[..., :kept]).mT.contiguous()
-            outputs[name] = singular[..., :kept, None] * (right[..., :kept, :] @ q_out.mT)
-            total = singular.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-            errors[name] = float((singular[..., kept:].square().sum(-1) / total).sqrt().max())
+            inputs[name], outputs[name], errors[name] = truncated(self.inputs[name], self.outputs[name], rank)
         return replace(self, inputs=inputs, outputs=outputs, relative_error=errors)
 
     def padded(self, rank: int) -> LowRankEdit:
@@ -371,6 +365,22 @@ def recompress(layer_inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(narrow.float())
     merged = q.mT @ wide.float()
     return (r, merged) if narrow is layer_inputs else (merged, r)
+
+
+def truncated(layer_inputs: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Project ĥᵀû onto its first `rank` right singular directions: new factors, and the share of the norm lost.
+
+    The directions come of no gradient: the derivative of singular vectors is unbounded where two values are alike.
+    """
+    with torch.no_grad():
+        r_in = torch.linalg.qr(layer_inputs.float().mT)[1]
+        q_out, r_out = torch.linalg.qr(outputs.float().mT)
+        singular, right = torch.linalg.svd(r_in @ r_out.mT, full_matrices=False)[1:]
+        kept = min(rank, singular.shape[-1])
+        directions = right[..., :kept, :] @ q_out.mT
+        total = singular.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        error = float((singular[..., kept:].square().sum(-1) / total).sqrt().max())
+    return (directions @ outputs.float().mT) @ layer_inputs.float(), directions, error
 
 
 def join_groups(rows: Tensor, groups: Tensor | None) -> Tensor:

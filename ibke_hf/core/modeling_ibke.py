@@ -211,7 +211,8 @@ class GradientEditor(EditorModel):
             outputs[name] = join_groups(-step_size * factors.output_gradients.float(), groups)
         named = zip(self.config.module_names(), captured, strict=False)
         keys = {name: in_16_bit(join_groups(factors.layer_inputs, groups)) for name, factors in named}
-        return LowRankEdit(inputs, outputs, info or EditInfo(), keys=keys)
+        edit = LowRankEdit(inputs, outputs, info or EditInfo(), keys=keys)
+        return edit.truncate(self.config.edit_rank) if self.config.edit_rank else edit
 
     # --- with a backbone ----------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from ibke_hf.analysis.drawings.domains import gains_in_and_out, hop_gains
 from ibke_hf.analysis.editors import Compared, latent_maps, pruning, scale_factor_maps
 from ibke_hf.analysis.figures import FIGURES, trade_off, write_figure
 from ibke_hf.analysis.pruning import pruning_curves
+from ibke_hf.analysis.ranks import AFTERWARDS, IN_THE_LOOP, quality_by_rank
 from ibke_hf.analysis.trainings import NoTrainingsError, mean_and_error
 from ibke_hf.cli import main
 
@@ -50,8 +51,14 @@ def figures(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> dict[str, Da
         latent_maps(compared, model, tiny_tokenizer, records),
         scale_factor_maps(compared, model, tiny_tokenizer, records[:3], drawn=2),
         pruned,
+        quality_by_rank(_by_rank(compared), model, tiny_tokenizer, records[:3], many=2),
     ]
     return {data["figure"]: data for data in made}
+
+
+def _by_rank(compared: list[Compared]) -> Data:
+    whole, other = (one.editors for one in compared)
+    return {AFTERWARDS: {1: whole, 0: whole}, IN_THE_LOOP: {0: whole, 1: other}}
 
 
 def _all_successful(*arguments: Any, **options: Any) -> Any:
@@ -68,6 +75,14 @@ LABELS = {
     "5b": {"with IB", "without IB", "Rephrase  (400)", "2 hops  (310)", "Generality, in the top 5 (%)"},
     "6": {"birth", "capital", "with IB", "without IB"},
     "7a": {"with IB", "without IB", "layer 0"},
+    "ranks": {
+        AFTERWARDS,
+        IN_THE_LOOP,
+        "rank of an edit",
+        "full",
+        "Average, 2 edits solved (%)",
+        "Size of an edit (kB)",
+    },
     "7b": {"with IB", "without IB", "pruned scale factors (%)", "Locality: similarity (1 − JS)"},
 }
 

@@ -30,8 +30,8 @@ Line = dict[str, Any]
 
 def test_the_grid_has_every_training_that_the_figures_need_once_for_each_of_three_seeds() -> None:
     trainings = read_grid().trainings()
-    assert len(trainings) == len({training.name for training in trainings}) == 102
-    assert Counter(training.seed for training in trainings) == {0: 34, 1: 34, 2: 34}
+    assert len(trainings) == len({training.name for training in trainings}) == 111
+    assert Counter(training.seed for training in trainings) == {0: 37, 1: 37, 2: 37}
     assert [training.seed for training in trainings] == sorted(training.seed for training in trainings)
     paper = Training()
     needed = [
@@ -42,6 +42,7 @@ def test_the_grid_has_every_training_that_the_figures_need_once_for_each_of_thre
         for ib in (True, False)
         for sf in (True, False)
     ]
+    needed += [replace(paper, edit_rank=rank) for rank in (1, 2, 4)]
     needed += [replace(paper, editor="ibke"), *(replace(paper, edits="unknown", few_shot=n) for n in (0, 512))]
     domains = {training.domain for training in trainings} - {ALL}
     assert [len(domains & {*members}) for members in SECTORS.values()] == [1] * len(SECTORS)
@@ -55,7 +56,7 @@ def test_the_grid_has_every_training_that_the_figures_need_once_for_each_of_thre
 def test_editors_of_the_pairs_with_and_without_bottleneck_are_kept() -> None:
     kept = read_grid().kept()
     assert {Training(seed=seed, use_information_bottleneck=ib) for seed in range(3) for ib in (True, False)} <= kept
-    assert len(kept) == 15
+    assert len(kept) == 24
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,20 @@ def test_a_price_on_gates_is_a_term_of_its_own_and_closes_them(trainer_for: Any)
     assert "loss_gate" not in run_batch(trainer.model, trainer.model, trainer.backbone, inputs).terms
 
 
+def test_edits_that_are_cut_in_training_teach_the_network(trainer_for: Any) -> None:
+    trainer = trainer_for([record(0), record(1)])
+    trainer.calibrate(trainer.model)
+    inputs = trainer.data_collator([record(0), record(1)])
+    whole = trainer.compute_loss(trainer.model.eval(), inputs)
+    trainer.model.config.edit_rank = 1
+    cut = trainer.compute_loss(trainer.model, inputs)
+    assert float((cut - whole).detach().abs()) > 1e-6
+    parameters = [p for p in trainer.model.hypernetworks.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(cut, parameters, allow_unused=True)
+    assert all(torch.isfinite(g).all() for g in gradients if g is not None)
+    assert sum(g is not None and bool(g.abs().sum() > 0) for g in gradients) > len(parameters) / 2
+
+
 # --- edits in company ----------------------------------------------------------------------------------------------
 
 
