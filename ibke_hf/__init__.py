@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .core.composition import SolvedEdit
     from .core.configuration_ibke import IBKEConfig
+    from .core.conflicts import Conflict, conflicts
     from .core.edits import Edit, LowRankEdit
     from .core.modeling_ibke import IBKEEditor
     from .core.records import EditCase, EditRecord, EditRequest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Conflict": "core.conflicts",
     "Edit": "core.edits",
     "EditCase": "core.records",
     "EditLibrary": "lifelong.library",
@@ -32,10 +34,12 @@ _HOME = {
     "IBKETrainingArguments": "training.trainer",
     "LowRankEdit": "core.edits",
     "SolvedEdit": "core.composition",
+    "conflicts": "core.conflicts",
     "load_editor": "loading",
     "load_model": "loading",
 }
 __all__ = [
+    "Conflict",
     "Edit",
     "EditCase",
     "EditLibrary",
@@ -48,6 +52,7 @@ __all__ = [
     "LowRankEdit",
     "SolvedEdit",
     "__version__",
+    "conflicts",
     "load_editor",
     "load_model",
 ]

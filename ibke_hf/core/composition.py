@@ -24,15 +24,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .adapter_files import AdapterError, publisher
 from .configuration_ibke import COMPOSITIONS, require_choice
+from .conflicts import conflict_warning, conflicts
 from .edit_values import EditInfo, common_length, joined_info
 from .edits import LowRankEdit, WeightEdit, join_groups
 from .part_files import read_parts, save_parts
 from .ridge import in_16_bit, joined_rows, solve_by_keys, solve_update
 from .tokens import IGNORED, TokenBatch
 
+logger = logging.get_logger(__name__)
 RIDGE = 0.1  # λ as a share of the mean diagonal
 TARGET_WEIGHT = 4.0  # of tokens at which the target is said, relative to the others of a request
 
@@ -249,8 +252,12 @@ def compose(
     ridge: float | None = None,
     covariance: Mapping[str, Tensor] | None = None,
 ) -> LowRankEdit | SolvedEdit:
-    """Return the edit that does all of several; arguments and errors are :meth:`LowRankEdit.compose`'s."""
+    """Return the edit that does all of several; arguments and errors are :meth:`LowRankEdit.compose`'s.
+
+    Edits that are at odds are named in the log, see :func:`~ibke_hf.core.conflicts.conflicts`.
+    """
     require_choice("how", how, COMPOSITIONS)
+    warn_of_conflicts(edits)
     if how == "solve":
         return SolvedEdit.of(edits, RIDGE if ridge is None else ridge, covariance)
     if ridge is not None or covariance is not None:
@@ -258,7 +265,13 @@ def compose(
             'edits are summed without a ridge or a covariance; leave them out, or solve the edits (how="solve")'
         )
     first, *others = (edit.low_rank() if isinstance(edit, SolvedEdit) else edit for edit in edits)
-    return first.compose(*others)
+    return first._sum(others)
+
+
+def warn_of_conflicts(edits: Sequence[LowRankEdit | SolvedEdit]) -> None:
+    """Say in the log, once, which of several edits are at odds, see :func:`~ibke_hf.core.conflicts.conflicts`."""
+    if len(edits) > 1 and (warning := conflict_warning(conflicts(edits))):
+        logger.warning_once(warning)
 
 
 def solve_groups(edits: LowRankEdit, groups: Tensor, ridge: float) -> LowRankEdit:

@@ -270,6 +270,8 @@ class LowRankEdit(WeightEdit):
     ) -> Any:
         """Return the edit that does all of them; a single edit composes with n independent ones, joining each of them.
 
+        Edits that are at odds are named in the log, see :func:`~ibke_hf.core.conflicts.conflicts`.
+
         Args:
             others: The other edits.
             how: ``"sum"``: side paths added up, recompressed exactly (QR) once the rank passes min(d_in, d_out).
@@ -284,10 +286,11 @@ class LowRankEdit(WeightEdit):
             ValueError: If there is no such `how`, an edit has no keys where they are needed, lengths differ, or a
                 ridge or covariance is given for a sum.
         """
-        from .composition import compose
+        from .composition import compose, warn_of_conflicts
 
         if how != "sum" or ridge is not None or covariance is not None:
             return compose((self, *others), how, ridge, covariance)
+        warn_of_conflicts([self, *others])
         return self._sum([edit if isinstance(edit, LowRankEdit) else edit.low_rank() for edit in others])
 
     def _sum(self, others: Sequence[LowRankEdit]) -> LowRankEdit:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .adapter_files import publisher
 from .capture import GradientFactors, capture_factors, evaluating, read_layers
-from .composition import SolvedEdit, keys_of
+from .composition import SolvedEdit, keys_of, warn_of_conflicts
 from .configuration_ibke import (
     COMPOSITIONS,
     Composition,
@@ -29,6 +29,7 @@ from .configuration_ibke import (
     require_choice,
     require_mode,
 )
+from .conflicts import conflict_warning, conflicting_requests
 from .edit_values import EditInfo, EditValue, describe, described
 from .editor_model import EditorModel
 from .edits import LowRankEdit, join_groups
@@ -245,6 +246,7 @@ class GradientEditor(EditorModel):
         the new edits are then summed onto it, which is logged. An edit that is made in company, or by
         ``"solve"``, reads its keys under itself, which takes one more pass of its requests; a lone one by ``"auto"``
         has those of the unedited model, which are there anyway and serve a little less well.
+        Edits that are at odds are named in the log, see :func:`~ibke_hf.core.conflicts.conflicts`.
 
         Raises:
             ValueError: Also if `composition` is ``"solve"`` and `previous` has no keys.
@@ -255,8 +257,10 @@ class GradientEditor(EditorModel):
             self._warn_of_large_groups(requests, previous if how == "sum" else None)
         batch = encode_requests(tokenizer, requests, max_length=context_length(model))
         info = self._info(model, requests)
+        in_company = previous is not None or (mode == "sequential" and len(batch) > 1)
+        if how == "sum" or mode == "independent" or not in_company:
+            _warn_of_conflicting_requests(requests, mode, previous)
         if how == "solve":
-            in_company = previous is not None or (mode == "sequential" and len(batch) > 1)
             reads_keys = in_company or "solve" in (composition, self.config.composition)
             return self._edit_solved(model, batch, info, mode, previous, reads_keys=reads_keys)
         if isinstance(previous, SolvedEdit):
@@ -266,8 +270,9 @@ class GradientEditor(EditorModel):
                 return self._edit_sequentially(model, batch, previous, info)
             adapted = self(self.capture(model, batch, previous), with_variance=False)
         edit = self.as_edit(adapted, None if mode == "joint" else torch.arange(len(batch)))
-        edit = edit.compose() if previous is None else previous.compose(edit)  # recompresses large joint edits
-        return described(edit, info, previous)
+        if previous is None:
+            return described(edit.compose(), info)  # recompresses large joint edits
+        return described(previous._sum([edit]), info, previous)
 
     def _composition(self, composition: Composition | None, previous: LowRankEdit | SolvedEdit | None) -> str:
         """Return how edits are carried together; what was saved without keys is summed unless that is forbidden."""
@@ -302,6 +307,8 @@ class GradientEditor(EditorModel):
         else:
             joint, places = mode == "joint", range(len(batch))
             edits.append(self._edit_on_unedited(model, batch, info, places, joint=joint, reads_keys=reads_keys))
+        if mode != "independent":
+            warn_of_conflicts(edits)
         return SolvedEdit.of(edits, self.config.ridge)
 
     def _edit_on_unedited(
@@ -412,6 +419,20 @@ class GradientEditor(EditorModel):
 
     def _all_statistics(self) -> list[FactorStatistics]:
         return [module for module in self.statistics if isinstance(module, FactorStatistics)]
+
+
+def _warn_of_conflicting_requests(requests: Sequence[EditRequest], mode: Mode, previous: EditValue | None) -> None:
+    """Name requests at odds that one edit is to hold; of edits that are solved together their keys tell as well."""
+    if previous is None:
+        together = [] if mode == "independent" else [list(requests)]
+    else:
+        before = [previous.info.requests_of(row, len(previous)) for row in range(len(previous))]
+        ours = [[one] for one in requests] if mode == "independent" else [list(requests)]
+        rows = max(len(before), len(ours))
+        together = [[*before[row % len(before)], *ours[row % len(ours)]] for row in range(rows)]
+    for group in together:
+        if warning := conflict_warning(conflicting_requests([[request] for request in group])):
+            logger.warning_once(warning)
 
 
 class IBKEEditor(GradientEditor):

@@ -18,6 +18,7 @@ CODE = {
     "attachment.py",
     "capture.py",
     "composition.py",
+    "conflicts.py",
     "edits.py",
     "edit_values.py",
     "adapter_files.py",
