@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from functools import partial
+from importlib.resources import files
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,13 @@ from .prompt_options import prompt_changes, prompt_options
 if TYPE_CHECKING:
     from ..training.settings import TrainingSettings
 
+LAUNCH_FILES = ("devices", "cpu")  # in training/launch
 SAVED_PRECISIONS = ("float32", "float16")
 RECORDS = ("records", "validation", "augment", "augment_records", "without")
-TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "device_map", "chat_share", "save_dtype")
+CHOOSE, SHARD = "choose_step_size", "shard_backbone"
+TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "device_map", SHARD, "chat_share", "save_dtype")
 EDITOR_FIELDS = ("latent_dim", "edited_modules")
 PROMPTS = ("chat", "chat_options", "leading_space")
-CHOOSE = "choose_step_size"
 TRAINING = {  # flags that set fields of the training arguments
     "max_steps": "max_steps",
     "epochs": "num_train_epochs",
@@ -99,6 +101,12 @@ def _editor_options(command: Any) -> None:
     )
     command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
     device_map_option(command)
+    command.add_argument(
+        "--shard-backbone",
+        action="store_true",
+        default=None,
+        help="shard the backbone over the processes that torchrun or accelerate launch starts (ibke, mend)",
+    )
     command.add_argument("--latent-dim", type=positive, help="d_m, the module dimension")
     edited_modules_option(command)
     command.add_argument(
@@ -146,6 +154,11 @@ def _run_options(command: Any) -> None:
         metavar="STEPS",
         help="train nothing: time so many steps without that folder, while it is filled, and when it is filled",
     )
+    command.add_argument(
+        "--launch-file",
+        choices=LAUNCH_FILES,
+        help="train nothing: print where a configuration of accelerate launch lies, for several devices or processes",
+    )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     command.add_argument(
         "--force", action="store_true", help="train into a folder that holds an earlier editor or something else"
@@ -156,8 +169,12 @@ def _run(options: argparse.Namespace) -> None:
     from ..training.checkpoints import TrainingStopped
     from ..training.recipe import train_editor
     from ..training.report import in_words
+    from ..training.sharding import end_processes
 
     prompt_changes(options)
+    if options.launch_file:
+        print(files("ibke_hf.training") / "launch" / f"{options.launch_file}.yaml")
+        return
     if options.measure:
         with TemporaryDirectory() as folder:
             _measure(options, folder)
@@ -169,7 +186,8 @@ def _run(options: argparse.Namespace) -> None:
     except TrainingStopped as stopped:
         print(f"{stopped}; go on with:\n  {resuming(options)}", file=sys.stderr)
         raise
-    print(in_words(report, checked))
+    if end_processes():
+        print(in_words(report, checked))
 
 
 def _settings(options: argparse.Namespace, **changes: Any) -> tuple[TrainingSettings, bool]:
@@ -218,7 +236,7 @@ def resuming(options: argparse.Namespace) -> str:
     for name in ("config", *TOP_LEVEL, *EDITOR_FIELDS, *TRAINING):
         value = getattr(options, name)
         if value is not None:
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else [value] * (value is not True)
             parts += [f"--{name.replace('_', '-')}", *map(str, values)]
     chosen = getattr(options, CHOOSE)
     parts += [] if chosen is None else ["--choose-step-size" if chosen else "--no-choose-step-size"]

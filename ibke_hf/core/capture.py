@@ -17,6 +17,7 @@ from torch.nn import functional
 from .attachment import LayerHook, hooked
 from .forward import evaluating, target_logits
 from .layers import BackboneError, input_device
+from .shards import is_sharded
 from .tokens import IGNORED, TokenBatch
 
 __all__ = [
@@ -184,14 +185,18 @@ def require_finite(values: Tensor, what: str, names: Sequence[str]) -> None:
 
 
 def read_layers(model: Any, modules: Mapping[str, nn.Module], batch: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return input (b, l, d_in) and output (b, l, d_out) of some modules by name; what follows them is not run."""
+    """Return input (b, l, d_in) and output (b, l, d_out) of some modules by name; what follows them is not run.
+
+    A model that is sharded over processes is run to its end, where it puts its weights away.
+    """
+    to_the_end = is_sharded(model)
     states: dict[str, tuple[Tensor, Tensor]] = {}
 
     def recorder(name: str) -> LayerHook:
         def record(layer_inputs: Tensor, output: Any) -> Any:
             shape = (*batch.input_ids.shape, -1)
             states[name] = (layer_inputs.reshape(shape), hidden_of(output).reshape(shape))
-            if len(states) == len(modules):
+            if len(states) == len(modules) and not to_the_end:
                 raise _AllRead
             return output
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .offload import offloaded_tensor
+from .shards import whole
 
 SAMPLED = 16  # values of a layer
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,7 +28,7 @@ def fingerprint(modules: Mapping[str, nn.Module], values: int = SAMPLED) -> dict
         if isinstance(weight, Tensor) and weight.device.type == "meta":
             weight = offloaded_tensor(module)
         if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta":
-            sampled[name] = [round(v, 6) for v in weight.detach().flatten()[:values].float().tolist()]
+            sampled[name] = [round(v, 6) for v in whole(weight.detach()).flatten()[:values].float().tolist()]
     return sampled
 
 
@@ -51,7 +52,7 @@ def weights_digest(module: nn.Module, *more: str) -> str:
     for name, tensor in module.state_dict().items():
         prefix, _, leaf = name.rpartition(".")
         stored = offloaded_tensor(module.get_submodule(prefix), leaf) if tensor.is_meta else None
-        parts.append(f"{name} {tuple(tensor.shape)} {_integer_sum(tensor if stored is None else stored)}")
+        parts.append(f"{name} {tuple(tensor.shape)} {_integer_sum(whole(tensor) if stored is None else stored)}")
     return digest_of([*more, *parts], length=12)
 
 
@@ -62,19 +63,21 @@ def quick_digest(module: nn.Module, *more: str) -> str:
         module: The module.
         more: What else is part of the digest.
     """
-    whole = hashlib.sha256(" ".join(more).encode())
+    digest = hashlib.sha256(" ".join(more).encode())
     for name, parameter in module.named_parameters():
         if parameter.device.type != "meta":
-            whole.update(name.encode() + parameter.detach().flatten()[:SAMPLED].float().cpu().numpy().tobytes())
-    return whole.hexdigest()[:24]
+            digest.update(
+                name.encode() + whole(parameter.detach()).flatten()[:SAMPLED].float().cpu().numpy().tobytes()
+            )
+    return digest.hexdigest()[:24]
 
 
 def digest_of(parts: Iterable[str], *, length: int) -> str:
     """Return the first hexadecimal digits of the SHA-256 of texts, one a line."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        whole.update(part.encode("utf-8", "backslashreplace") + b"\n")
-    return whole.hexdigest()[:length]
+        digest.update(part.encode("utf-8", "backslashreplace") + b"\n")
+    return digest.hexdigest()[:length]
 
 
 def _integer_sum(tensor: Tensor) -> int | None:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from .capture import NonFiniteError
 from .layers import BackboneError, is_transposed
 from .offload import is_in_memory, offload_hook, offloaded_tensor
+from .shards import is_shard
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """Return the weight of a projection, to be changed in place; of a PEFT layer the weight that it wraps.
 
     Raises:
-        BackboneError: If the weight is quantised or offloaded to disk, so that nothing can be added to it.
+        BackboneError: If the weight is quantised, sharded or offloaded to disk, so that nothing can be added to it.
     """
     weight = getattr(module, "weight", None)
     if (
@@ -24,6 +25,11 @@ def weight_of(module: nn.Module) -> Tensor:
     ):  # 8-bit floats have scales beside
         raise BackboneError(
             "a quantised weight cannot take a merged edit; attach the edit, or load the model unquantised"
+        )
+    if is_shard(weight):
+        raise BackboneError(
+            "the weight is sharded over processes, each of which holds a part; attach the edit, or merge it into the "
+            "model loaded in one process"
         )
     if weight.device.type != "meta":
         return weight

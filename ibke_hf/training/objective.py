@@ -16,6 +16,7 @@ from ..core.edits import LowRankEdit
 from ..core.hypernetworks import AdaptedFactors
 from ..core.layers import input_device
 from ..core.modeling_ibke import GradientEditor
+from ..core.shards import is_sharded
 from ..core.tokens import IGNORED, TokenBatch
 from ..evaluation.scores import token_ranks
 from .activations import ActivationCache
@@ -237,6 +238,8 @@ def _hops_to_edit(backbone: Any, inputs: Mapping[str, Any], which: str, cache: A
     """Return the indices of the supporting hops that are edited in too."""
     hops, number = inputs["hops"], len(inputs["hop_cases"])
     if hops is None or which != "unknown":
+        if which == "unknown" and is_sharded(backbone):  # other processes may have some
+            bucketed_logits(backbone, inputs["cases"][:0])
         return torch.arange(number if which == "all" else 0)
     scores = hit_rates(bucketed_logits(backbone, hops, cache=cache), hops.labels, torch.full((number,), 5))
     return (scores < 1).nonzero().flatten().to(hops.labels.device)
@@ -275,8 +278,12 @@ def bucketed_logits(
     """Logits (p, vocabulary) at the judged positions of left-padded cases, case after case, each under its edit.
 
     Cases of like lengths go in a forward together: one long question would otherwise pad every short one, which
-    doubles the tokens of a step. With a cache only the upper blocks are run, and the vocabulary projection once.
+    doubles the tokens of a step. With a cache only the upper blocks are run, and the vocabulary projection once. A
+    backbone that is sharded over processes runs one forward in each, even where there are no cases.
     """
+    if is_sharded(backbone):
+        with evaluating(backbone):
+            return _judged_together(backbone, cases, edit, rows)
     if not len(cases):  # an empty sum, which still reaches every factor: all ranks have to reduce the same gradients
         factors = [] if edit is None else [factor.sum() for factor in edit.outputs.values()]
         return torch.stack(factors or [torch.zeros(())]).sum().expand(0, 1)
@@ -291,6 +298,17 @@ def bucketed_logits(
         owners = order.repeat_interleave((cases.labels[order] != IGNORED).sum(-1))
         joined = torch.cat(parts)[owners.argsort(stable=True).to(parts[0].device)]
         return joined if cache is None else cache.logits(joined)
+
+
+def _judged_together(backbone: Any, cases: TokenBatch, edit: LowRankEdit | None, rows: Tensor | None) -> Tensor:
+    """Logits at the judged positions by one forward of all cases; of a token that is not judged where there are none.
+
+    All processes gather the weights together, forward and backward: one that left a pass out would halt the others.
+    """
+    if len(cases):
+        return _judged(backbone, cases.trimmed(_width_multiple(backbone)), edit, rows)
+    token = torch.zeros(1, 2, dtype=torch.long)
+    return _judged(backbone, TokenBatch(token, torch.ones_like(token), token), edit, token[:, 0])[:0]
 
 
 def _forwards(backbone: Any, cases: TokenBatch) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.attachment import hooked
 from ..core.forward import evaluating, padding_of, target_logits
 from ..core.layers import plain_name
+from ..core.shards import is_sharded
 from ..core.tokens import IGNORED, TokenBatch
 
 _left_out: ContextVar[frozenset[int]] = ContextVar("ibke_hf_blocks_left_out", default=frozenset())
@@ -57,6 +58,8 @@ class PartialForward:
         self._tuples: dict[int, int] = {}  # how many entries a block returns, of those that return a tuple
         if next((True for parameter in model.parameters() if parameter.is_meta), False):
             raise PartialForwardError("its weights are offloaded")
+        if is_sharded(model):
+            raise PartialForwardError("its weights are sharded over processes")
         if padding_of(model) == "none":
             raise PartialForwardError("it reads padding as text")
         self._try()

@@ -23,6 +23,7 @@ from ..loading import load_model
 from .checkpoints import TrainingStopped, last_complete_checkpoint, on_stop_signals
 from .report import before_and_after, spread
 from .settings import SERAC_STARTS, TrainingSettings, read_settings, training_settings
+from .sharding import shard_backbone
 from .strength import choose_strength, in_16_bit
 from .width import fit_width
 
@@ -112,11 +113,12 @@ def _train(settings: TrainingSettings, arguments: IBKETrainingArguments, resume:
     if settings.validation is not None:
         report |= trainer.evaluate()
     first = trainer.is_world_process_zero()
-    if first and settings.chooses_step_size:
+    asks = first or settings.shard_backbone  # sharded weights are gathered by all processes, for each pass
+    if asks and settings.chooses_step_size:
         report["step_sizes"] = _choose_step_size(settings, trainer)
     with in_16_bit(trainer.editor) if settings.save_dtype == "float16" else nullcontext():
         trainer.save_model(settings.out)
-    if first and settings.validation is not None:
+    if asks and settings.validation is not None:
         editor, held_out = trainer.editor.eval(), trainer.eval_dataset
         report |= before_and_after(editor, trainer.backbone, trainer.tokenizer, held_out)
     if first:
@@ -278,8 +280,12 @@ def _editor(settings: TrainingSettings, arguments: IBKETrainingArguments) -> tup
 
     name, kind = settings.backbone, settings.kind
     dtype = settings.dtype or PAPER_DTYPES.get(name, "auto")
-    placed = {"device": arguments.device} if settings.device_map is None else {"device_map": settings.device_map}
+    placed: dict[str, Any] = {"device": arguments.device}
+    if settings.device_map is not None or settings.shard_backbone:
+        placed = {"device_map": settings.device_map}
     backbone, tokenizer = load_model(name, dtype=dtype, **placed)
+    if settings.shard_backbone:
+        shard_backbone(backbone, arguments.device)
     if kind == "serac":
         starts = {part: _start(settings.editor[part], backbone) for part in SERAC_STARTS if settings.editor.get(part)}
         return (

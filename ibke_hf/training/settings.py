@@ -60,6 +60,8 @@ class TrainingSettings:
         dtype: Precision of the backbone; by default the paper's for its backbones, else as saved.
         device_map: Where the parts of the backbone go, see :func:`~ibke_hf.loading.load_model`; by default all to
             the device that is trained on.
+        shard_backbone: Shard the backbone over the processes of the training (FSDP2), which each hold the whole
+            editor, see :func:`~ibke_hf.training.sharding.shard_backbone`.
         editor: Fields of the editor's config.
         training: Fields of :class:`~ibke_hf.training.arguments.IBKETrainingArguments`.
         chat: Ask through the backbone's chat template.
@@ -90,6 +92,7 @@ class TrainingSettings:
     layers: list[int] | None = None
     dtype: str | None = None
     device_map: str | dict[str, Any] | None = None
+    shard_backbone: bool = False
     editor: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     chat: bool = False
@@ -127,7 +130,17 @@ class TrainingSettings:
             raise ValueError("choose_step_size tries step sizes on validation records; give some (--validation)")
         if self.training.get("activation_cache") is not None:
             require_reader(self.kind)
+        if self.shard_backbone:
+            self._require_shardable()
         PromptFormat(**self.prompt_changes())
+
+    def _require_shardable(self) -> None:
+        if self.kind not in ("ibke", "mend"):
+            raise ValueError(f"shard_backbone goes with ibke and mend; leave it out for {self.kind}")
+        if self.device_map is not None:
+            raise ValueError("device_map and shard_backbone both say where the backbone goes; give one of them")
+        if self.training.get("activation_cache") is not None:
+            raise ValueError("activation_cache runs a backbone in parts, which one that is sharded cannot; give one")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> TrainingSettings:
