@@ -33,6 +33,7 @@ PLACES = (".json", ".yaml", ".yml")  # files that a device_map may lie in
 PLACES_CURE = "a device_map is a device, cpu or disk by module name, such as `model.layers.0: disk`"
 ROUTER = "router"  # folder, beside an editor, of the router that finds its edits
 LONGEST_REASON = 300
+BITS = (8, 4)  # that weights may be quantised to
 
 
 class LoadingError(ValueError):
@@ -51,6 +52,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     gguf: str | None = None,
+    bits: int | None = None,
 ) -> tuple[Any, Any]:
     """Load a model in eval mode, and its tokenizer.
 
@@ -65,6 +67,9 @@ def load_model(
         trust_remote_code: Run the code that comes with the model.
         revision: Branch, tag or commit of the Hub.
         gguf: Name of the GGUF file in the folder or repository.
+        bits: Quantise the weights of its linear layers as they are loaded, to 8 bits (LLM.int8) or 4 (NF4, computed
+            in `dtype`, in fp32 where that is not named); needs bitsandbytes. Such a model is edited and trained on
+            like any other, and nothing can be merged into it.
 
     Raises:
         LoadingError: If it cannot be loaded, or weights are missing.
@@ -79,16 +84,21 @@ def load_model(
     place, gguf = _place(name, gguf)
     options = {"trust_remote_code": trust_remote_code, "revision": revision}
     if gguf is not None:
+        if bits is not None:
+            raise ValueError(f"{name}: a GGUF file is quantised as it is; leave out the {bits} bits")
         _require_gguf()
         options["gguf_file"] = gguf
     if device_map is not None:
         _require_accelerate()
         options["device_map"] = _places(device_map)
+    if bits is not None:
+        options["quantization_config"] = _quantisation(bits, dtype)
+        options.setdefault("device_map", {"": str(device or "cpu")})  # such a model is not moved later
     with loading(place):
         model, tokenizer = _load(place, _precision(name, dtype, gguf), options)
     if name is None or str(name) != place:
         model.config.name_or_path = ATLAS if name is None else str(name)
-    return (model if device is None else model.to(device)), tokenizer
+    return (model if device is None or bits is not None else model.to(device)), tokenizer
 
 
 def _load(place: str, dtype: Any, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -100,7 +110,8 @@ def _load(place: str, dtype: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         model.hf_quantizer, model.is_quantized = None, False
         model.config.__dict__.pop("quantization_config", None)
     _require_all_weights(report)
-    options.pop("device_map", None)
+    for name in ("device_map", "quantization_config"):
+        options.pop(name, None)
     return model.eval(), AutoTokenizer.from_pretrained(place, **options)
 
 
@@ -167,6 +178,21 @@ def _places(device_map: Any) -> Any:
     """Return a device_map, read from its file where it names one."""
     is_file = isinstance(device_map, str | Path) and Path(device_map).suffix in PLACES
     return read_yaml(device_map, cure=PLACES_CURE) if is_file else device_map
+
+
+def _quantisation(bits: int, dtype: Any) -> Any:
+    """Return how transformers is to quantise a model as it loads it."""
+    if bits not in BITS:
+        raise ValueError(f"bits must be {' or '.join(map(str, BITS))}, found {bits}")
+    if find_spec("bitsandbytes") is None:
+        raise ImportError('quantising a model needs the extra "quantised": pip install "ibke-hf[quantised]"')
+    _require_accelerate()
+    from transformers import BitsAndBytesConfig
+
+    if bits == BITS[0]:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computed = "float32" if str(dtype) == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
 
 
 def _require_gguf() -> None:

@@ -128,7 +128,7 @@ def _is_installed(name: str) -> bool:
 def _command(options: argparse.Namespace) -> str:
     """Return the command line that measures the same."""
     words = ["ibke", "bench", options.what, "--model", str(options.model)]
-    for name in ("device", "device_map", "revision", "latent_dim"):
+    for name in ("device", "device_map", "bits", "revision", "latent_dim"):
         value = getattr(options, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     words += [] if options.layers is None else ["--layers", *map(str, options.layers)]

@@ -39,6 +39,7 @@ def model_options(command: argparse.ArgumentParser, flag: str = "--model", defau
     command.add_argument(
         "--dtype", default="auto", choices=PRECISIONS, help="precision to load the model in (default: as saved)"
     )
+    bits_option(command)
     command.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that comes with the model, if you trust it"
@@ -52,6 +53,13 @@ def device_map_option(command: Any) -> None:
         metavar="MAP",
         help="spread the model over devices: auto, or a YAML file with the device, cpu or disk of each module (needs "
         "accelerate)",
+    )
+
+
+def bits_option(command: Any) -> None:
+    """Add the bits that the model's weights are quantised to."""
+    command.add_argument(
+        "--bits", type=int, choices=(8, 4), help="quantise the model's weights as they are loaded (needs bitsandbytes)"
     )
 
 
@@ -92,7 +100,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options as keyword arguments of :func:`~ibke_hf.loading.load_model`."""
-    names = ("device", "device_map", "dtype", "revision", "trust_remote_code")
+    names = ("device", "device_map", "dtype", "bits", "revision", "trust_remote_code")
     return {name: getattr(options, name) for name in names}
 
 

@@ -200,6 +200,7 @@ def _atlas_bench(options: argparse.Namespace, editors: Mapping[str, str]) -> Any
             "router",
             "device",
             "device_map",
+            "bits",
             "revision",
         )
         if getattr(options, name)
@@ -265,6 +266,7 @@ class _Recipes:
             "layers": fields.pop("layers", self.layers if kind.several_layers else None),
             "dtype": None if options.dtype == "auto" else options.dtype,
             "device_map": options.device_map,
+            "bits": options.bits,
             **self.prompt_changes,
         }
         steps = {"max_steps": options.steps} if options.steps else {}

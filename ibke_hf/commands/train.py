@@ -15,6 +15,7 @@ from ..editors.catalogue import TRAINED
 from .options import (
     PRECISIONS,
     add_command,
+    bits_option,
     count,
     device_map_option,
     edited_modules_option,
@@ -34,7 +35,19 @@ LAUNCH_FILES = ("devices", "cpu")  # in training/launch
 SAVED_PRECISIONS = ("float32", "float16")
 RECORDS = ("records", "validation", "augment", "augment_records", "without")
 CHOOSE, SHARD = "choose_step_size", "shard_backbone"
-TOP_LEVEL = ("kind", "backbone", *RECORDS, "out", "layers", "dtype", "device_map", SHARD, "chat_share", "save_dtype")
+TOP_LEVEL = (
+    "kind",
+    "backbone",
+    *RECORDS,
+    "out",
+    "layers",
+    "dtype",
+    "device_map",
+    "bits",
+    SHARD,
+    "chat_share",
+    "save_dtype",
+)
 EDITOR_FIELDS = ("latent_dim", "edited_modules")
 PROMPTS = ("chat", "chat_options", "leading_space")
 TRAINING = {  # flags that set fields of the training arguments
@@ -101,6 +114,7 @@ def _editor_options(command: Any) -> None:
     )
     command.add_argument("--dtype", choices=PRECISIONS, help="precision of the backbone (default: as saved)")
     device_map_option(command)
+    bits_option(command)
     command.add_argument(
         "--shard-backbone",
         action="store_true",

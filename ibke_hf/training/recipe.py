@@ -283,7 +283,7 @@ def _editor(settings: TrainingSettings, arguments: IBKETrainingArguments) -> tup
     placed: dict[str, Any] = {"device": arguments.device}
     if settings.device_map is not None or settings.shard_backbone:
         placed = {"device_map": settings.device_map}
-    backbone, tokenizer = load_model(name, dtype=dtype, **placed)
+    backbone, tokenizer = load_model(name, dtype=dtype, bits=settings.bits, **placed)
     if settings.shard_backbone:
         shard_backbone(backbone, arguments.device)
     if kind == "serac":

@@ -60,6 +60,7 @@ class TrainingSettings:
         dtype: Precision of the backbone; by default the paper's for its backbones, else as saved.
         device_map: Where the parts of the backbone go, see :func:`~ibke_hf.loading.load_model`; by default all to
             the device that is trained on.
+        bits: Quantise the backbone as it is loaded, to 8 or 4 bits, see :func:`~ibke_hf.loading.load_model`.
         shard_backbone: Shard the backbone over the processes of the training (FSDP2), which each hold the whole
             editor, see :func:`~ibke_hf.training.sharding.shard_backbone`.
         editor: Fields of the editor's config.
@@ -92,6 +93,7 @@ class TrainingSettings:
     layers: list[int] | None = None
     dtype: str | None = None
     device_map: str | dict[str, Any] | None = None
+    bits: int | None = None
     shard_backbone: bool = False
     editor: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +139,10 @@ class TrainingSettings:
     def _require_shardable(self) -> None:
         if self.kind not in ("ibke", "mend"):
             raise ValueError(f"shard_backbone goes with ibke and mend; leave it out for {self.kind}")
+        if self.bits is not None:
+            raise ValueError(
+                "bits and shard_backbone do not go together; a quantised backbone is whole in each process"
+            )
         if self.device_map is not None:
             raise ValueError("device_map and shard_backbone both say where the backbone goes; give one of them")
         if self.training.get("activation_cache") is not None:
