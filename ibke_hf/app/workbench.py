@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from ..analysis.scale_factors import scale_factors
+from ..core.composition import RIDGE
+from ..core.conflicts import Conflict, conflicts
 from ..core.edits import LowRankEdit
 from ..core.layers import input_device
 from ..core.records import EditRequest
@@ -81,12 +83,16 @@ class Session:
         """The facts, in the order in which they were edited."""
         return tuple(step.fact for step in self.steps)
 
-    def carrying(self, steps: Iterable[Step]) -> Session:
-        """Return the session with other active edits."""
+    def carrying(self, steps: Iterable[Step], ridge: float | None = RIDGE) -> Session:
+        """Return the session with other active edits, solved by this ridge; None: summed."""
         steps = tuple(steps)
         edits = [step.edit for step in steps]
-        whole = _together(edits) if len(edits) > 1 else next(map(alone, edits), None)
+        whole = _together(edits, ridge) if len(edits) > 1 else next(map(alone, edits), None)
         return replace(self, steps=steps, edit=whole)
+
+    def conflicts(self) -> list[Conflict]:
+        """Return which active edits are at odds, by their places."""
+        return conflicts([step.edit for step in self.steps])
 
 
 class Workbench:
@@ -114,6 +120,11 @@ class Workbench:
         note: str = "",
         router: Any = None,
     ) -> None:
+        config = getattr(editor, "config", None)
+        composition = getattr(config, "composition", None)
+        self.ridge: float | None = None if composition == "sum" else getattr(config, "ridge", RIDGE)
+        # an edit is made for the company of those to come
+        self.company = {} if composition in (None, "sum") or router is not None else {"composition": "solve"}
         self.maker = editor if router is None else RoutedEditor(editor, router)
         self.model, self.tokenizer, self.editor, self.fine_tuning = model, tokenizer, editor, fine_tuning
         self.knowledge, self.note = knowledge or Knowledge(), note
@@ -146,10 +157,10 @@ class Workbench:
         self.check(fact)
         request = self.as_put(fact.request)
         started = time.perf_counter()
-        edit = self.maker.edit(self.model, self.tokenizer, [request]).to("cpu")
+        edit = self.maker.edit(self.model, self.tokenizer, [request], **self.company).to("cpu")
         seconds = time.perf_counter() - started
         factors = scale_factors(self.editor, self.model, self.tokenizer, request)
-        return session.carrying((*kept, Step(self.completed(fact), edit, seconds, factors)))
+        return session.carrying((*kept, Step(self.completed(fact), edit, seconds, factors)), self.ridge)
 
     def as_put(self, request: EditRequest) -> EditRequest:
         """Return a request as it is put to the model: a question in a chat, where the model knows chats."""
@@ -168,7 +179,7 @@ class Workbench:
             RequestError: If there is no such edit.
         """
         self._require(session, index)
-        return session.carrying(step for i, step in enumerate(session.steps) if i != index)
+        return session.carrying((step for i, step in enumerate(session.steps) if i != index), self.ridge)
 
     def clear(self, session: Session) -> Session:
         """Undo all edits."""
@@ -314,10 +325,10 @@ def alone(edit: Any) -> Any:
     return edit.whole() if hasattr(edit, "whole") else edit
 
 
-def _together(edits: Sequence[Any]) -> Any:
+def _together(edits: Sequence[Any], ridge: float | None) -> Any:
     """Return several edits as one: solved where each knows the inputs that it was made for, else summed."""
-    if all(isinstance(edit, LowRankEdit) and edit.has_keys for edit in edits):
-        return edits[0].compose(*edits[1:], how="solve")
+    if ridge is not None and all(isinstance(edit, LowRankEdit) and edit.has_keys for edit in edits):
+        return edits[0].compose(*edits[1:], how="solve", ridge=ridge)
     return edits[0].compose(*edits[1:])
 
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .options import add_command, edited_modules_option, load_options, model_options, place, positive
+from .options import (
+    add_command,
+    composition_options,
+    edited_modules_option,
+    load_options,
+    model_options,
+    place,
+    positive,
+    set_company,
+)
 from .outputs import require_free
 from .prompt_options import prompt_changes, prompt_options
 
@@ -44,6 +54,7 @@ def _edit(command: argparse.ArgumentParser) -> None:
         "--corpus", metavar="FILE|ID", help="texts that rome and alphaedit measure the keys of --model on"
     )
     edited_modules_option(command)
+    composition_options(command)
     command.add_argument(
         "--rephrasing",
         action="append",
@@ -82,6 +93,7 @@ def _run_edit(options: argparse.Namespace) -> int | None:
         edited_modules=options.edited_modules,
         **load_options(options),
     )
+    set_company(editor, options)
     if facts is not None:
         return _edit_failing(options, model, tokenizer, editor, facts)
     _edit_one(options, model, tokenizer, editor)
@@ -103,7 +115,8 @@ def _require_one_source(options: argparse.Namespace) -> None:
 def _edit_failing(
     options: argparse.Namespace, model: Any, tokenizer: Any, editor: Any, facts: Sequence[CheckedFact]
 ) -> int:
-    """Edit the facts of a file that the model gets wrong, jointly, and ask all of them again."""
+    """Edit the facts of a file that the model gets wrong, solved together or jointly, and ask all of them again."""
+    from ..core.conflicts import conflict_warning, conflicting_requests
     from ..delivery.check import check_facts, failures, report, to_edit
 
     wrong = to_edit(facts, check_facts(model, tokenizer, facts))
@@ -112,7 +125,10 @@ def _edit_failing(
         return 0
     requests = [fact.request(tokenizer) for fact in wrong]
     print("\n".join(f"{request.prompt} -> {request.target}" for request in requests) + "\n")
-    edit = editor.edit(model, tokenizer, requests)
+    composition = getattr(getattr(editor, "config", None), "composition", None)
+    if composition is None and (warning := conflict_warning(conflicting_requests([[one] for one in requests]))):
+        print(warning, file=sys.stderr)  # an editor that has a composition says so itself
+    edit = editor.edit(model, tokenizer, requests, mode="joint" if composition in (None, "sum") else "sequential")
     _require_rank(options, edit)
     outcomes = check_facts(model, tokenizer, facts, edit)
     print(report(outcomes))
@@ -135,18 +151,21 @@ def _edit_one(options: argparse.Namespace, model: Any, tokenizer: Any, editor: A
 
 
 def _require_rank(options: argparse.Namespace, edit: Any) -> None:
-    from ..core.edits import LowRankEdit
-
-    if options.rank and not isinstance(edit, LowRankEdit):
+    if options.rank and not _is_low_rank(edit):
         raise ValueError(f"--rank: an edit of {options.editor} has no rank; leave it out")
 
 
-def _save(options: argparse.Namespace, edit: Any) -> None:
+def _is_low_rank(edit: Any) -> bool:
+    from ..core.composition import SolvedEdit
     from ..core.edits import LowRankEdit
 
+    return isinstance(edit, LowRankEdit | SolvedEdit)
+
+
+def _save(options: argparse.Namespace, edit: Any) -> None:
     if options.out is not None:
         edit.save_pretrained(options.out, **({"rank": options.rank} if options.rank else {}))
-        more = " or with PEFT" if isinstance(edit, LowRankEdit) else ""
+        more = " or with PEFT" if _is_low_rank(edit) else ""
         print(f"\nsaved to {options.out}: load it with {type(edit).__name__}.from_pretrained{more}")
 
 

@@ -13,6 +13,7 @@ from ..editors.catalogue import KINDS, WITHOUT_WEIGHTS, require_editor
 from ..io import locked
 from .options import (
     add_command,
+    composition_options,
     edited_modules_option,
     load_options,
     model_options,
@@ -20,6 +21,7 @@ from .options import (
     positive,
     read_dataset,
     seed,
+    set_company,
 )
 from .prompt_options import free_option, is_free, prompt_changes, prompt_options
 
@@ -91,6 +93,7 @@ def _asking_options(group: Any) -> None:
     group.add_argument(
         "--mode", choices=("sequential", "joint"), default="sequential", help="one after another, or all N in one edit"
     )
+    composition_options(group)
     prompt_options(group)
     free_option(group)
     group.add_argument(
@@ -141,6 +144,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         edited_modules=options.edited_modules,
         **load_options(options),
     )
+    company = set_company(editor, options)
     noise = _add_noise(options, model)
     changes = prompt_changes(options, tokenizer)
     records = [as_asked(record, **changes) for record in records]
@@ -168,6 +172,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             "editor": options.editor or "ibke",
             "corpus": options.corpus,
             **({"edited_modules": options.edited_modules} if options.edited_modules else {}),
+            **company,
             **noise,
         },
     )

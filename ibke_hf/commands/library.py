@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def _run_add(options: argparse.Namespace) -> None:
         library = _library(options)
         ids = library.add(*(LowRankEdit.from_pretrained(name) for name in options.edit))
         print(f"added {_counted(ids)}; {len(library)} in {options.library}")
+        _warn_of_conflicts(library, ids)
         return
     if bool(options.prompt) != bool(options.target):
         raise ValueError("--prompt and --target belong together; give both")
@@ -98,11 +100,20 @@ def _run_add(options: argparse.Namespace) -> None:
     router = router_beside(options.editor, atlas=model.config.name_or_path == ATLAS)
     library = _library(options, tokenizer, router)
     ids = _edited(library, editor, model, tokenizer, requests)
+    _warn_of_conflicts(library, ids)
     if library.router is None:
         raise LibraryError(
             f"added {_counted(ids)}, but {library.folder} has no router that finds them: ibke train-router"
         )
     print(f"added {_counted(ids)}; {len(library)} in {options.library}")
+
+
+def _warn_of_conflicts(library: Any, ids: Sequence[str]) -> None:
+    """Name the edits that new ones are at odds with."""
+    from ..core.conflicts import conflict_warning
+
+    if warning := conflict_warning(library.conflicts(*ids), [entry.id[:ID] for entry in library.list()]):
+        print(f"{warning} (ibke library remove)", file=sys.stderr)
 
 
 def _requests(options: argparse.Namespace, kind: Any, prompt_format: Any) -> list[Any]:

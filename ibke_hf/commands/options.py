@@ -73,6 +73,47 @@ def edited_modules_option(command: Any) -> None:
     )
 
 
+def composition_options(command: Any) -> None:
+    """Add how edits are carried together, which :func:`set_company` gives to an editor."""
+    command.add_argument(
+        "--composition",
+        choices=("auto", "sum", "solve"),
+        help="how ibke and mend carry several edits: solved together, or summed as in the paper (default: as the "
+        "editor's config says, where auto solves)",
+    )
+    command.add_argument(
+        "--ridge",
+        type=positive_float,
+        metavar="R",
+        help="of the solve: small keeps each edit where it was made, large keeps all else (default: as the editor's "
+        "config says)",
+    )
+
+
+def set_company(editor: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Give an editor what :func:`composition_options` read.
+
+    Returns:
+        Composition and ridge of the editor, nothing where it has no choice.
+
+    Raises:
+        ValueError: If it has no choice and one was made, or a ridge was given for a sum.
+    """
+    config = getattr(editor, "config", None)
+    chosen = {name: getattr(options, name) for name in ("composition", "ridge") if getattr(options, name) is not None}
+    if not hasattr(config, "composition"):
+        if chosen:
+            raise ValueError(
+                f"--{next(iter(chosen))}: edits of {options.editor} are carried together in one way; leave it out"
+            )
+        return {}
+    for name, value in chosen.items():
+        setattr(config, name, value)
+    if options.ridge is not None and config.composition == "sum":
+        raise ValueError("--ridge: edits that are summed are not solved; leave it out, or give --composition solve")
+    return {"composition": config.composition, "ridge": config.ridge}
+
+
 def without_option(command: Any) -> None:
     """Add the records whose subjects have no part in what is made."""
     command.add_argument(

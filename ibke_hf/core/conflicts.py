@@ -49,13 +49,17 @@ class Conflict:
     similarity: float | None = None
 
     def __str__(self) -> str:
+        return self.told(str(self.first), str(self.second))
+
+    def told(self, first: str, second: str) -> str:
+        """Return the conflict in words, with names for the two edits."""
         one, two = (f"{request.prompt!r} -> {request.target!r}" for request in self.requests)
         what = {
             "override": "overrides one of the same prompt,",
             "contradiction": "is of the same subject and relation, with another target, as",
             "same keys": "is nearly the same to the edited layers, with another target, as",
         }[self.kind]
-        return f"edit {self.second} ({two}) {what} edit {self.first} ({one})"
+        return f"edit {second} ({two}) {what} edit {first} ({one})"
 
 
 def conflicts(edits: Sequence[Any]) -> list[Conflict]:
@@ -72,12 +76,18 @@ def conflicts(edits: Sequence[Any]) -> list[Conflict]:
     return [pairs[pair] for pair in sorted(pairs)]
 
 
-def conflict_warning(conflicting: Sequence[Conflict]) -> str:
-    """Return a warning of one line; empty where there is no conflict."""
+def conflict_warning(conflicting: Sequence[Conflict], names: Sequence[str] = ()) -> str:
+    """Return a warning of one line; empty where there is no conflict.
+
+    Args:
+        conflicting: What is at odds.
+        names: Of all edits, by their place; by default their places.
+    """
     if not conflicting:
         return ""
     more = len(conflicting) - NAMED
-    shown = "; ".join(map(str, conflicting[:NAMED])) + (f"; and {more} more" if more > 0 else "")
+    told = [one.told(names[one.first], names[one.second]) if names else str(one) for one in conflicting[:NAMED]]
+    shown = "; ".join(told) + (f"; and {more} more" if more > 0 else "")
     return f"edits are at odds, so that they may not hold: {shown}. Leave out those that are not to hold"
 
 

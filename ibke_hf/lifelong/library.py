@@ -17,9 +17,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..core.conflicts import Conflict
 from ..core.edits import LowRankEdit
 from ..core.records import EditRequest
 from ..io import read_json, write_json, written_file
+from .at_odds import conflicts_in
 from .edit_files import edit_bytes, packed_bytes, read_edit_file, single_edits
 from .faults import faults_of
 from .index import Entry, Index, LibraryError, append, rewrite, writing
@@ -33,6 +35,7 @@ EDITS, SETTINGS, ROUTER = "edits", "library.json", "router"
 FORMAT = 1
 Entries: TypeAlias = list[Entry]  # a library has a method of the name `list`
 Names: TypeAlias = list[str]
+Conflicts: TypeAlias = list[Conflict]
 Near = list[tuple[float, Entry]]
 SHORTEST = 6  # letters of an id that may stand for it
 
@@ -175,6 +178,17 @@ class EditLibrary:
         self.tokenizer = self.tokenizer or tokenizer
         made = editor.edit(model, tokenizer, requests, mode="independent")
         return self.add(made, model=model)
+
+    def conflicts(self, *edit_ids: str) -> Conflicts:
+        """Return what edits are at odds with, by their places in :meth:`list`; see :mod:`ibke_hf.core.conflicts`.
+
+        All requests are compared, and keys with those of the edits that the router has nearest.
+
+        Raises:
+            LibraryError: If one is not there.
+        """
+        entries = self.list()
+        return conflicts_in(entries, {self.entry(edit_id).id for edit_id in edit_ids}, self.read)
 
     def remove(self, *edit_ids: str) -> None:
         """Take edits out.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.composition import SolvedEdit
+from ..core.composition import RIDGE, SolvedEdit
 from ..core.configuration_ibke import Mode, require_mode
 from ..core.edit_values import EditInfo, joined_info
 from ..core.edits import LowRankEdit
@@ -34,15 +34,17 @@ class RoutedEdit:
         vectors: (m, dim) what the router knows of their requests.
         router: The router.
         views: For each of the n sets the places of its parts.
+        ridge: Of the solve where a prompt carries several.
     """
 
     parts: tuple[LowRankEdit, ...]
     vectors: Tensor
     router: Router
     views: tuple[tuple[int, ...], ...]
+    ridge: float = RIDGE
 
     @classmethod
-    def of(cls, parts: Sequence[LowRankEdit], vectors: Tensor, router: Router) -> RoutedEdit:
+    def of(cls, parts: Sequence[LowRankEdit], vectors: Tensor, router: Router, ridge: float = RIDGE) -> RoutedEdit:
         """Return one set of edits.
 
         Raises:
@@ -52,7 +54,7 @@ class RoutedEdit:
             raise ValueError(f"a routed edit needs a vector for each of at least one edit, found {len(parts)} edits")
         if long := [len(part) for part in parts if len(part) != 1]:
             raise ValueError(f"a routed edit is made of single edits, found {long[0]} independent ones; split them")
-        return cls(tuple(parts), vectors, router, (tuple(range(len(parts))),))
+        return cls(tuple(parts), vectors, router, (tuple(range(len(parts))),), ridge)
 
     def __len__(self) -> int:
         return len(self.views)
@@ -112,7 +114,7 @@ class RoutedEdit:
             for row, view in enumerate(views):
                 allowed[row, list(view)] = True
         keys = [str(place) for place in range(len(self.parts))]
-        shelf = shelf_of(keys, self.parts, self.vectors, allowed)
+        shelf = shelf_of(keys, self.parts, self.vectors, allowed, self.ridge)
         with Routing(model, self.router, shelf, **options).attached(all_threads=all_threads):
             yield model
 
@@ -123,7 +125,7 @@ class RoutedEdit:
         sets = [self, *others]
         parts = tuple(one.parts[place] for one in sets for place in one._only_view())
         vectors = torch.cat([one.vectors[list(one._only_view())] for one in sets])
-        return RoutedEdit.of(parts, vectors, self.router)
+        return RoutedEdit.of(parts, vectors, self.router, self.ridge)
 
     def _only_view(self) -> tuple[int, ...]:
         if len(self) != 1:
@@ -132,7 +134,7 @@ class RoutedEdit:
 
     def whole(self) -> LowRankEdit | SolvedEdit:
         """Return all edits as one that acts on every prompt: solved, or summed where keys are missing."""
-        return whole([self.parts[place] for place in self._only_view()])
+        return whole([self.parts[place] for place in self._only_view()], self.ridge)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Save all edits as one LoRA adapter, see :meth:`whole`."""
@@ -210,4 +212,5 @@ class RoutedEditor:
         else:
             views = tuple((*view, *new) for view in before)
         known = vectors if previous is None else torch.cat([previous.vectors, vectors])
-        return RoutedEdit((*earlier, *made), known, self.router, views)
+        ridge = getattr(getattr(self.editor, "config", None), "ridge", RIDGE)
+        return RoutedEdit((*earlier, *made), known, self.router, views, ridge)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..core.composition import SolvedEdit
+from ..core.composition import RIDGE, SolvedEdit
 from ..core.edits import LowRankEdit
 from .search import ExactSearch, Search
 
@@ -29,6 +29,7 @@ class EditShelf:
         search: Finds the vectors of their requests.
         allowed: (b, n) of bool, which edits each row of a batch may carry; (1, n) for all rows alike; None: all.
         room: Bytes that are kept at hand.
+        ridge: Of the solve of several.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class EditShelf:
         search: Search,
         allowed: Tensor | None = None,
         room: int = ROOM,
+        ridge: float = RIDGE,
     ) -> None:
         self.keys, self._layers, self._read, self._search = list(keys), tuple(layers), read, search
         self._places = {key: place for place, key in enumerate(self.keys)}
-        self.allowed, self.room = allowed, room
+        self.allowed, self.room, self.ridge = allowed, room, ridge
         self._kept: OrderedDict[tuple[int, ...], Matrices] = OrderedDict()
         self._bytes, self._lock = 0, Lock()
 
@@ -85,7 +87,7 @@ class EditShelf:
             if places in self._kept:
                 self._kept.move_to_end(places)
                 return self._kept[places].get(name)
-        made = together([self._read(self.keys[place]) for place in places])
+        made = together([self._read(self.keys[place]) for place in places], self.ridge)
         size = sum(matrix.nbytes for pair in made.values() for matrix in pair)
         with self._lock:
             self._kept[places] = made
@@ -96,19 +98,19 @@ class EditShelf:
         return made.get(name)
 
 
-def together(edits: Sequence[LowRankEdit]) -> Matrices:
+def together(edits: Sequence[LowRankEdit], ridge: float = RIDGE) -> Matrices:
     """Return by layer the factors of what several edits do together: solved, or summed where one carries no keys."""
-    edit = whole(edits)
+    edit = whole(edits, ridge)
     factors = edit.low_rank() if isinstance(edit, SolvedEdit) else edit
     return {name: (factors.inputs[name][0].float().T, factors.outputs[name][0].float()) for name in factors.layers}
 
 
-def whole(edits: Sequence[LowRankEdit]) -> LowRankEdit | SolvedEdit:
+def whole(edits: Sequence[LowRankEdit], ridge: float = RIDGE) -> LowRankEdit | SolvedEdit:
     """Return several edits as one: solved, or summed where one of them does not carry its keys."""
     if len(edits) == 1:
         return edits[0]
     if all(name in edit.keys for edit in edits for name in edit.layers):
-        return SolvedEdit.of(edits)
+        return SolvedEdit.of(edits, ridge)
     logger.warning_once(
         "an edit does not carry the inputs that it was made for, so it is summed with others and not solved; make it "
         'again by an editor whose composition is "solve"'
@@ -117,9 +119,13 @@ def whole(edits: Sequence[LowRankEdit]) -> LowRankEdit | SolvedEdit:
 
 
 def shelf_of(
-    keys: Sequence[str], edits: Sequence[LowRankEdit], vectors: Tensor, allowed: Tensor | None = None
+    keys: Sequence[str],
+    edits: Sequence[LowRankEdit],
+    vectors: Tensor,
+    allowed: Tensor | None = None,
+    ridge: float = RIDGE,
 ) -> EditShelf:
     """Return a shelf of edits that are in memory already."""
     by_key = dict(zip(keys, edits, strict=True))
     layers = dict.fromkeys(name for edit in edits for name in edit.layers)
-    return EditShelf(list(keys), tuple(layers), by_key.__getitem__, ExactSearch(vectors), allowed)
+    return EditShelf(list(keys), tuple(layers), by_key.__getitem__, ExactSearch(vectors), allowed, ridge=ridge)

@@ -14,6 +14,7 @@ from small_workbench import FORM, PROMPTS, TARGETS, small_workbench
 from ibke_hf import LowRankEdit
 from ibke_hf.app import workbench as session
 from ibke_hf.app.forms import Fact, Form
+from ibke_hf.app.page import _choices
 from ibke_hf.app.workbench import Session, forget, load_workbench
 from ibke_hf.core.capture import NonFiniteError
 from ibke_hf.core.records import EditRequest
@@ -281,3 +282,29 @@ def test_with_a_router_the_list_is_a_library_of_which_a_prompt_carries_its_own(t
     saved, archive = routed.save(three)
     assert archive.exists()
     forget(saved)
+
+
+def test_a_list_is_solved_by_the_editors_ridge_and_summed_where_its_config_says_so(tiny_model, tiny_tokenizer):
+    bench = small_workbench(tiny_model, tiny_tokenizer)
+    bench = session.Workbench(bench.model, bench.tokenizer, bench.editor)
+    assert edited(bench, FACTS[:2]).edit.ridge == bench.editor.config.ridge
+    bench.editor.config.ridge = 0.7
+    bench = session.Workbench(bench.model, bench.tokenizer, bench.editor)
+    visit = edited(bench, FACTS[:3])
+    assert visit.edit.ridge == 0.7 and bench.remove(visit, 0).edit.ridge == 0.7
+    bench.editor.config.composition = "sum"
+    visit = edited(session.Workbench(bench.model, bench.tokenizer, bench.editor), FACTS[:2])
+    requests = [fact.request for fact in FACTS[:2]]
+    each = bench.editor.edit(bench.model, bench.tokenizer, requests, mode="independent")
+    for name in visit.edit.layers:
+        torch.testing.assert_close(visit.edit.weight_update(name), each.weight_updates(name).sum(0))
+
+
+def test_the_list_says_which_edits_are_at_odds(bench):
+    spelt = Form("the capital of France is?", "Oslo").fact()
+    visit = edited(bench, (*FACTS[:2], spelt))
+    (conflict,) = visit.conflicts()
+    assert (conflict.first, conflict.second, conflict.kind) == (0, 2, "override")
+    labels = [label for label, _ in _choices(visit, [True, True, False], visit.conflicts())]
+    assert labels[0].endswith("Rome (at odds with 3)") and labels[2].endswith("Oslo (lost; at odds with 1)")
+    assert labels[1].endswith("Poland")

@@ -155,6 +155,21 @@ def test_native_datasets(evaluated: Any, native_data: Callable[[str], Path], fil
     assert results["overall"]["locality"] is None or "mquake" not in file
 
 
+def test_how_edits_are_carried_together_is_chosen_and_recorded(evaluated: Any) -> None:
+    asked = ("--dataset", "atlas", "--limit", 2, "--sequential", 2, "--no-generate")
+    scores = {}
+    for options, recorded in (
+        ((), ("auto", 0.1)),
+        (("--ridge", 5), ("auto", 5.0)),
+        (("--composition", "sum"), ("sum", 0.1)),
+    ):
+        results = evaluated(*asked, *options)[0]
+        assert (results["settings"]["composition"], results["settings"]["ridge"]) == recorded
+        scores[recorded] = results["overall"]
+    assert len({str(one) for one in scores.values()}) == 3
+    assert "composition" not in evaluated(*asked, "--editor", "none")[0]["settings"]
+
+
 def test_a_second_run_with_other_settings_is_refused(evaluated: Any, refused: Run, tmp_path: Path) -> None:
     evaluated("--dataset", "atlas", "--limit", 2, "--editor", "none")
     line = refused(

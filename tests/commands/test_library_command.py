@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from command_runs import PROMPT, TARGET, Run
 from loopback_hub import LoopbackHub
 from record_files import CITIES, write_records
 
+from ibke_hf import EditRequest
 from ibke_hf.cli import main
 from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.core.modeling_ibke import IBKEEditor
@@ -66,6 +68,42 @@ def test_a_library_from_its_first_edit_to_the_hub_and_back(
     said("library", "remove", folder, entry.id[:8])
     assert entry.id not in EditLibrary(folder)
     assert "holds no such edit" in refused("library", "remove", folder, entry.id)
+
+
+def test_edits_that_are_at_odds_are_named_when_one_is_added(
+    store: Path, tmp_path: Path, router: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "facts"
+    model = ["--model", str(store / "model"), "--editor", str(store / "editor"), "--router", str(router)]
+
+    def warned(prompt: str, target: str) -> str:
+        assert main(["library", "add", str(folder), "--prompt", prompt, "--target", target, *model]) == 0
+        return next((line for line in capsys.readouterr().err.splitlines() if "at odds" in line), "")
+
+    assert not warned("An oak is", "a tree") and not warned(PROMPT, TARGET)
+    line = warned(PROMPT.upper(), "Nowhere")
+    ids = [entry.id[:12] for entry in EditLibrary(folder).list()]
+    assert f"edit {ids[2]} ({PROMPT.upper()!r} -> 'Nowhere') overrides one of the same prompt, edit {ids[1]}" in line
+    library = EditLibrary(folder)
+    assert [(one.first, one.second) for one in library.conflicts(ids[1])] == [(1, 2)]
+    assert library.conflicts(ids[0]) == []
+
+
+def test_keys_tell_conflicts_of_a_library_that_requests_do_not(
+    store: Path, tmp_path: Path, router: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    editor, model = IBKEEditor.from_pretrained(store / "editor"), tiny_model("qwen3")
+    library = EditLibrary(tmp_path / "facts", Router.from_pretrained(router).eval(), tiny_tokenizer)
+    requests = [
+        EditRequest("An oak is", "a tree"),
+        EditRequest("An oak is", "a bird"),
+        EditRequest("Iron is", "a metal"),
+    ]
+    edits = list(editor.edit(model, tiny_tokenizer, requests, mode="independent", composition="solve"))
+    edits[1] = replace(edits[1], info=replace(edits[1].info, requests=(EditRequest("Oaks are", "a bird"),)))
+    ids = library.add(*edits, model=model)
+    (conflict,) = library.conflicts(ids[1])
+    assert (conflict.kind, conflict.first, conflict.second) == ("same keys", 0, 1)
 
 
 def test_what_is_wrong_is_said_in_a_line(store: Path, tmp_path: Path, said: Run, refused: Run) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from ibke_hf.app.compare import PageQuestion
 from ibke_hf.cli import main
+from ibke_hf.core import composition, modeling_ibke
+from ibke_hf.core.composition import SolvedEdit
 from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.delivery import check as checking
 from ibke_hf.delivery.check import Outcome, check_facts, failures, report, to_edit, write_junit
@@ -26,6 +28,9 @@ facts:
   - prompt: The capital of Bulgaria is
     answers: Sofia
 """
+
+
+TARGETS = ("Oslo", "Lima", "Rome")
 
 
 def facts_file(folder, text=FACTS):
@@ -177,9 +182,34 @@ def test_the_embedded_model_fails_is_edited_from_the_file_and_passes(tmp_path, c
     assert "nothing to edit: the model has all 1 facts" in capsys.readouterr().out
 
 
+def test_several_facts_are_solved_together_and_those_at_odds_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling_ibke.logger, "warning_once", (said := []).append)
+    monkeypatch.setattr(composition.logger, "warning_once", said.append)
+    prompts = ("The capital of Australia is", "the capital of Australia is?", "The capital of Canada is")
+    file = facts_file(
+        tmp_path,
+        "facts:\n" + "".join(f"  - prompt: {p}\n    answers: {a}\n" for p, a in zip(prompts, TARGETS, strict=True)),
+    )
+    command = ["edit", "--from", str(file), "--force", "--out"]
+    main([*command, str(tmp_path / "solved"), "--ridge", "0.3"])
+    assert len(said) == 1 and "overrides one of the same prompt, edit 0" in said.pop()
+    edit = SolvedEdit.from_pretrained(tmp_path / "solved")
+    assert len(edit.parts) == 3 and edit.ridge == pytest.approx(0.3)
+    main([*command, str(tmp_path / "summed"), "--composition", "sum"])
+    assert any("overrides one of the same prompt, edit 0" in text for text in said)
+    with pytest.raises(ValueError, match="holds no edits that were solved together"):
+        SolvedEdit.from_pretrained(tmp_path / "summed")
+
+
 def test_from_stands_alone_and_without_it_a_fact_is_wanted(tmp_path, refused):
     file = facts_file(tmp_path)
     assert "--prompt: what --from names says it" in refused("edit", "--from", file, "--prompt", "A")
+    assert "--ridge: edits that are summed are not solved" in refused(
+        "edit", "--prompt", "A", "--target", "B", "--ridge", "1", "--composition", "sum"
+    )
+    assert "--composition: edits of ft are carried together in one way" in refused(
+        "edit", "--prompt", "A", "--target", "B", "--editor", "ft", "--composition", "solve"
+    )
     assert "--chat: what --from names says it" in refused("edit", "--from", file, "--chat")
     assert "--target: give the fact to be edited, or --from FACTS.yaml" in refused("edit", "--prompt", "A")
     assert "no such file" in refused("check", tmp_path / "none.yaml").lower()
