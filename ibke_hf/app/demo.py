@@ -20,7 +20,8 @@ from .compare import Row
 from .drawings import GROUPS, duration
 from .knowledge import Example, find_mistakes, read_facts
 from .scoring import chosen_records, score_editors
-from .workbench import Session, Workbench, load_workbench
+from .session import Session
+from .workbench import Workbench, load_workbench
 
 Report = dict[str, Any]
 ENOUGH_SECONDS = 5.0  # of timing the same call again and again

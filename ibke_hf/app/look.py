@@ -12,7 +12,7 @@ import gradio as gr
 from .compare import Row
 from .drawings import comparison_figure, duration, scale_factor_figure, verdict_figure
 from .knowledge import Knowledge
-from .workbench import Session
+from .session import Session
 
 STYLE = Path(__file__).with_name("app.css")
 TITLE = "Change one fact inside a language model"
@@ -62,7 +62,8 @@ def summary(session: Session, index: int, rows: Sequence[Row], holding: Sequence
         together = f'<p class="{kind}">{text}{cure}</p>'
     request = session.facts[index].request
     title = f"{escape(request.prompt)} → <b>{escape(request.target)}</b>"
-    took = f'<span class="ibke-tally ibke-open">edited in {duration(session.steps[index].seconds)}</span>'
+    cut = f", cut to rank {session.rank}" if session.rank else ""
+    took = f'<span class="ibke-tally ibke-open">edited in {duration(session.steps[index].seconds)}{cut}</span>'
     return f'<div class="ibke-summary"><p>{title} {took}</p>{verdict_figure(rows)}{together}</div>'
 
 

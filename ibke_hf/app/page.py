@@ -40,11 +40,13 @@ from .look import (
     summary,
     warning,
 )
-from .workbench import MAX_EDITS, Session, Workbench, forget, load_workbench
+from .session import Session, forget
+from .workbench import MAX_EDITS, Workbench, load_workbench
 
 __all__ = ["STYLE", "WAITING", "Page", "accelerated", "build_app", "launch", "launch_options"]
 
 logger = logging.get_logger(__name__)
+RANKS = [("whole", 0), ("4", 4), ("2", 2), ("1", 1)]  # that edits can be cut to
 AT_ONCE = 4  # handlers that may run the model at the same time
 HOUR = 3600
 MODEL_CALLS = ("add", "restore", "look", "holding", "ask", "side_by_side")  # of a workbench: what runs the model
@@ -190,6 +192,9 @@ class Page:
                 with gr.Row(elem_classes="ibke-buttons"):
                     self.undo_button = gr.Button("Undo", elem_id="undo", **small)
                     self.clear_button = gr.Button("Undo all", elem_id="clear", **small)
+                self.rank = gr.Radio(
+                    RANKS, value=0, label="rank of an edit", elem_id="rank", visible=self.bench.saves_lora
+                )
                 saved = "LoRA adapter" if self.bench.saves_lora else "dense edit"
                 self.save_button = gr.Button(f"Save as {saved}", size="sm", elem_id="save")
                 self.file = gr.File(visible=False, label=saved, interactive=False, height=80)
@@ -213,6 +218,7 @@ class Page:
         self._changing(entered, self.replace, fields, model)
         self._changing([self.undo_button.click], self.undo, chosen, model)
         self._changing([self.clear_button.click], self.undo_all, [self.session], model)
+        self._changing([self.rank.input], self.cut, [self.rank, *chosen], model)
         self._changing([self.save_button.click], self.save, [self.session], model, [self.session, self.file])
         restored = [self.browser, self.session]
         quiet: dict[str, Any] = {"show_progress": "hidden", **private}
@@ -245,7 +251,7 @@ class Page:
     def _locked(self) -> list[Any]:
         """The components that wait while a visitor's edits change; what they did then would be lost, or done twice."""
         edits = [self.edit_button, self.replace_button, self.add_button, self.prompt, self.target]
-        return [*edits, self.undo_button, self.clear_button, self.save_button, self.active]
+        return [*edits, self.undo_button, self.clear_button, self.rank, self.save_button, self.active]
 
     def _changing(
         self, triggers: Sequence[Any], handler: Any, inputs: list[Any], model: dict[str, Any], outputs: Any = None
@@ -315,6 +321,13 @@ class Page:
         """Undo every edit of this visitor."""
         session = self.bench.clear(session)
         return {**self._shown(session, -1), self.session: session}
+
+    def cut(self, rank: int, index: int | None, session: Session) -> Shown:
+        """Cut all edits of this visitor to a rank, or make them whole again."""
+        with told():
+            chosen = _chosen(index, session)
+            session = self.bench.of_rank(session, rank)
+            return {**self._shown(session, chosen), self.session: session}
 
     def settle(self, session: Session) -> Shown:
         """Let the browser keep the facts that are edited now, and the visitor go on."""

@@ -1,18 +1,12 @@
-"""A visitor's edits as a value, and the workbench that makes the next such value: the page without the page.
-
-Each fact is edited by itself into the untouched model, and a visitor carries the sum of these edits. So their order
-does not matter, an edit that is undone is gone without a trace, and what is left is what it was. No weight is ever
-touched; a visitor without edits has the plain model, bit by bit.
-"""
+"""The workbench: what a visitor does makes the next value of what the visitor carries. The page without the page."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +14,6 @@ import torch
 
 from ..analysis.scale_factors import scale_factors
 from ..core.composition import RIDGE
-from ..core.conflicts import Conflict, conflicts
-from ..core.edits import LowRankEdit
 from ..core.layers import input_device
 from ..core.records import EditRequest
 from ..core.tokens import RequestError, context_length, encode
@@ -37,6 +29,7 @@ from .compare import (
 )
 from .forms import Fact
 from .knowledge import Knowledge, atlas_knowledge, facts_of, general_knowledge
+from .session import Session, Step
 
 MAX_EDITS = 100
 AUTOMATIC = 3  # questions of a kind that are asked of a fact for which nobody typed any
@@ -44,55 +37,6 @@ ARCHIVE = "ibke-edit"
 FINE_TUNING = "ft"
 CARDS = {"smollm2": "smollm2-135m-instruct"}  # folders of published editors, by the name of their model
 Report = Callable[[tuple[int, int]], Any]  # told how many of how many edits are made, as `gradio.Progress` is
-
-
-@dataclass(frozen=True)
-class Step:
-    """A fact as it was edited in.
-
-    Attributes:
-        fact: With its questions.
-        edit: Of this fact alone, on the CPU so that any process can take it over; routed where there is a router.
-        seconds: That the edit took.
-        factors: The scale factors of its tokens, if the editor has any.
-    """
-
-    fact: Fact
-    edit: Any
-    seconds: float
-    factors: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Session:
-    """What one visitor has done.
-
-    Attributes:
-        steps: The active edits.
-        edit: All of them in one, of which each prompt carries those that it is about where there is a router; a single
-            one acts on every prompt. None without any.
-        folder: Where this visitor's downloads lie, empty before the first.
-    """
-
-    steps: tuple[Step, ...] = ()
-    edit: Any = None
-    folder: str = ""
-
-    @property
-    def facts(self) -> tuple[Fact, ...]:
-        """The facts, in the order in which they were edited."""
-        return tuple(step.fact for step in self.steps)
-
-    def carrying(self, steps: Iterable[Step], ridge: float | None = RIDGE) -> Session:
-        """Return the session with other active edits, solved by this ridge; None: summed."""
-        steps = tuple(steps)
-        edits = [step.edit for step in steps]
-        whole = _together(edits, ridge) if len(edits) > 1 else next(map(alone, edits), None)
-        return replace(self, steps=steps, edit=whole)
-
-    def conflicts(self) -> list[Conflict]:
-        """Return which active edits are at odds, by their places."""
-        return conflicts([step.edit for step in self.steps])
 
 
 class Workbench:
@@ -235,6 +179,18 @@ class Workbench:
         if not 0 <= index < len(session.steps):
             raise RequestError(f"there is no edit {index + 1}; {len(session.steps)} are active")
 
+    def of_rank(self, session: Session, rank: int) -> Session:
+        """Cut all edits to a rank, those to come too; 0 makes them whole again.
+
+        Raises:
+            RequestError: If there is no such rank, or edits cannot be cut.
+        """
+        if rank < 0:
+            raise RequestError(f"a rank is 0, for whole edits, or more; found {rank}")
+        if rank and not self.saves_lora:
+            raise RequestError("the edits of fine-tuning have no low rank to cut; give an editor such as IBKE")
+        return replace(session, rank=rank).carrying(session.steps, self.ridge)
+
     # --- what the model answers ---------------------------------------------------------------------------------
 
     def look(self, session: Session, index: int) -> list[Row]:
@@ -318,24 +274,6 @@ class Workbench:
                     archive.write(file, f"{ARCHIVE}/{file.name}")
             saved = (Path(scratch) / "whole.zip").replace(folder / f"{ARCHIVE}.zip")
         return replace(session, folder=str(folder)), saved
-
-
-def alone(edit: Any) -> Any:
-    """Return a single edit as one that acts on every prompt."""
-    return edit.whole() if hasattr(edit, "whole") else edit
-
-
-def _together(edits: Sequence[Any], ridge: float | None) -> Any:
-    """Return several edits as one: solved where each knows the inputs that it was made for, else summed."""
-    if ridge is not None and all(isinstance(edit, LowRankEdit) and edit.has_keys for edit in edits):
-        return edits[0].compose(*edits[1:], how="solve", ridge=ridge)
-    return edits[0].compose(*edits[1:])
-
-
-def forget(session: Session) -> None:
-    """Remove the files of a visitor who has left."""
-    if session.folder:
-        shutil.rmtree(session.folder, ignore_errors=True)
 
 
 def _in_chat(reading: Mapping[str, Any]) -> bool:

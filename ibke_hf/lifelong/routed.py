@@ -132,6 +132,10 @@ class RoutedEdit:
             raise ValueError(f"{len(self)} independent sets cannot be joined at once; choose one, such as edit[0]")
         return self.views[0]
 
+    def truncate(self, rank: int) -> RoutedEdit:
+        """Return the same set with every part cut to a rank; see :meth:`~ibke_hf.core.edits.LowRankEdit.truncate`."""
+        return replace(self, parts=tuple(part.truncate(rank) for part in self.parts))
+
     def whole(self) -> LowRankEdit | SolvedEdit:
         """Return all edits as one that acts on every prompt: solved, or summed where keys are missing."""
         return whole([self.parts[place] for place in self._only_view()], self.ridge)

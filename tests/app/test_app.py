@@ -20,7 +20,7 @@ from ibke_hf.app import page as app  # noqa: E402
 from ibke_hf.app.compare import PageQuestion  # noqa: E402
 from ibke_hf.app.forms import Form  # noqa: E402
 from ibke_hf.app.knowledge import Example, Knowledge  # noqa: E402
-from ibke_hf.app.workbench import Session  # noqa: E402
+from ibke_hf.app.session import Session  # noqa: E402
 from ibke_hf.cli import main  # noqa: E402
 
 SPACE = ROOT / "spaces" / "ibke-editor"
@@ -192,10 +192,20 @@ def test_stored_facts_are_checked_as_typed_ones_are(page):
         page.restore({"model": "<tiny>", "facts": [["France", " ", "", "", ""]]}, Session())
 
 
+def test_edits_are_cut_to_a_rank_and_the_page_says_so(page):
+    shown = edited(page, 2)
+    cut = page.cut(1, 0, shown[page.session])
+    assert cut[page.session].rank == 1
+    assert "cut to rank 1" in cut[page.verdict] and "cut to rank" not in shown[page.verdict]
+    assert "cut to rank" not in page.cut(0, 0, cut[page.session])[page.verdict]
+    with pytest.raises(gr.Error, match="no active edit is chosen"):
+        page.cut(1, None, Session())
+
+
 def test_everything_that_changes_edits_waits_while_they_change(page):
     waiting = set(page._locked)
     assert {page.edit_button, page.replace_button, page.add_button, page.prompt, page.target} <= waiting
-    assert {page.undo_button, page.clear_button, page.save_button, page.active} <= waiting
+    assert {page.undo_button, page.clear_button, page.rank, page.save_button, page.active} <= waiting
     settled = page.settle(Session())
     assert all(settled[one]["interactive"] for one in waiting)
 

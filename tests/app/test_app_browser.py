@@ -121,6 +121,9 @@ def test_a_visitor_can_undo_compare_and_download(url, browser, tmp_path):
     page.click("#compare")
     page.wait_for_selector("#comparison .ibke-sum")
     assert page.locator("#comparison thead th").all_inner_texts()[-2:] == ["IBKE", "fine-tuning"]
+    page.click("#rank label:has-text('1')")
+    page.wait_for_function("document.querySelector('#verdict').innerText.includes('cut to rank 1')")
+    ready(page)
     page.click("#save")
     link = page.wait_for_selector("a[download]")
     ready(page)

@@ -25,7 +25,7 @@ from ibke_hf import LowRankEdit
 from ibke_hf.app import page as app
 from ibke_hf.app.forms import Form
 from ibke_hf.app.knowledge import Example
-from ibke_hf.app.workbench import Session
+from ibke_hf.app.session import Session
 
 NONE = ("", "", "")
 EDITS = 12 if os.environ.get("CI") else 50  # of each of eight visitors: all fifty take four minutes on idle cores

@@ -16,7 +16,8 @@ from ibke_hf.app.compare import PageQuestion, compare_answers, format_of, is_rig
 from ibke_hf.app.drawings import answer_card
 from ibke_hf.app.forms import Form
 from ibke_hf.app.knowledge import MISTAKES, facts_of, find_mistakes, general_knowledge, read_facts
-from ibke_hf.app.workbench import Session, load_workbench, trained_editor
+from ibke_hf.app.session import Session
+from ibke_hf.app.workbench import load_workbench, trained_editor
 from ibke_hf.cli import main
 from ibke_hf.core.records import PLAIN, PromptFormat
 from ibke_hf.editors.dense import DenseEdit

@@ -15,7 +15,8 @@ from ibke_hf import LowRankEdit
 from ibke_hf.app import workbench as session
 from ibke_hf.app.forms import Fact, Form
 from ibke_hf.app.page import _choices
-from ibke_hf.app.workbench import Session, forget, load_workbench
+from ibke_hf.app.session import Session, forget
+from ibke_hf.app.workbench import Workbench, load_workbench
 from ibke_hf.core.capture import NonFiniteError
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError
@@ -68,6 +69,25 @@ def test_undoing_all_gives_the_plain_model_bit_by_bit(bench):
     assert (visit.steps, visit.edit) == ((), None)
     assert torch.equal(logits(bench, visit.edit), plain)
     assert bench.clear(edited(bench, FACTS[:2])) == Session()
+
+
+def test_edits_of_a_rank_are_cut_one_by_one_and_can_be_made_whole_again(bench):
+    whole = edited(bench, FACTS[:2])
+    cut = bench.of_rank(whole, 1)
+    parts = [step.edit.truncate(1) for step in whole.steps]
+    assert torch.equal(logits(bench, cut.edit), logits(bench, parts[0].compose(parts[1], how="solve")))
+    assert not torch.allclose(logits(bench, cut.edit), logits(bench, whole.edit))
+    assert cut.steps == whole.steps  # what was made is kept whole
+    more = bench.add(cut, FACTS[2])
+    assert more.rank == 1 and len(more.steps) == 3
+    alone = bench.remove(bench.remove(more, 2), 1)
+    assert set(alone.edit.ranks.values()) == {1}
+    assert torch.equal(logits(bench, bench.of_rank(cut, 0).edit), logits(bench, whole.edit))
+    with pytest.raises(RequestError, match="found -1"):
+        bench.of_rank(cut, -1)
+    tuned = Workbench(bench.model, bench.tokenizer, bench.fine_tuning)
+    with pytest.raises(RequestError, match="no low rank to cut"):
+        tuned.of_rank(Session(), 1)
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])
