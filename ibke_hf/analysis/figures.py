@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,31 @@ def trade_off(cells: Any) -> dict[str, Any]:
     return {"figure": "2", "points": [asdict(point) for point in drawn_points(cells)]}
 
 
+def _title_of_trade_off(data: Data) -> str:
+    best = max(_points(data), key=lambda point: f1(point.generality, point.locality) or 0.0)
+    return f"{best.label} has the best trade-off, F1 {f1(best.generality, best.locality) or 0.0:.1f}"
+
+
 def _draw_trade_off(data: Data, theme: Theme) -> Any:
-    points = [Point(**point) for point in data["points"]]
-    best = max(points, key=lambda point: f1(point.generality, point.locality) or 0.0)
-    score = f1(best.generality, best.locality) or 0.0
-    return draw_trade_off(points, theme, f"{best.label} has the best trade-off, F1 {score:.1f}")
+    return draw_trade_off(_points(data), theme, _title_of_trade_off(data))
 
 
-DRAWN: dict[str, Callable[[Data, Theme], Any]] = {
-    "2": _draw_trade_off,
-    "3": trainings.draw_hyper_parameters,
-    "4": trainings.draw_ablation,
-    "5a": domains.draw_domains,
-    "5b": domains.draw_criteria,
-    "6": edits.draw_latents,
-    "7a": edits.draw_scale_factors,
-    "7b": edits.draw_pruning,
-    "ranks": ranks.draw_ranks,
+def _points(data: Data) -> list[Point]:
+    return [Point(**point) for point in data["points"]]
+
+
+DRAWN: dict[str, tuple[Callable[[Data, Theme], Any], Callable[[Data], str]]] = {  # how it is drawn, and its title
+    "2": (_draw_trade_off, _title_of_trade_off),
+    "3": (trainings.draw_hyper_parameters, trainings.title_of_hyper_parameters),
+    "4": (trainings.draw_ablation, trainings.title_of_ablation),
+    "5a": (domains.draw_domains, domains.title_of_domains),
+    "5b": (domains.draw_criteria, domains.title_of_criteria),
+    "6": (edits.draw_latents, edits.title_of_latents),
+    "7a": (edits.draw_scale_factors, edits.title_of_scale_factors),
+    "7b": (edits.draw_pruning, edits.title_of_pruning),
+    "ranks": (ranks.draw_ranks, ranks.title_of_ranks),
 }
+INDEX = "README.md"
 
 
 def write_figure(data: Data, folder: str | Path) -> list[Path]:
@@ -69,7 +77,7 @@ def write_figure(data: Data, folder: str | Path) -> list[Path]:
     for theme in THEMES:
         stem = name if theme.name == "light" else f"{name}.{theme.name}"
         with drawing(theme):
-            figure = DRAWN[data["figure"]](data, theme)
+            figure = DRAWN[data["figure"]][0](data, theme)
             svg, png = svg_of(figure), png_of(figure)
         write_text(target / f"{stem}.svg", svg, newline="")
         with written_file(target / f"{stem}.png") as temporary:
@@ -82,3 +90,25 @@ def read_figure(folder: str | Path, name: str) -> dict[str, Any] | None:
     """Return the data of a figure that was written to a folder; None if it was not."""
     file = Path(folder) / f"figure_{name}.json"
     return read_json(file) if file.exists() else None
+
+
+def write_index(folder: str | Path) -> Path:
+    """Write the page that shows all figures of a folder, each with its title and its data; return the file."""
+    parts = [
+        "# Figures\n\nMade by `ibke figures`; each is drawn from the data beside it, and its title says what is seen."
+    ]
+    for name in FIGURES:
+        data = read_figure(folder, name)
+        if data is None:
+            continue
+        file = f"figure_{name}"
+        title = DRAWN[name][1](data)
+        picture = (
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{file}.dark.png">'
+            f'<img src="{file}.png" alt="{escape(title)}"></picture>'
+        )
+        heading = f"Figure {name}" if name[0].isdigit() else name.capitalize()
+        parts.append(f"## {heading}\n\n{title}.\n\n{picture}\n\n[Data]({file}.json), [SVG]({file}.svg)")
+    page = Path(folder) / INDEX
+    write_text(page, "\n\n".join(parts) + "\n")
+    return page

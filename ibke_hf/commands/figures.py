@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ..analysis.figures import trade_off, write_figure
+    from ..analysis.figures import trade_off, write_figure, write_index
     from ..evaluation.report.drawing import require_plots
     from ..io import read_json_list
 
@@ -87,6 +87,7 @@ def _run(options: argparse.Namespace) -> None:
             print(f"figure {name}: left out, {error}", file=sys.stderr)
             continue
         print("written: " + ", ".join(map(str, write_figure(data, options.out))))
+        print(f"all figures of the folder: {write_index(options.out)}")
 
 
 def _needs(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,11 @@ from sweep_lines import DOMAINS, sweep_lines
 from table_cells import many_cells
 
 from ibke_hf.analysis import editors, trainings
+from ibke_hf.analysis.drawings import trainings as trainings_drawn
 from ibke_hf.analysis.drawings.domains import gains_in_and_out, hop_gains
+from ibke_hf.analysis.drawings.ranks import title_of_ranks
 from ibke_hf.analysis.editors import Compared, latent_maps, pruning, scale_factor_maps
-from ibke_hf.analysis.figures import FIGURES, trade_off, write_figure
+from ibke_hf.analysis.figures import FIGURES, trade_off, write_figure, write_index
 from ibke_hf.analysis.pruning import pruning_curves
 from ibke_hf.analysis.ranks import AFTERWARDS, IN_THE_LOOP, quality_by_rank
 from ibke_hf.analysis.trainings import NoTrainingsError, mean_and_error
@@ -144,6 +147,18 @@ def test_gains_at_home_and_elsewhere_and_by_hops() -> None:
     assert hop_gains(trainings.criteria(lines)) == pytest.approx({1: 4, 2: 5, 3: 6})
 
 
+def test_the_page_of_a_folder_shows_its_figures_with_their_titles(figures: dict[str, Data], tmp_path: Path) -> None:
+    for name in ("ranks", "3"):
+        write_figure(figures[name], tmp_path)
+    text = write_index(tmp_path).read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Figure 3", "## Ranks"]
+    for title in (trainings_drawn.title_of_hyper_parameters(figures["3"]), title_of_ranks(figures["ranks"])):
+        assert f"\n\n{title}.\n" in text
+    links = re.findall(r'(?:src|srcset)="([^"]+)"|\]\(([^)]+)\)', text)
+    assert len(links) == 8
+    assert all((tmp_path / (one or other)).is_file() for one, other in links)
+
+
 @pytest.mark.parametrize(
     "make", [trainings.hyper_parameters, trainings.ablation, trainings.domains, trainings.criteria]
 )
@@ -157,7 +172,7 @@ def test_the_command_draws_what_there_is_data_for(tmp_path: Path, capsys: pytest
     out = tmp_path / "figures"
     command = ["figures", "--out", str(out), "--sweep", str(tmp_path), "--figures"]
     assert main([*command, "3", "4"]) == 0
-    assert {file.stem.split(".")[0] for file in out.iterdir()} == {"figure_3", "figure_4"}
+    assert {file.stem.split(".")[0] for file in out.iterdir()} == {"figure_3", "figure_4", "README"}
     assert main([*command, "2"]) == 2
     assert capsys.readouterr().err.endswith("ibke figures: figure 2 needs --table\n")
     (tmp_path / "sweep.json").write_text('{"cells": [{"editor": "ibke"}]}')

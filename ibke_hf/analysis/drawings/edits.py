@@ -94,7 +94,7 @@ def clearness(data: Data) -> dict[str, float]:
 def title_of_latents(data: Data) -> str:
     """Say how clear the clusters are."""
     means = clearness(data)
-    each = ", ".join(f"{two_digits(value)} {label}" for label, value in means.items())
+    each = ", ".join(f"{two_digits(value)} ({label})" for label, value in means.items())
     ends = ""
     if len(means) > 1:
         best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
@@ -168,10 +168,10 @@ def title_of_scale_factors(data: Data) -> str:
     sparse, mean = (gate_means(data, name) for name in ("sparsity", "mean"))
     below = gate_means(data, "below_half")
     each = [
-        f"{label}: mean {mean[label]:.2f}, sparsity {sparse[label]:.2f}, {100 * below[label]:.0f} % below 0.5"
+        f"mean {mean[label]:.2f} ({label}), sparsity {sparse[label]:.2f}, {100 * below[label]:.0f} % below 0.5"
         for label in sparse
     ]
-    return f"Scale factors {'; '.join(each)}"
+    return f"Scale factors: {'; '.join(each)}"
 
 
 # --- Figure 7b ----------------------------------------------------------------------------------------------------
