@@ -34,6 +34,8 @@ LIMITS = {  # the largest ratio that is asked for
     "edit_memory": 1.1,
     "library_find": 0.05,
     "library_add": 1.5,
+    "records_start_up": 1.0,
+    "records_memory": 1.0,
 }
 
 

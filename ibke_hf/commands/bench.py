@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from ..benchmark.subject import Subject
 
 DEFAULT = "smollm2"
-WHAT = ("edit", "train", "attach", "mixed", "memory", "library", "all")
+WITH_MODEL = ("edit", "train", "attach", "mixed", "memory", "library")
+WHAT = (*WITH_MODEL, "all", "records")
 RUNS, ROWS = 7, 64
+UNIEDIT = 207_419  # records of its training set
 
 
 def add(commands: Any) -> None:
@@ -28,7 +30,9 @@ def add(commands: Any) -> None:
         "measure what editing and training cost, each against the plain passes that the mathematics needs",
         _run,
     )
-    command.add_argument("what", choices=WHAT, help="what is measured")
+    command.add_argument(
+        "what", choices=WHAT, help="what is measured; records: the start of a training on as many as UniEdit has"
+    )
     model_options(command, default=DEFAULT)
     command.add_argument("--layers", type=count, nargs="+", help="edited layers (default: three below the middle)")
     command.add_argument(
@@ -44,6 +48,13 @@ def add(commands: Any) -> None:
         "--rows", type=positive, default=ROWS, help=f"rows of the mixed batch, an edit each (default: {ROWS})"
     )
     command.add_argument(
+        "--records",
+        type=positive,
+        default=UNIEDIT,
+        metavar="N",
+        help=f"made records to start on (default: {UNIEDIT:,})",
+    )
+    command.add_argument(
         "--json", type=place, metavar="FILE", help="write the list of ratios, and a page with the machine beside it"
     )
 
@@ -54,18 +65,27 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.json is not None:
         require_writable(options.json)
-    parts = [name for name in WHAT[:-1] if options.what in (name, WHAT[-1])]
-    if options.what == WHAT[-1] and not find_spec("ibke_hf.benchmark.library_speed"):
-        parts.remove("library")
+    if options.what == "records":
+        from ..benchmark.record_loading import record_ratios
+
+        ratios, about = record_ratios(options.records), f"{options.records:,} made records in UniEdit's format"
+    else:
+        ratios, about = _with_model(options)
+    print(table(ratios))
+    if options.json is not None:
+        files = write_ratios(ratios, options.json, command=_command(options), about=about)
+        print("\n".join(f"written: {file}" for file in files))
+
+
+def _with_model(options: argparse.Namespace) -> tuple[list[Ratio], str]:
+    """Measure on a model; return what was measured, and the model in words."""
+    parts = WITH_MODEL if options.what == "all" else (options.what,)
     subject = _subject(options)
     ratios: list[Ratio] = []
     for name in parts:
         print(f"measuring {name} on {subject.about}", file=sys.stderr, flush=True)
         ratios += _measures(options)[name](subject)
-    print(table(ratios))
-    if options.json is not None:
-        files = write_ratios(ratios, options.json, command=_command(options), about=subject.about)
-        print("\n".join(f"written: {file}" for file in files))
+    return ratios, subject.about
 
 
 def _measures(options: argparse.Namespace) -> dict[str, Callable[[Subject], Sequence[Ratio]]]:
@@ -127,6 +147,9 @@ def _is_installed(name: str) -> bool:
 
 def _command(options: argparse.Namespace) -> str:
     """Return the command line that measures the same."""
+    if options.what == "records":
+        words = ["ibke", "bench", "records", "--records", str(options.records), "--json", str(options.json)]
+        return shlex.join(words)
     words = ["ibke", "bench", options.what, "--model", str(options.model)]
     for name in ("device", "device_map", "bits", "revision", "latent_dim"):
         value = getattr(options, name)

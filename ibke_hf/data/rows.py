@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,26 +74,32 @@ def record_features() -> datasets.Features:
 
 def record_row(record: EditRecord) -> Row:
     """Return a record as a row: plain lists and dicts, the metadata as a list of keys and values."""
-    row = _with_options(asdict(record), json.dumps)
-    return {**row, "metadata": [{"key": key, "value": value} for key, value in record.metadata.items()]}
+    return {**_plain(record), "metadata": [{"key": key, "value": value} for key, value in record.metadata.items()]}
 
 
-def _with_options(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """Convert the chat options of every format in a row: JSON text in a column, a mapping in a record."""
+def _plain(value: Any) -> Any:
+    """Return a record, or a part of one, as lists and dicts, chat options as JSON text; without the metadata."""
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    names = getattr(value, "__dataclass_fields__", None)
+    if names is None:
+        return value
+    parts: Row = {name: getattr(value, name) for name in names if name != "metadata"}
+    return {name: json.dumps(part) if name == "chat_options" else _plain(part) for name, part in parts.items()}
+
+
+def _with_options(value: Any) -> Any:
+    """Read the chat options of every format in a row, which are JSON text in a column and a mapping in a record."""
     if isinstance(value, Mapping):
-        return {
-            key: convert(part) if key == "chat_options" else _with_options(part, convert)
-            for key, part in value.items()
-            if key != "metadata"
-        }
-    return [_with_options(part, convert) for part in value] if isinstance(value, list | tuple) else value
+        return {key: json.loads(part) if key == "chat_options" else _with_options(part) for key, part in value.items()}
+    return [_with_options(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def record_from_row(row: Mapping[str, Any]) -> EditRecord:
     """Return the record that a row was made of."""
     parts: dict[str, Any] = {"requests": EditRequest, "generality": _case, "locality": _case, "edits": Hop}
     parts_of_record: Row = {
-        name: tuple(make(**_with_options(part, json.loads)) for part in row[name]) for name, make in parts.items()
+        name: tuple(make(**_with_options(part)) for part in row[name]) for name, make in parts.items()
     }
     texts: Row = {name: row[name] for name in ("id", "dataset", "domain", "kind", "relation")}
     return EditRecord(**texts, **parts_of_record, metadata={pair["key"]: pair["value"] for pair in row["metadata"]})

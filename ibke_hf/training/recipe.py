@@ -145,8 +145,8 @@ def new_trainer(settings: TrainingSettings, arguments: IBKETrainingArguments) ->
 
     changes = settings.prompt_changes()
     without = sorted(edited_subjects(settings.without or ()))
-    train: Any = _records(settings.records, changes, _augmentation(settings, arguments.seed, without), without)
-    validation = _records(settings.validation, changes)
+    train: Any = records_of(settings.records, changes, _augmentation(settings, arguments.seed, without), without)
+    validation = records_of(settings.validation, changes)
     set_seed(arguments.seed)
     editor, backbone, tokenizer = _editor(settings, arguments)
     if settings.chat_share and not settings.chat and getattr(tokenizer, "chat_template", None) and train is not None:
@@ -242,13 +242,22 @@ def _patience(arguments: IBKETrainingArguments, records: int = 0) -> int:
     return math.ceil(PATIENCE / every)
 
 
-def _records(
+def records_of(
     sources: Sequence[str] | None,
     changes: Mapping[str, Any],
     more: Sequence[EditRecord] = (),
     without: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
 ) -> ConcatDataset[EditRecord] | None:
-    """Return the records of sources, kept on disk, and `more`, in a changed format; None without sources."""
+    """Return the records of sources, kept on disk, and `more`, in a changed format; None without sources.
+
+    Args:
+        sources: Files or folders of any format, or Hub ids.
+        changes: Fields of :class:`~ibke_hf.core.records.PromptFormat` that the records are put in.
+        more: Further records, held in memory.
+        without: Subjects whose records are left out.
+        cache_dir: Where the sources are kept on disk; by default in the cache of `datasets`.
+    """
     from torch.utils.data import ConcatDataset
 
     from ..data.rows import StoredRecords, records_dataset
@@ -256,7 +265,9 @@ def _records(
 
     if not sources:
         return None
-    stored: list[Any] = [StoredRecords(records_dataset(source, without=without), changes) for source in sources]
+    stored: list[Any] = [
+        StoredRecords(records_dataset(source, cache_dir=cache_dir, without=without), changes) for source in sources
+    ]
     drawn = [as_asked(record, **changes) for record in more]
     return ConcatDataset([*stored, *([RecordDataset(drawn)] if drawn else [])])
 
