@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "smollm2"
 WITH_MODEL = ("edit", "train", "attach", "mixed", "memory", "library")
-WHAT = (*WITH_MODEL, "all", "records")
+WHAT = (*WITH_MODEL, "all", "records", "paper")
 RUNS, ROWS = 7, 64
 UNIEDIT = 207_419  # records of its training set
 
@@ -31,7 +31,10 @@ def add(commands: Any) -> None:
         _run,
     )
     command.add_argument(
-        "what", choices=WHAT, help="what is measured; records: the start of a training on as many as UniEdit has"
+        "what",
+        choices=WHAT,
+        help="what is measured; records: the start of a training on as many as UniEdit has; "
+        "paper: the paper's four backbones at their true dimensions, with random weights",
     )
     model_options(command, default=DEFAULT)
     command.add_argument("--layers", type=count, nargs="+", help="edited layers (default: three below the middle)")
@@ -41,6 +44,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--random", action="store_true", help="random weights of the model's shape, also where it is installed"
     )
+    command.add_argument("--small", action="store_true", help="the paper's backbones at toy size, to try it")
     command.add_argument(
         "--runs", type=positive, default=RUNS, help=f"rounds that a median is taken of (default: {RUNS})"
     )
@@ -65,6 +69,9 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.json is not None:
         require_writable(options.json)
+    if options.what == "paper":
+        _paper(options)
+        return
     if options.what == "records":
         from ..benchmark.record_loading import record_ratios
 
@@ -75,6 +82,30 @@ def _run(options: argparse.Namespace) -> None:
     if options.json is not None:
         files = write_ratios(ratios, options.json, command=_command(options), about=about)
         print("\n".join(f"written: {file}" for file in files))
+
+
+def _paper(options: argparse.Namespace) -> None:
+    """Measure the paper's backbones one after another; print each as it is measured, and write them all."""
+    from ..benchmark.paper_backbones import measure_paper_backbones
+    from ..benchmark.ratios import machine, versions
+    from ..io import write_json
+    from ..loading import require_device
+
+    if options.device is not None:
+        require_device(options.device)
+    dtype = None if options.dtype == "auto" else options.dtype
+    measured = []
+    for entry in measure_paper_backbones(options.device, dtype=dtype, small=options.small, runs=options.runs):
+        measured.append(entry)
+        print("  ".join(f"{name} {_short(value)}" for name, value in entry.items()), flush=True)
+    if options.json is not None:
+        about = {"command": _command(options), "machine": machine(), "versions": versions()}
+        write_json(options.json, {**about, "backbones": measured}, indent=2)
+        print(f"written: {options.json}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _with_model(options: argparse.Namespace) -> tuple[list[Ratio], str]:
@@ -150,6 +181,10 @@ def _command(options: argparse.Namespace) -> str:
     if options.what == "records":
         words = ["ibke", "bench", "records", "--records", str(options.records), "--json", str(options.json)]
         return shlex.join(words)
+    if options.what == "paper":
+        words = ["ibke", "bench", "paper", *["--small"] * options.small, "--dtype", options.dtype]
+        words += [] if options.device is None else ["--device", options.device]
+        return shlex.join([*words, "--runs", str(options.runs), "--json", str(options.json)])
     words = ["ibke", "bench", options.what, "--model", str(options.model)]
     for name in ("device", "device_map", "bits", "revision", "latent_dim"):
         value = getattr(options, name)
