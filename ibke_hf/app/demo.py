@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..core.records import EditRequest
+from ..evaluation.comparison import Row
 from ..io import read_json_list, require_writable, write_json
 from ..loading import load_model
-from .compare import Row
 from .drawings import GROUPS, duration
 from .knowledge import Example, find_mistakes, read_facts
 from .scoring import chosen_records, score_editors

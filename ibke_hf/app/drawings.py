@@ -34,7 +34,7 @@ def verdict_figure(rows: Sequence[Row]) -> str:
 
 
 def comparison_figure(rows: Sequence[Row]) -> str:
-    """Draw the rows of :func:`~ibke_hf.app.compare.compare_answers` as cards, grouped by what they judge."""
+    """Draw the rows of :func:`~ibke_hf.evaluation.comparison.compare_answers` as cards, grouped by what they judge."""
     groups = []
     for title, score, members, meaning in _groups(rows):
         cards = "".join(map(answer_card, members))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..core.records import EditRecord, EditRequest
-from .compare import PageQuestion, lines_of, questions_of, typed_lines, without_answers
+from ..evaluation.comparison import PageQuestion, lines_of, questions_of, typed_lines, without_answers
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Form:
-    """A fact and its questions as they are typed, one a line: see :func:`~ibke_hf.app.compare.questions_of`."""
+    """A fact and its questions as typed, one a line: see :func:`~ibke_hf.evaluation.comparison.questions_of`."""
 
     prompt: str
     target: str

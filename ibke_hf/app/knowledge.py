@@ -18,11 +18,11 @@ from ..atlas import load_split
 from ..atlas.examples import example_records
 from ..core.records import EditRecord, PromptFormat
 from ..data.facts import Triple, World
+from ..evaluation.comparison import BATCH, PageQuestion, format_of, is_right, read_answers, typed_lines
 from ..evaluation.generation import FREE_TOKENS, answer_text, generate_ids
 from ..evaluation.wording import contains_answer
 from ..io import FileError, read_json_list
 from ..loading import short_name
-from .compare import BATCH, PageQuestion, format_of, is_right, read_answers, typed_lines
 from .forms import Form
 from .rephrasings import english_rephrasings, template_of, template_rephrasings
 
@@ -126,8 +126,8 @@ def general_knowledge(model: Any, tokenizer: Any, file: str | Path = FACTS) -> K
 
     An object has ``prompt``, ``answers`` (spellings of the true one) and ``target`` (the answer to change it to), and
     may have ``rephrasings``, ``consequences`` and ``neighbours``, each a list of questions as
-    :func:`~ibke_hf.app.compare.questions_of` reads them. A list of a model's own mistakes, found by asking it, is
-    not asked again: the page is there at once.
+    :func:`~ibke_hf.evaluation.comparison.questions_of` reads them. A list of a model's own mistakes, found by asking
+    it, is not asked again: the page is there at once.
 
     Raises:
         ValueError: If the file holds something else; names the fact.

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from .compare import Row
+from ..evaluation.comparison import Row
 from .drawings import comparison_figure, duration, scale_factor_figure, verdict_figure
 from .knowledge import Knowledge
 from .session import Session

@@ -22,7 +22,7 @@ except ImportError as error:
 from transformers.utils import logging
 
 from ..core.conflicts import Conflict
-from .compare import Row
+from ..evaluation.comparison import Row
 from .drawings import answer_card, editors_figure
 from .forms import Fact, Form
 from .knowledge import Example

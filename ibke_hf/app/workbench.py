@@ -17,8 +17,7 @@ from ..core.composition import RIDGE
 from ..core.layers import input_device
 from ..core.records import EditRequest
 from ..core.tokens import RequestError, context_length, encode
-from ..lifelong.routed import RoutedEditor
-from .compare import (
+from ..evaluation.comparison import (
     PageQuestion,
     Row,
     compare_answers,
@@ -27,6 +26,7 @@ from .compare import (
     read_answers,
     require_askable,
 )
+from ..lifelong.routed import RoutedEditor
 from .forms import Fact
 from .knowledge import Knowledge, atlas_knowledge, facts_of, general_knowledge
 from .session import Session, Step
@@ -225,8 +225,8 @@ class Workbench:
         """Edit one fact alone into the untouched model, by the editor and by fine-tuning, and ask both its questions.
 
         Returns:
-            By name of the editor: ``rows`` (see :func:`~ibke_hf.app.compare.compare_answers`), ``seconds``, ``nbytes``
-            of the edit.
+            By name of the editor: ``rows`` (see :func:`~ibke_hf.evaluation.comparison.compare_answers`), ``seconds``,
+            ``nbytes`` of the edit.
 
         Raises:
             RequestError: If there is no fine-tuning editor, or the fact is unusable.

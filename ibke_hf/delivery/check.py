@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..app.compare import PageQuestion, is_right, read_answers, require_askable
 from ..core.edits import Edit
+from ..evaluation.comparison import PageQuestion, is_right, read_answers, require_askable
 from ..io import written_file
 from .facts import CheckedFact
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import yaml
 
-from ..app.compare import PageQuestion, format_of, questions_of
 from ..core.records import EditRequest
 from ..core.tokens import RequestError
+from ..evaluation.comparison import PageQuestion, format_of, questions_of
 from ..io import FileError, parse_yaml, read_text
 
 TEXTS, LISTS = ("name", "prompt", "subject", "target"), ("answers", "rephrasings", "consequences", "neighbours")

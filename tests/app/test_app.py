@@ -17,11 +17,11 @@ from paths import ROOT  # noqa: E402
 from small_workbench import FORM, PROMPTS, TARGETS, small_workbench  # noqa: E402
 
 from ibke_hf.app import page as app  # noqa: E402
-from ibke_hf.app.compare import PageQuestion  # noqa: E402
 from ibke_hf.app.forms import Form  # noqa: E402
 from ibke_hf.app.knowledge import Example, Knowledge  # noqa: E402
 from ibke_hf.app.session import Session  # noqa: E402
 from ibke_hf.cli import main  # noqa: E402
+from ibke_hf.evaluation.comparison import PageQuestion  # noqa: E402
 
 SPACE = ROOT / "spaces" / "ibke-editor"
 EXAMPLES = (Example(FORM, "Paris", knows=True), Example(Form("Iron is a", "metal"), "bird", knows=False))

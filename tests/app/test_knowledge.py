@@ -10,7 +10,6 @@ from small_workbench import FORM, PROMPTS, small_workbench
 
 from ibke_hf.app import knowledge as knows
 from ibke_hf.app import workbench as session
-from ibke_hf.app.compare import PageQuestion, questions_of, typed_lines
 from ibke_hf.app.forms import Form
 from ibke_hf.app.knowledge import Knowledge, general_knowledge, read_facts
 from ibke_hf.app.rephrasings import english_rephrasings, template_of, template_rephrasings
@@ -18,6 +17,7 @@ from ibke_hf.app.session import Session
 from ibke_hf.app.workbench import load_workbench
 from ibke_hf.atlas import load_split
 from ibke_hf.core.records import EditRequest
+from ibke_hf.evaluation.comparison import PageQuestion, questions_of, typed_lines
 from ibke_hf.evaluation.inspection import answer
 from ibke_hf.evaluation.wording import exact_match
 

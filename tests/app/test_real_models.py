@@ -12,7 +12,6 @@ from small_workbench import FORM, small_workbench
 
 from ibke_hf.app import demo, workbench
 from ibke_hf.app import knowledge as knows
-from ibke_hf.app.compare import PageQuestion, compare_answers, format_of, is_right, read_answers
 from ibke_hf.app.drawings import answer_card
 from ibke_hf.app.forms import Form
 from ibke_hf.app.knowledge import MISTAKES, facts_of, find_mistakes, general_knowledge, read_facts
@@ -21,6 +20,7 @@ from ibke_hf.app.workbench import load_workbench, trained_editor
 from ibke_hf.cli import main
 from ibke_hf.core.records import PLAIN, PromptFormat
 from ibke_hf.editors.dense import DenseEdit
+from ibke_hf.evaluation.comparison import PageQuestion, compare_answers, format_of, is_right, read_answers
 from ibke_hf.evaluation.wording import contains_answer
 
 CHAT = PromptFormat(chat=True)

@@ -6,7 +6,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ibke_hf.app.compare import PageQuestion
 from ibke_hf.cli import main
 from ibke_hf.core import composition, modeling_ibke
 from ibke_hf.core.composition import SolvedEdit
@@ -14,6 +13,7 @@ from ibke_hf.core.edits import LowRankEdit
 from ibke_hf.delivery import check as checking
 from ibke_hf.delivery.check import Outcome, check_facts, failures, report, to_edit, write_junit
 from ibke_hf.delivery.facts import read_checked_facts
+from ibke_hf.evaluation.comparison import PageQuestion
 from ibke_hf.io import FileError
 
 FACTS = """\

@@ -7,20 +7,20 @@ import torch
 from small_workbench import FORM, small_workbench
 
 from ibke_hf.analysis.scale_factors import scale_factors, token_texts
-from ibke_hf.app import compare as comparison
-from ibke_hf.app.compare import (
-    PageQuestion,
-    compare_answers,
-    is_right,
-    questions_of,
-    require_askable,
-)
 from ibke_hf.app.forms import Form
 from ibke_hf.atlas.examples import NEIGHBOURS, RELATIONS, example_records
 from ibke_hf.core.records import EditRequest
 from ibke_hf.core.tokens import RequestError, encode_requests
 from ibke_hf.data.uniedit import YES_NO
 from ibke_hf.editors.mend import MENDEditor
+from ibke_hf.evaluation import comparison
+from ibke_hf.evaluation.comparison import (
+    PageQuestion,
+    compare_answers,
+    is_right,
+    questions_of,
+    require_askable,
+)
 from ibke_hf.evaluation.inspection import answer, top_predictions
 
 REQUEST = EditRequest("The capital of France is", "Rome")

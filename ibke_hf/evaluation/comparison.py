@@ -23,8 +23,8 @@ from ..core.tokens import (
     pad_and_label,
     with_leading_space,
 )
-from ..evaluation.generation import FREE_TOKENS, MORE_TOKENS, answer_text, generate_ids
-from ..evaluation.wording import contains_answer, exact_match
+from .generation import FREE_TOKENS, MORE_TOKENS, answer_text, generate_ids
+from .wording import contains_answer, exact_match
 
 Role = Literal["request", "rephrase", "consequence", "neighbour", "question"]
 ARROWS = ("->", "→")
