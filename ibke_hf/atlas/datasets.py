@@ -60,14 +60,14 @@ def training_records(
         number: Of records.
         seed: Of all draws.
         domain: Edit facts of this domain alone; the cases may lead to any fact.
-        options: What differs from `TRAINING_OPTIONS`, such as ``unknown_share``.
+        options: What differs from `TRAINING_CASES` and `TRAINING_OPTIONS`, such as ``unknown_share``.
 
     Raises:
         ValueError: If no fact of the domain may be edited in training.
     """
     if domain is not None:
         split = _only(split, domain)
-    built = build_records(split, "train", number, seed=seed, **TRAINING_CASES, **{**TRAINING_OPTIONS, **options})
+    built = build_records(split, "train", number, seed=seed, **{**TRAINING_CASES, **TRAINING_OPTIONS, **options})
     skipped: Counter[str] = Counter()
     parsed = [parse_record(record, f"{part}-{i}", part, skipped) for i, (part, record) in enumerate(built)]
     return [record for record in parsed if record is not None]

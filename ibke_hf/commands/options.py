@@ -99,7 +99,7 @@ def set_company(editor: Any, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: If it has no choice and one was made, or a ridge was given for a sum.
     """
-    config = getattr(editor, "config", None)
+    config: Any = getattr(editor, "config", None)
     chosen = {name: getattr(options, name) for name in ("composition", "ridge") if getattr(options, name) is not None}
     if not hasattr(config, "composition"):
         if chosen:

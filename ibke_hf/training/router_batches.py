@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..core.tokens import RequestError, TokenBatch, encode, encode_prompt, pad_a
 
 ALIKE = 4  # records of one relation that a batch has together, and half as many of one subject
 NONE = -1  # the request that a prompt is about, where it is about none
+ABSENT_SHARE = 0.25  # of the prompts whose own request is taken to be missing: none is right, however like one may be
 PREFIX_SHARE = 0.1  # of the prompts that stand behind another text, as in a chat
 
 
@@ -149,7 +150,7 @@ class RouterBatches(torch.utils.data.Dataset[RouterBatch]):
                 of_kind = [one for one in rest if one.about == about]
                 prompts += [(place, one) for one in rng.sample(of_kind, min(most, len(of_kind)))]
         texts = [self._maybe_behind_another(rng, one.ids) for _, one in prompts]
-        return batch_of(drawn, prompts, texts)
+        return _without_own(batch_of(drawn, prompts, texts), [rng.random() < ABSENT_SHARE for _ in prompts])
 
     def _draw(self, rng: random.Random, number: int) -> list[RoutedRecord]:
         """Draw records of different facts, some of one relation or subject together."""
@@ -199,6 +200,18 @@ def batch_of(
     ignored[rows, owner[rows]] = False
     hops = torch.tensor([one.hops for _, one in prompts])
     return RouterBatch(padded(texts), padded([record.request for record in records]), owner, ignored, hops)
+
+
+def _without_own(batch: RouterBatch, absent: Sequence[bool]) -> RouterBatch:
+    """Return the batch as if the requests that some prompts are about were not there: those are about none then.
+
+    What stands beside them of the same subject or relation makes the hardest negatives.
+    """
+    rows = (torch.tensor(absent) & (batch.owner != NONE)).nonzero().flatten()
+    owner, ignored = batch.owner.clone(), batch.ignored.clone()
+    ignored[rows, owner[rows]] = True
+    owner[rows] = NONE
+    return replace(batch, owner=owner, ignored=ignored)
 
 
 def padded(texts: Sequence[Sequence[int]]) -> TokenBatch:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from small_editors import make_editor
 
 from ibke_hf.core.records import EditCase, EditRecord, EditRequest, Hop
 from ibke_hf.lifelong.routed import RoutedEditor
 from ibke_hf.lifelong.router import Router
 from ibke_hf.training.router import RouterTrainer, RouterTraining, train_router
 from ibke_hf.training.router_batches import NONE, RouterBatches, routed_records
+from ibke_hf.training.router_strength import choose_threshold_by_scores
 
 LAYERS = ["model.layers.2.mlp.down_proj"]
 CITIES = ["Paris", "London", "Berlin", "Rome", "Madrid", "Lisbon", "Vienna", "Oslo"]
@@ -84,6 +86,35 @@ def test_batches_hold_one_edit_a_fact_and_ignore_what_is_neither_right_nor_wrong
         rows = batch.owner != NONE
         assert not batch.ignored[rows, batch.owner[rows]].any()
     assert any(batches[i].ignored.any() for i in range(20))
+
+
+def test_some_prompts_stand_without_their_request_beside_requests_that_are_like_it(tiny_tokenizer: Any) -> None:
+    routed = routed_records(tiny_tokenizer, RECORDS)
+    batches, absent, present = RouterBatches(routed, 20, 8, seed=1), 0, 0
+    for batch in (batches[i] for i in range(20)):
+        requests = [tuple(row[row != 0].tolist()) for row in batch.requests.input_ids]
+        for prompt, owner, ignored in zip(batch.prompts.input_ids, batch.owner, batch.ignored, strict=True):
+            asked = tuple(prompt[prompt != 0].tolist())
+            mine = [place for place, request in enumerate(requests) if request[: len(asked) - 1] == asked[:-1]]
+            if len(mine) == 1:  # the prompt of a request itself
+                present += int(owner == mine[0])
+                absent += int(owner == NONE and bool(ignored[mine[0]]))
+    assert present > absent > 0
+
+
+def test_the_threshold_is_that_of_the_best_scores(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = tiny_model("qwen3")
+    editor = make_editor(model, tiny_tokenizer)
+    torch.manual_seed(0)
+    router = Router.for_backbone(model, editor.config.module_names(), width=16, heads=2, dim=16).eval()
+    trials = choose_threshold_by_scores(router, editor, model, tiny_tokenizer, RECORDS, (1.0, -1.0), edits=4)
+    assert {trial["threshold"] for trial in trials} == {1.0, -1.0}
+    assert trials[-1]["avg"] == max(trial["avg"] for trial in trials)
+    assert router.config.threshold == trials[-1]["threshold"]
+    never = next(trial for trial in trials if trial["threshold"] == 1.0)
+    assert never["locality"] == 100  # nothing is picked, so nothing changes
+    with pytest.raises(ValueError, match="no threshold to try"):
+        choose_threshold_by_scores(router, editor, model, tiny_tokenizer, RECORDS, ())
 
 
 def test_too_few_records_and_other_backbones_are_refused(
