@@ -82,7 +82,7 @@ def load_model(
     if device is not None:
         require_device(device)
     place, gguf = _place(name, gguf)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if gguf is not None:
         if bits is not None:
             raise ValueError(f"{name}: a GGUF file is quantised as it is; leave out the {bits} bits")

@@ -68,7 +68,9 @@ class Workbench:
         composition = getattr(config, "composition", None)
         self.ridge: float | None = None if composition == "sum" else getattr(config, "ridge", RIDGE)
         # an edit is made for the company of those to come
-        self.company = {} if composition in (None, "sum") or router is not None else {"composition": "solve"}
+        self.company: dict[str, Any] = (
+            {} if composition in (None, "sum") or router is not None else {"composition": "solve"}
+        )
         self.maker = editor if router is None else RoutedEditor(editor, router)
         self.model, self.tokenizer, self.editor, self.fine_tuning = model, tokenizer, editor, fine_tuning
         self.knowledge, self.note = knowledge or Knowledge(), note

@@ -86,7 +86,8 @@ def measure_paper_backbones(
                 yield {"backbone": name, "left_out": reason}
                 continue
             model = empty_model(small_config or needs.of_backbone, dtype_of(needs.dtype), str(place))
-            editor = IBKEEditor(needs.config).to(place)
+            editor = IBKEEditor(needs.config)
+            editor.to(place)  # type: ignore[arg-type]  # transformers wraps the method untyped
             yield {"backbone": name, "device": str(place), **_measured(model, editor, needs, place, runs)}
         finally:
             del model, editor
