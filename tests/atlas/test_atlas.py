@@ -221,6 +221,8 @@ def test_recipes_run_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         "ibke_hf.atlas.backbone.examine", lambda *_: {}
     )  # the examination of the shipped weights is committed
+    few = load_records("validation")[:30]
+    monkeypatch.setattr("ibke_hf.atlas.editors.load_records", lambda *_: few)
     assert (
         main(["atlas", "build-backbone", "--out", str(tmp_path / "backbone"), "--epochs", "1", "--max-steps", "3"])
         == 0
