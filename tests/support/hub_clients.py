@@ -31,6 +31,7 @@ CODE = {
     "offload.py",
     "part_files.py",
     "ridge.py",
+    "shards.py",
     "weights.py",
 }
 

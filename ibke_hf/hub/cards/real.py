@@ -37,11 +37,12 @@ with edit.attached(model):
     ...  # model.generate(...)"""
 COMMANDS = "ibke demo --model {short}\nibke app --model {short}"
 TRAIN = """\
+ibke train --config {place}/recipe/ibke.yaml --activation-cache {short}/cache --out {short}/ibke
 ibke eval --dataset data/counterfact/easyedit_flat_500.json --model {short} --editor {short}/ibke --out results
 ibke push {short}/ibke me/ibke-{short} --results results"""
 TRAIN_ABOUT = """\
-[The recipe](recipe/README.md) makes the records and trains, from the root of a clone with the benchmark files in
-`data/`. What comes of it is measured and published by:"""
+From the root of a clone, with the benchmark files in `data/`; [the recipe](recipe/README.md) makes the records
+first, and has a second part of the training, which goes between the first of these commands and the others."""
 TRAINED = """\
 Layers {layers}, counted from 0; {parameters:,} parameters, stored in fp16 and used in fp32; {steps:,} steps of
 {batch} edits, each made on its own. [The recipe](recipe/README.md) has the commands, and makes MEND of as many
