@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...evaluation.report.drawing import DASHES, MARKERS, SMALL, Theme
+from ...evaluation.report.drawing import MARKERS, SMALL, Theme
 from ..trainings import mean_and_error
 from .domains import ORDINAL, heat_map
-from .frames import frame, layer_label, legend, new_figure, say, shortened, two_digits
+from .frames import frame, layer_label, legend, line_style, new_figure, say, shortened, two_digits
 
 Data = Mapping[str, Any]
 PANEL = 2.5  # inches
@@ -204,11 +204,7 @@ def draw_pruning(data: Data, theme: Theme) -> Any:
                 [100 * data["fractions"][i] for i in places],
                 [values[i] for i in places],
                 label=editor,
-                color=theme.colours[k % len(theme.colours)],
-                marker=MARKERS[k % len(MARKERS)],
-                linestyle=DASHES[k % len(DASHES)],
-                markersize=5,
-                linewidth=1.5,
+                **line_style(theme, k),
             )
         if is_rank:
             axes.set_yscale("log")

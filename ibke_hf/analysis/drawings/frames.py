@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from ...evaluation.report.drawing import SMALL, TEXT, Theme
+from ...evaluation.report.drawing import DASHES, MARKERS, SMALL, TEXT, Theme
 
 METRIC_LABELS = {
     "reliability": "Reliability, top 1 (%)",
@@ -43,6 +43,17 @@ def frame(axes: Any, theme: Theme, *, grid: str = "") -> None:
     if grid:
         axes.grid(axis=grid, color=theme.lines, linewidth=0.6, alpha=0.6)
         axes.set_axisbelow(True)
+
+
+def line_style(theme: Theme, number: int) -> dict[str, Any]:
+    """Return how a line is drawn; colour, mark and dashes tell the same, so that one of them is enough."""
+    return {
+        "color": theme.colours[number % len(theme.colours)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "markersize": 6,
+        "linewidth": 1.5,
+    }
 
 
 def legend(figure: Any, axes: Any, top: float, columns: int, title: str = "") -> None:

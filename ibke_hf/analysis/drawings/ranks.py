@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...evaluation.report.drawing import DASHES, MARKERS, SMALL, Theme
+from ...evaluation.report.drawing import SMALL, Theme
 from ..ranks import FULL
 from ..trainings import mean_and_error
-from .frames import frame, legend, new_figure, say, seeds_in_words
+from .frames import frame, legend, line_style, new_figure, say, seeds_in_words
 
 Data = Mapping[str, Any]
 
@@ -37,13 +37,9 @@ def draw_ranks(data: Data, theme: Theme) -> Any:
                 [mean for _, mean, _ in shown],
                 bars,
                 label=line,
-                color=theme.colours[i % len(theme.colours)],
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i % len(DASHES)],
-                markersize=6,
-                linewidth=1.5,
                 capsize=2.5,
                 elinewidth=0.9,
+                **line_style(theme, i),
             )
         axes.set_xticks(range(len(ranks)), ranks)
         axes.set_xlim(-0.4, len(ranks) - 0.6)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...evaluation.report.drawing import DASHES, MARKERS, SMALL, Theme
+from ...evaluation.report.drawing import SMALL, Theme
 from ..trainings import METRICS, mean_and_error
-from .frames import METRIC_LABELS, frame, legend, new_figure, say, seeds_in_words, signed
+from .frames import METRIC_LABELS, frame, legend, line_style, new_figure, say, seeds_in_words, signed
 
 Data = Mapping[str, Any]
 
@@ -26,13 +26,9 @@ def draw_hyper_parameters(data: Data, theme: Theme) -> Any:
                 [means[j] for j in places],
                 [errors[j] or 0.0 for j in places],
                 label=f"{length}",
-                color=theme.colours[i % len(theme.colours)],
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i % len(DASHES)],
-                markersize=6,
-                linewidth=1.5,
                 capsize=2.5,
                 elinewidth=0.9,
+                **line_style(theme, i),
             )
         axes.set_xticks(range(len(data["betas"])), [f"{beta:g}" for beta in data["betas"]])
         axes.set_xlim(-0.4, len(data["betas"]) - 0.6)
