@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 
 from ibke_hf import Conflict, EditRequest, IBKEEditor, conflicts
+from ibke_hf.atlas import load_backbone, load_editor, load_records
 from ibke_hf.core import composition, modeling_ibke
 from ibke_hf.core.conflicts import conflict_warning, conflicting_requests
 from ibke_hf.core.edit_values import EditInfo
@@ -108,3 +111,36 @@ def test_one_prompt_with_two_targets_has_the_same_keys_at_the_lowest_layer(
         unnamed += [replace(edits[1], info=EditInfo(requests=(EditRequest("Who wrote it?", "A. N. Other"),)))]
         (conflict,) = conflicts(unnamed)
         assert conflict.kind == "same keys" and conflict.similarity == pytest.approx(1, abs=1e-3)
+
+
+def test_the_threshold_reports_what_its_docstring_says_of_atlas() -> None:
+    """The figures beside `NEARLY`, made anew: edits of all validation records, and others of the same facts."""
+    model, tokenizer = load_backbone()
+    editor, records = load_editor(), load_records("validation")
+    requests = [request for record in records for request in record.requests]
+    others = [requests[(place + 7) % len(requests)].target for place in range(len(requests))]
+    rephrased = [
+        (place, replace(requests[place], prompt=case.prompt, target=others[place]))
+        for place, record in enumerate(records)
+        for case in record.generality
+        if case.criteria and set(case.criteria) <= {"Rephrase"}
+    ]
+
+    def unnamed(asked: Sequence[EditRequest]) -> list[LowRankEdit]:
+        """Edits whose keys alone tell: no request is like another."""
+        parts = chain.from_iterable(
+            editor.edit(model, tokenizer, asked[start : start + 32], mode="independent")
+            for start in range(0, len(asked), 32)
+        )
+        return [replace(one, info=EditInfo(requests=(EditRequest(f"q{i}", f"a{i}"),))) for i, one in enumerate(parts)]
+
+    edits = unnamed(requests)
+    facts = [(request.subject, record.relation) for request, record in zip(requests, records, strict=True)]
+    assert sum(facts[i] != facts[j] for i in range(300) for j in range(i)) == 44_846
+    assert sum(facts[one.first] != facts[one.second] for one in conflicts(edits)) == 2
+    second = unnamed([replace(request, target=other) for request, other in zip(requests, others, strict=True)])
+    far = replace(EditInfo(), requests=(EditRequest("another", "target"),))
+    assert all(conflicts([one, replace(two, info=far)]) for one, two in zip(edits, second, strict=True))
+    third = unnamed([request for _, request in rephrased])
+    near = [bool(conflicts([edits[i], replace(e, info=far)])) for (i, _), e in zip(rephrased, third, strict=True)]
+    assert 100 * sum(near) / len(near) == pytest.approx(27, abs=1)
