@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..core.conflicts import Conflict
 from ..evaluation.comparison import Row
 from .drawings import comparison_figure, duration, scale_factor_figure, verdict_figure
 from .knowledge import Knowledge
@@ -105,3 +106,15 @@ def launch_options() -> dict[str, Any]:
         checkbox_label_background_fill_selected_dark="*primary_900",
     )
     return {"theme": theme, "css_paths": STYLE, "ssr_mode": False, "footer_links": ["api"]}
+
+
+def choices(session: Session, holding: Sequence[bool], at_odds: Sequence[Conflict]) -> list[tuple[str, int]]:
+    """Name the active edits, and say which the model does not answer any more, and which are at odds with others."""
+    named = []
+    for place, (fact, holds) in enumerate(zip(session.facts, holding, strict=True)):
+        others = sorted({one.first + one.second - place for one in at_odds if place in (one.first, one.second)})
+        marks = [] if holds else ["lost"]
+        marks += [f"at odds with {', '.join(str(other + 1) for other in others)}"] if others else []
+        text = f"{place + 1}. {fact.request.prompt} → {fact.request.target}"
+        named.append((f"{text} ({'; '.join(marks)})" if marks else text, place))
+    return named

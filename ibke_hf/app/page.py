@@ -21,7 +21,6 @@ except ImportError as error:
 
 from transformers.utils import logging
 
-from ..core.conflicts import Conflict
 from ..evaluation.comparison import Row
 from .drawings import answer_card, editors_figure
 from .forms import Fact, Form
@@ -34,6 +33,7 @@ from .look import (
     STYLE,
     TITLE,
     WAITING,
+    choices,
     details,
     heading,
     launch_options,
@@ -380,7 +380,7 @@ class Page:
             self.replace_button: gr.Button(visible=some),
             self.add_button: gr.Button(visible=some),
             self.warning: gr.HTML(text, visible=bool(text)),
-            self.active: gr.Radio(_choices(session, holding, session.conflicts()), value=index if some else None),
+            self.active: gr.Radio(choices(session, holding, session.conflicts()), value=index if some else None),
             self.none_yet: gr.HTML(visible=not some),
             self.tools: gr.Column(visible=some),
             self.file: gr.File(None, visible=False),
@@ -391,18 +391,6 @@ class Page:
             self.more: gr.Column(visible=some and self.bench.fine_tuning is not None),
             self.comparison: "",
         }
-
-
-def _choices(session: Session, holding: Sequence[bool], at_odds: Sequence[Conflict]) -> list[tuple[str, int]]:
-    """Name the active edits, and say which the model does not answer any more, and which are at odds with others."""
-    choices = []
-    for place, (fact, holds) in enumerate(zip(session.facts, holding, strict=True)):
-        others = sorted({one.first + one.second - place for one in at_odds if place in (one.first, one.second)})
-        marks = [] if holds else ["lost"]
-        marks += [f"at odds with {', '.join(str(other + 1) for other in others)}"] if others else []
-        text = f"{place + 1}. {fact.request.prompt} → {fact.request.target}"
-        choices.append((f"{text} ({'; '.join(marks)})" if marks else text, place))
-    return choices
 
 
 def _chosen(index: int | None, session: Session) -> int:

@@ -30,7 +30,8 @@ from .adapter_files import AdapterError, publisher
 from .configuration_ibke import COMPOSITIONS, require_choice
 from .conflicts import conflict_warning, conflicts
 from .edit_values import EditInfo, common_length, joined_info
-from .edits import LowRankEdit, WeightEdit, join_groups
+from .edits import LowRankEdit, WeightEdit
+from .factors import join_groups
 from .part_files import read_parts, save_parts
 from .ridge import in_16_bit, joined_rows, solve_by_keys, solve_update
 from .tokens import IGNORED, TokenBatch

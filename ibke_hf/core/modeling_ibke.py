@@ -32,8 +32,9 @@ from .configuration_ibke import (
 from .conflicts import conflict_warning, conflicting_requests
 from .edit_values import EditInfo, EditValue, describe, described
 from .editor_model import EditorModel
-from .edits import LowRankEdit, join_groups
+from .edits import LowRankEdit
 from .factor_statistics import FactorStatistics, Moments
+from .factors import join_groups
 from .hypernetworks import AdaptedFactors, IBKEHypernetwork
 from .layers import BackboneError, dimensions, input_device, layers_to_edit, modules_to_edit
 from .records import EditRequest

@@ -14,7 +14,7 @@ from small_workbench import FORM, PROMPTS, TARGETS, small_workbench
 from ibke_hf import LowRankEdit
 from ibke_hf.app import workbench as session
 from ibke_hf.app.forms import Fact, Form
-from ibke_hf.app.page import _choices
+from ibke_hf.app.look import choices
 from ibke_hf.app.session import Session, forget
 from ibke_hf.app.workbench import Workbench, load_workbench
 from ibke_hf.core.capture import NonFiniteError
@@ -325,6 +325,6 @@ def test_the_list_says_which_edits_are_at_odds(bench):
     visit = edited(bench, (*FACTS[:2], spelt))
     (conflict,) = visit.conflicts()
     assert (conflict.first, conflict.second, conflict.kind) == (0, 2, "override")
-    labels = [label for label, _ in _choices(visit, [True, True, False], visit.conflicts())]
+    labels = [label for label, _ in choices(visit, [True, True, False], visit.conflicts())]
     assert labels[0].endswith("Rome (at odds with 3)") and labels[2].endswith("Oslo (lost; at odds with 1)")
     assert labels[1].endswith("Poland")

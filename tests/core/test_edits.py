@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ibke_hf.core.edit_values import Edit
-from ibke_hf.core.edits import LowRankEdit, recompress
+from ibke_hf.core.edits import LowRankEdit
+from ibke_hf.core.factors import recompress
 from ibke_hf.core.fingerprints import fingerprint, same_backbone
 from ibke_hf.core.layers import BackboneError, dimensions, find_ffn_output, modules_to_edit
 from ibke_hf.core.records import EditRequest

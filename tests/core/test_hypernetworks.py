@@ -10,7 +10,7 @@ import torch
 from small_editors import REQUESTS, SMALL, make_editor
 from torch import nn
 
-from ibke_hf.core.edits import join_groups
+from ibke_hf.core.factors import join_groups
 from ibke_hf.core.hypernetworks import AdaptedFactors, CrossAttention
 from ibke_hf.core.modeling_ibke import IBKEEditor
 from ibke_hf.core.tokens import encode_requests

@@ -25,6 +25,7 @@ CODE = {
     "adapter_schema.py",
     "files.py",
     "fingerprints.py",
+    "factors.py",
     "forward.py",
     "hub_files.py",
     "library_internals.py",
