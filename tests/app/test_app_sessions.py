@@ -28,7 +28,7 @@ from ibke_hf.app.knowledge import Example
 from ibke_hf.app.session import Session
 
 NONE = ("", "", "")
-EDITS = 5 if os.environ.get("CI") else 50  # of each of eight visitors: all fifty take four minutes on idle cores
+EDITS = 8 if os.environ.get("CI") else 50  # of each of eight visitors: all fifty take four minutes on idle cores
 
 
 @pytest.fixture(scope="module", autouse=True)

